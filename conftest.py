@@ -1,0 +1,40 @@
+"""What all tests share, the core's and the plugins': seeds, hypothesis profiles, long tests."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+LONG = os.environ.get("EXPBUF_LONG", "") not in ("", "0")
+
+# Files and processes make single examples slow and uneven: no deadline, and no complaint about it.
+_common = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("quick", _common, max_examples=25, derandomize=True)
+settings.register_profile("long", _common, max_examples=1000)
+settings.load_profile("long" if LONG else "quick")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if LONG:
+        return
+    skip = pytest.mark.skip(reason="long: set EXPBUF_LONG=1, or run `make test-long`")
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Seed the global generators, for whatever draws from them unasked."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A fresh generator with a fixed seed."""
+    return np.random.default_rng(0)

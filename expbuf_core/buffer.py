@@ -1,0 +1,928 @@
+"""`ExperienceBuffer`: the memory of an agent that keeps learning."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from expbuf_core import codec, folder
+from expbuf_core import control as c
+from expbuf_core.codec import OutcomeBody
+from expbuf_core.commit import Draft
+from expbuf_core.config_schema import BufferConfig, load_config
+from expbuf_core.contracts import LogGone
+from expbuf_core.errors import (
+    BufferClosed,
+    BufferReplaced,
+    ConfigError,
+    CorruptionError,
+    InvalidExperience,
+    NotEnoughExperiences,
+    ReceiptExpired,
+    StorageError,
+    UnknownExperienceError,
+)
+from expbuf_core.experience import Experience
+from expbuf_core.filesystem import FileSystem
+from expbuf_core.intake import as_ids, checked_priorities, finite32, number, rewards
+from expbuf_core.plugins import PluginRegistry, default_registry
+from expbuf_core.results import (
+    PinnedExperiences,
+    Receipt,
+    SampleBatch,
+    SearchBatch,
+    SearchResult,
+)
+from expbuf_core.sampling import importance_weights, restore_rng, rng_state, success_rate
+from expbuf_core.session import RecoveryReport, Session
+from expbuf_core.tiers import search
+
+_PIN_TRIES = 5
+_fork_count = 0
+_open_buffers: weakref.WeakSet[ExperienceBuffer] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    global _fork_count
+    _fork_count += 1
+    for buffer in list(_open_buffers):
+        buffer._mutex = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class ExperienceBuffer:
+    """Keeps experiences, finds similar ones, tracks how useful they were, samples them for replay.
+
+    Bounded like `collections.deque(maxlen=max_size)`: when it is full, the oldest is evicted, from
+    store and index at once. Made by `open`. All methods may be called by several threads; several
+    processes may have one folder open. In a forked child it opens itself again at first use; it can
+    be pickled to a spawned one.
+
+    An acknowledged write is never lost: when a method that writes returns, its effect is durable at
+    the configured level (`durability`), and the next read in any process sees it.
+
+    Attributes:
+        config: As opened.
+        recovery: What opening found.
+    """
+
+    def __init__(self, session: Session, arguments: dict[str, Any]) -> None:
+        """Use `open`."""
+        self._session = session
+        self._arguments = arguments
+        self._mutex = threading.Lock()
+        self._forks = _fork_count
+        self._rng = np.random.default_rng(arguments.get("seed"))
+        self._submitter: concurrent.futures.ThreadPoolExecutor | None = None
+        _open_buffers.add(self)
+
+    # ------------------------------------------------------------ opening and closing
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        config: str | os.PathLike[str] | Mapping[str, Any] | BufferConfig | None = None,
+        mode: str = "a",
+        plugins: Sequence[object] = (),
+        lock: AbstractContextManager[object] | None = None,
+        seed: int | None = None,
+        filesystem: FileSystem | None = None,
+        **overrides: Any,
+    ) -> ExperienceBuffer:
+        """Open a buffer, and create it where there is none.
+
+        The folder knows its own dimensions, metric and fusion; what the configuration gives
+        besides must agree with them. `max_size` may change: a smaller one evicts the oldest.
+
+        Args:
+            path: Folder; None for the configuration's, else for a buffer in memory.
+            config: A YAML file, a mapping, or None for the defaults.
+            mode: "a" opens or creates, "x" creates, "r" reads only.
+            plugins: Plugin objects for this buffer alone, besides the installed ones.
+            lock: A context manager to hold around appends, besides the buffer's own locks.
+            seed: Of `sample`; None: of the operating system.
+            filesystem: Does all writing; for tests that record or fail it.
+            **overrides: Keys of the configuration (`max_size=10_000`, `index="exact"`).
+
+        Raises:
+            ConfigError: A setting is wrong, or contradicts the folder.
+            CorruptionError: Stored bytes are damaged; nothing was changed.
+            StorageError: The folder is none, is no buffer, or cannot be used.
+            LockTimeout: Another process holds the opening lock for too long.
+            PluginError: A selected backend cannot be used.
+        """
+        if mode not in ("r", "a", "x"):
+            raise ConfigError(f"mode = {mode!r}: must be 'r', 'a' or 'x'")
+        registry: PluginRegistry = default_registry()
+        if plugins:
+            registry = registry.with_plugins(plugins)
+        settings = load_config(config, overrides=overrides or None, registry=registry)
+        where = path if path is not None else settings.path
+        in_memory = where is None or settings.persistence.backend == "memory"
+        if in_memory and mode == "r":
+            raise ConfigError("a buffer in memory cannot be opened in mode 'r'")
+        resolved = None if in_memory else Path(os.path.abspath(os.fspath(where)))  # type: ignore[arg-type]
+        arguments = {
+            "config": settings,
+            "mode": mode,
+            "plugins": tuple(plugins),
+            "lock": lock,
+            "seed": seed,
+            "filesystem": filesystem,
+            "path": resolved,
+        }
+        return cls(_open_session(arguments, registry), arguments)
+
+    @classmethod
+    def load_from_disk(cls, path: str | os.PathLike[str], **arguments: Any) -> ExperienceBuffer:
+        """Open a buffer that must exist; arguments as for `open`.
+
+        Raises:
+            StorageError: There is no buffer at this path.
+        """
+        if folder.read_identity(Path(path)) is None:
+            raise StorageError(
+                f"{os.fspath(path)} is no buffer: it has no {folder.IDENTITY}; "
+                "ExperienceBuffer.open creates one"
+            )
+        return cls.open(path, **arguments)
+
+    def close(self) -> None:
+        """Make everything durable and let go. A second call does nothing.
+
+        Nothing is lost without it; closing spares the next opening the recovery.
+        """
+        if self._forks != _fork_count:
+            return
+        submitter, self._submitter = self._submitter, None
+        if submitter is not None:
+            submitter.shutdown(wait=True)
+        self._session.close()
+        _open_buffers.discard(self)
+
+    def __enter__(self) -> ExperienceBuffer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Callable[..., ExperienceBuffer], tuple[Any, ...]]:
+        if self._session.path is None:
+            raise TypeError("a buffer in memory cannot be pickled: nobody else can reach it")
+        if self._arguments["lock"] is not None or self._arguments["filesystem"] is not None:
+            raise TypeError("a buffer with a lock or file system of the caller's cannot be pickled")
+        arguments = {k: v for k, v in self._arguments.items() if k not in ("lock", "filesystem")}
+        return _unpickled, (arguments, self._session.uuid)
+
+    def _live(self) -> Session:
+        """The session of this process."""
+        session = self._session
+        if self._forks != _fork_count:
+            session = self._reopen_in_child()
+        if session.closed:
+            raise BufferClosed("the buffer is closed; open it again")
+        return session
+
+    def _reopen_in_child(self) -> Session:
+        with self._mutex:
+            if self._forks == _fork_count:
+                return self._session
+            parent = self._session
+            self._submitter = None
+            # The child must not repeat its parent's draws.
+            self._rng = np.random.default_rng()
+            if parent.path is None:
+                raise BufferClosed(
+                    "a buffer in memory belongs to the process that made it; open one here"
+                )
+            parent.abandon()
+            self._session = _open_session(self._arguments, parent.registry)
+            self._forks = _fork_count
+            return self._session
+
+    # ------------------------------------------------------------ facts
+
+    @property
+    def config(self) -> BufferConfig:
+        """The configuration it was opened with."""
+        return self._session.config
+
+    @property
+    def path(self) -> Path | None:
+        """Its folder; None in memory."""
+        return self._session.path
+
+    @property
+    def recovery(self) -> RecoveryReport:
+        """What opening found."""
+        return self._live().recovery
+
+    @property
+    def max_size(self) -> int:
+        """Most experiences that it holds."""
+        session = self._live()
+        session.refresh()
+        return int(session.replica.state.settings["max_size"])
+
+    @property
+    def lsn(self) -> int:
+        """Last operation that this process has applied, after looking for newer ones."""
+        session = self._live()
+        session.refresh()
+        return session.replica.state.lsn
+
+    def __len__(self) -> int:
+        session = self._live()
+        session.refresh()
+        return session.replica.state.count
+
+    def is_full(self) -> bool:
+        """Whether the next add evicts the oldest."""
+        return len(self) >= self.max_size
+
+    def __contains__(self, id_: object) -> bool:
+        if not isinstance(id_, int | np.integer):
+            return False
+        session = self._live()
+        session.refresh()
+        with session.replica.lock:
+            return session.replica.state.find_one(int(id_)) >= 0
+
+    def ids(self) -> NDArray[np.int64]:
+        """(n,) int64, oldest first."""
+        session = self._live()
+        session.refresh()
+        with session.replica.lock:
+            return session.replica.state.live_ids()
+
+    def __iter__(self) -> Iterator[Experience]:
+        """Experiences, oldest first, as of the beginning; those evicted meanwhile are left out."""
+        ids = self.ids()
+        for start in range(0, len(ids), 256):
+            experiences = self._pinned(ids[start : start + 256], missing="skip")
+            yield from experiences
+
+    def __repr__(self) -> str:
+        session = self._session
+        where = session.path or "in memory"
+        if session.closed:
+            return f"ExperienceBuffer({where}, closed)"
+        return f"ExperienceBuffer({where}, {session.replica.state.count} experiences)"
+
+    # ------------------------------------------------------------ writing
+
+    def add(self, experience: Experience, *, priority: float | None = None) -> int:
+        """Store one experience; it is found by the very next search, in every process.
+
+        Args:
+            experience: Its embeddings fix the buffer's dimensions if it is the first.
+            priority: Instead of the scorer's, finite and at least 0.
+
+        Returns:
+            Its id, for life.
+
+        Raises:
+            InvalidExperience: Something in it cannot be stored; nothing was written.
+            StorageError: It was not stored (StorageFull: there is no room).
+        """
+        if not isinstance(experience, Experience):
+            raise InvalidExperience(f"expected an Experience, found a {type(experience).__name__}")
+        session = self._live()
+        intake = session.intake(experience.v_embed, experience.q_embed)
+        if intake is None:
+            raise InvalidExperience("an experience needs v_embed, q_embed, or both")
+        return session.commit(intake.one(experience, priority))[1]
+
+    def add_many(
+        self,
+        experiences: Iterable[Experience] | Mapping[str, Any],
+        *,
+        priorities: ArrayLike | Sequence[float | None] | None = None,
+    ) -> NDArray[np.int64]:
+        """Store several experiences in one commit: all of them, or none.
+
+        Args:
+            experiences: Experiences; or, faster, a mapping of columns: `v_embed` (n, v_dim) and
+                `q_embed` (n, q_dim) arrays, `confidence`, `timestamp`, `rewards` (n,) (NaN:
+                unknown) or a mapping of such by component, `question`, `answer`, `trajectory`,
+                `metadata`, `tags`, `image`, `key`, `probabilities` with n entries each.
+            priorities: (n,) instead of the scorer's; None entries are left to it.
+
+        Returns:
+            (n,) int64 ids, consecutive.
+
+        Raises:
+            InvalidExperience: Something in one of them cannot be stored; nothing was written.
+            StorageError: None was stored.
+        """
+        session = self._live()
+        if isinstance(experiences, Mapping):
+            intake = session.intake(experiences.get("v_embed"), experiences.get("q_embed"))
+            if intake is None:
+                raise InvalidExperience("the columns need v_embed, q_embed, or both")
+            draft = intake.columns(experiences, priorities)
+        else:
+            items = list(experiences)
+            if not items:
+                return np.empty(0, np.int64)
+            first = items[0]
+            if not isinstance(first, Experience):
+                raise InvalidExperience(f"expected an Experience, found a {type(first).__name__}")
+            intake = session.intake(first.v_embed, first.q_embed)
+            if intake is None:
+                raise InvalidExperience("an experience needs v_embed, q_embed, or both")
+            given = None if priorities is None else list(priorities)  # type: ignore[arg-type]
+            draft = intake.many(items, given)
+        n = len(draft.content_crcs)
+        if n == 0:
+            return np.empty(0, np.int64)
+        first_id = session.commit(draft)[1]
+        return np.arange(first_id, first_id + n)
+
+    def submit(self, experience: Experience) -> concurrent.futures.Future[int]:
+        """Store one experience without waiting for the disk.
+
+        Returns:
+            A future of its id, resolved when the add is acknowledged; submissions that wait
+            together share one flush. `asyncio.wrap_future` makes it awaitable.
+        """
+        self._live()
+        with self._mutex:
+            if self._submitter is None:
+                self._submitter = concurrent.futures.ThreadPoolExecutor(
+                    max_workers=8, thread_name_prefix="expbuf-submit"
+                )
+            return self._submitter.submit(self.add, experience)
+
+    def sync(self) -> int:
+        """Make durable everything written so far, by any process, at any level.
+
+        Returns:
+            The LSN up to which all is on disk.
+        """
+        return self._live().commit_log.sync()
+
+    def remove(self, ids: ArrayLike | Iterable[int]) -> int:
+        """Remove experiences from store and index.
+
+        Returns:
+            How many there were; those that are gone already are skipped.
+
+        Raises:
+            UnknownExperienceError: One of the ids was never issued; nothing was removed.
+        """
+        session, array = self._known_ids(ids)
+        if not len(array):
+            return 0
+        return session.commit(Draft(codec.encode_remove(array), weight=len(array)))[2]
+
+    def clear(self) -> int:
+        """Remove everything; ids go on where they were. Returns how many there were."""
+        session = self._live()
+        return session.commit(Draft(codec.encode_clear()))[2]
+
+    def update_priorities(self, ids: ArrayLike | Iterable[int], priorities: ArrayLike) -> int:
+        """Set priorities; of an id that is given twice, the last counts.
+
+        Args:
+            ids: (n,)
+            priorities: (n,) finite, at least 0.
+
+        Returns:
+            To how many it was applied; evicted and removed ids are skipped.
+
+        Raises:
+            UnknownExperienceError: One of the ids was never issued; nothing was changed.
+            InvalidExperience: A priority is negative, NaN or infinite; nothing was changed.
+        """
+        session, array = self._known_ids(ids)
+        values = checked_priorities(priorities, len(array))
+        if not len(array):
+            return 0
+        return session.commit(Draft(codec.encode_priority(array, values), weight=0))[2]
+
+    def update_rewards(
+        self,
+        ids: ArrayLike | Iterable[int],
+        values: ArrayLike | Sequence[Mapping[str, float] | float],
+    ) -> int:
+        """Set the rewards of experiences; their priorities are computed anew.
+
+        Args:
+            ids: (n,)
+            values: n numbers, or mappings of named components.
+
+        Returns:
+            To how many it was applied; evicted and removed ids are skipped.
+
+        Raises:
+            UnknownExperienceError: One of the ids was never issued; nothing was changed.
+            InvalidExperience: A reward is not a finite number; nothing was changed.
+        """
+        session, array = self._known_ids(ids)
+        as_array = codec.to_numpy(values)
+        items = list(as_array.tolist() if as_array is not None else values)  # type: ignore[arg-type]
+        if len(items) != len(array):
+            raise InvalidExperience(f"{len(items)} rewards for {len(array)} ids")
+        if not len(array):
+            return 0
+        parsed = [rewards(item) for item in items]
+        totals = np.array([total for total, _ in parsed], np.float64)
+        if np.isnan(totals).any():
+            raise InvalidExperience("rewards: None is not a reward; nothing was written")
+        components = {
+            str(id_): named
+            for id_, item, (_, named) in zip(array.tolist(), items, parsed, strict=True)
+            if isinstance(item, Mapping) and named is not None
+        }
+        priorities = self._rescored(session, array, totals)
+        operation = codec.encode_reward(array, totals, priorities, components or None)
+        return session.commit(Draft(operation, weight=0))[2]
+
+    def _rescored(
+        self, session: Session, ids: NDArray[np.int64], totals: NDArray[np.float64]
+    ) -> NDArray[np.float32]:
+        """Priorities by the scorer, from stored confidence and probabilities and new rewards."""
+        intake = session.intake()
+        if intake is None:
+            return np.zeros(len(ids), np.float32)
+        now = _now()
+        with session.replica.lock:
+            state = session.replica.state
+            slots = state.find(ids)
+            live = slots >= 0
+            confidence = np.where(live, state.confidence[slots], 0.0).astype(np.float32)
+            age = np.where(live, np.maximum(now - state.timestamp[slots], 0.0), 0.0)
+        probabilities: list[NDArray[np.float32] | None] = [None] * len(ids)
+        experiences = self._pinned(ids[live], missing="skip")
+        stored = {
+            int(id_): experiences.row(i).fields.get("probabilities")
+            for i, id_ in enumerate(experiences.ids.tolist())
+        }
+        for i, id_ in enumerate(ids.tolist()):
+            probabilities[i] = stored.get(id_)
+        return intake.score(confidence, totals, probabilities, age.astype(np.float32))
+
+    def record_outcome(
+        self,
+        receipt_or_ids: Receipt | str | ArrayLike | Iterable[int],
+        *,
+        success: bool,
+        credit: ArrayLike | Mapping[int, float] | None = None,
+    ) -> int:
+        """Count a retrieval for the experiences that were used, and a success if there was one.
+
+        `retrieval_count` rises by 1 for each; `success_count` by its credit if `success`. With a
+        receipt this happens exactly once, however often it is repeated, in whatever process, also
+        across a crash.
+
+        Args:
+            receipt_or_ids: A search's receipt, its text form, or ids (counted at every call).
+            success: Whether the consensus they took part in was right.
+            credit: What part of the success is due to each: one number in [0, 1] for all, (n,) in
+                the order of the ids, or a mapping by id (others get 0). Default: 1 each.
+
+        Returns:
+            How many were counted; 0 for a receipt that was counted before.
+
+        Raises:
+            ReceiptExpired: The receipt is older than those that are remembered.
+            UnknownExperienceError: An id was never issued.
+            InvalidExperience: The receipt is another buffer's, or a credit is out of bounds.
+        """
+        token, lsn = b"", 0
+        if isinstance(receipt_or_ids, str):
+            receipt_or_ids = Receipt.parse(receipt_or_ids)
+        if isinstance(receipt_or_ids, Receipt):
+            receipt = receipt_or_ids
+            session = self._live()
+            if receipt.buffer != session.uuid[:8].hex():
+                raise InvalidExperience("the receipt is of another buffer; nothing was counted")
+            token, lsn = bytes.fromhex(receipt.token), receipt.lsn
+            session.refresh()
+            with session.replica.lock:
+                state = session.replica.state
+                if token in state.receipts:
+                    return 0
+                if lsn < state.receipts_horizon:
+                    raise ReceiptExpired(
+                        f"the receipt is of lsn {lsn}; receipts are remembered back to lsn "
+                        f"{state.receipts_horizon} (receipts_kept = "
+                        f"{state.settings['receipts_kept']}); nothing was counted"
+                    )
+            ids: Any = np.array(receipt.ids, np.int64)
+        else:
+            ids = receipt_or_ids
+        session, array = self._known_ids(ids)
+        credits = _credits(credit, array)
+        if not len(array):
+            return 0
+        outcome = OutcomeBody(token or bytes(16), lsn, bool(success), array, credits)
+        return session.commit(Draft(codec.encode_outcome(outcome), weight=0))[2]
+
+    def add_to_index(self, ids: ArrayLike | Iterable[int]) -> int:
+        """See that stored experiences are indexed; they are, so this is idempotent.
+
+        An add is indexed at once. What is left to do is where derived data were lost: vectors that
+        no tier holds are fused again from the payloads.
+
+        Returns:
+            How many of the ids are live, and so indexed.
+
+        Raises:
+            UnknownExperienceError: One of the ids was never issued.
+        """
+        session, array = self._known_ids(ids)
+        intake = session.intake()
+        if intake is None:
+            return 0
+        with session.replica.lock:
+            live = array[session.replica.state.find(array) >= 0]
+            _, found = session.replica.tiers.vectors_of(np.unique(live))
+            if not found.all():
+                session.replica.fill(intake.refuse)
+        return len(live)
+
+    def _known_ids(self, ids: Any) -> tuple[Session, NDArray[np.int64]]:
+        session = self._live()
+        array = as_ids(ids)
+        session.refresh()
+        if len(array):
+            next_id = session.replica.state.next_id
+            bad = array[(array < 0) | (array >= next_id)]
+            if len(bad):
+                raise UnknownExperienceError(
+                    f"id {bad[0]} was never issued; ids so far are below {next_id}", id=int(bad[0])
+                )
+        return session, array
+
+    # ------------------------------------------------------------ reading
+
+    def get(self, id_: int) -> Experience:
+        """One experience by its id.
+
+        Raises:
+            UnknownExperienceError: It was never issued, or is evicted or removed.
+            CorruptionError: Its payload is damaged.
+        """
+        if isinstance(id_, bool) or not isinstance(id_, int | np.integer):
+            raise InvalidExperience(f"an id is an integer, not {id_!r}")
+        self._known_ids([int(id_)])
+        return self._pinned(np.array([id_], np.int64), missing="raise")[0]
+
+    def __getitem__(self, id_: int) -> Experience:
+        return self.get(id_)
+
+    def _pinned(
+        self,
+        ids: NDArray[np.int64],
+        *,
+        missing: str,
+        slots: NDArray[np.int64] | None = None,
+    ) -> PinnedExperiences:
+        """Experiences by id, held on to. `missing`: "raise" or "skip"."""
+        session = self._live()
+        for attempt in range(_PIN_TRIES):
+            with session.replica.lock:
+                state = session.replica.state
+                found = state.find(ids) if slots is None else slots
+                present = found >= 0
+                if missing == "raise" and not present.all():
+                    gone = int(ids[~present][0])
+                    raise UnknownExperienceError(
+                        f"experience {gone} is no longer here: it was evicted or removed", id=gone
+                    )
+                chosen = PinnedExperiences(ids[present], found[present], state)
+            try:
+                chosen.pin(session.adapter.pin(chosen.ids, chosen.locations, chosen.lengths))
+                return chosen
+            except LogGone:
+                # Evicted and deleted since: look again at what there is.
+                slots = None
+                session.refresh()
+                if attempt == _PIN_TRIES - 1:
+                    raise CorruptionError(
+                        f"payloads of experiences {chosen.ids[:5].tolist()} are gone though they "
+                        "are live; run `expbuf verify`",
+                        path=session.path,
+                    ) from None
+        raise AssertionError("unreachable")
+
+    def search_index(
+        self,
+        *,
+        v_embed: Any = None,
+        q_embed: Any = None,
+        hybrid_embed: Any = None,
+        k: int | None = None,
+        exclude: ArrayLike | Iterable[int] = (),
+    ) -> SearchResult:
+        """Find the k most similar experiences. Sees everything that was acknowledged before.
+
+        Args:
+            v_embed: (v_dim,); may be left out, which counts as zeros.
+            q_embed: (q_dim,); likewise.
+            hybrid_embed: (dim,) a fused vector, instead of both.
+            k: At least 1; default: `inference.k` of the configuration.
+            exclude: Ids to leave out.
+
+        Returns:
+            Up to k hits, the most similar first: k whenever k live experiences are left.
+
+        Raises:
+            InvalidExperience: k < 1, or an embedding is wrong.
+        """
+        session = self._live()
+        session.refresh()
+        k = self._checked_k(k)
+        ids, similarities = self._search(session, v_embed, q_embed, hybrid_embed, k, exclude, 1)
+        found = ids[0] >= 0
+        chosen = self._pinned(ids[0][found], missing="skip")
+        values = similarities[0][found]
+        if len(chosen) != len(values):  # removed since, by another thread
+            values = values[np.isin(ids[0][found], chosen.ids)]
+        sampling = session.config.sampling
+        rates = success_rate(
+            chosen.values.retrieval_count,
+            chosen.values.success_count,
+            sampling.success_prior,
+            sampling.success_prior_count,
+        )
+        numbers = tuple(chosen.ids.tolist())
+        receipt = Receipt.new(session.uuid[:8].hex(), session.replica.state.lsn, numbers)
+        return SearchResult(chosen, values, rates, receipt)
+
+    def search_many(
+        self,
+        *,
+        v_embed: Any = None,
+        q_embed: Any = None,
+        hybrid_embed: Any = None,
+        k: int | None = None,
+        exclude: ArrayLike | Iterable[int] = (),
+    ) -> SearchBatch:
+        """Find the k most similar experiences for each of n queries.
+
+        Args:
+            v_embed: (n, v_dim)
+            q_embed: (n, q_dim)
+            hybrid_embed: (n, dim) instead of both.
+            k: As for `search_index`.
+            exclude: As for `search_index`, for all queries.
+
+        Returns:
+            ids (n, k) int64 padded with -1, similarities (n, k) float32 padded with -inf, n
+            receipts.
+        """
+        session = self._live()
+        session.refresh()
+        k = self._checked_k(k)
+        ids, similarities = self._search(session, v_embed, q_embed, hybrid_embed, k, exclude, 2)
+        prefix, lsn = session.uuid[:8].hex(), session.replica.state.lsn
+        receipts = [
+            Receipt.new(prefix, lsn, tuple(id_ for id_ in row if id_ >= 0)) for row in ids.tolist()
+        ]
+        return SearchBatch(ids, similarities, receipts)
+
+    def _checked_k(self, k: int | None) -> int:
+        if k is None:
+            return int(self.config.inference.k)
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise InvalidExperience(f"k must be an integer of at least 1, not {k!r}")
+        return int(k)
+
+    def _search(
+        self, session: Session, v: Any, q: Any, hybrid: Any, k: int, exclude: Any, rank: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        intake = session.intake()
+        if intake is None:  # nothing was ever added
+            m = 1
+            for value in (v, q, hybrid):
+                if value is not None and rank == 2:
+                    m = len(value)
+            return np.full((m, k), -1, np.int64), np.full((m, k), -np.inf, np.float32)
+        queries = intake.query(v, q, hybrid, rank=rank)
+        replica = session.replica
+        with replica.lock:
+            view, count = replica.tiers.view(), replica.state.count
+        left_out = as_ids(exclude)
+        wanted = min(k + len(left_out), max(count, 1))
+        ids, similarities = search(view, intake.metric, queries, wanted)
+        if len(left_out):
+            similarities = np.where(np.isin(ids, left_out), -np.inf, similarities)
+        with replica.lock:  # the last filter: what is live now
+            gone = replica.state.find(ids.reshape(-1)).reshape(ids.shape) < 0
+        similarities = np.where(gone | (ids < 0), -np.inf, similarities)
+        order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+        ids = np.take_along_axis(ids, order, 1)
+        similarities = np.take_along_axis(similarities, order, 1)
+        ids = np.where(np.isneginf(similarities), -1, ids)
+        if ids.shape[1] < k:
+            pad = ((0, 0), (0, k - ids.shape[1]))
+            ids = np.pad(ids, pad, constant_values=-1)
+            similarities = np.pad(similarities, pad, constant_values=-np.inf)
+        return ids, similarities
+
+    # ------------------------------------------------------------ sampling
+
+    def sample(
+        self,
+        batch_size: int,
+        *,
+        beta: float | None = None,
+        rng: np.random.Generator | None = None,
+        replace: bool = True,
+        uniform: bool = False,
+    ) -> SampleBatch:
+        """Draw experiences in proportion to their sampling weight.
+
+        P(i) = w_i / sum(w); is_weight_i = (N * P(i)) ** -beta, divided by the batch's maximum
+        (Schaul et al. 2016, section 3.4). Sees every commit up to `batch.lsn`. Cost
+        O(batch_size * log N).
+
+        Args:
+            batch_size: At least 1.
+            beta: In [0, 1]; 0 turns the correction off. Default: the configured value.
+            rng: A stream of the caller's; default: the buffer's own (see `seed` of `open`).
+            replace: False: no experience twice.
+            uniform: Without regard to priorities.
+
+        Returns:
+            `ids` (batch_size,) int64, `is_weights` (batch_size,) float32 in (0, 1], lazily decoded
+            experiences.
+
+        Raises:
+            NotEnoughExperiences: The buffer is empty, or too small for `replace=False`.
+            InvalidExperience: batch_size < 1, or beta is out of bounds.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
+            raise InvalidExperience(f"batch_size must be an integer, not {batch_size!r}")
+        if batch_size < 1:
+            raise InvalidExperience(f"batch_size must be at least 1, not {batch_size}")
+        session = self._live()
+        beta = session.config.sampling.beta if beta is None else number(beta, "beta", 0.0, 1.0)
+        session.refresh()
+        for _ in range(_PIN_TRIES):
+            with session.replica.lock:
+                state, sampler = session.replica.state, session.replica.sampler
+                if state.count == 0:
+                    raise NotEnoughExperiences("the buffer is empty: nothing can be sampled")
+                stream = self._rng if rng is None else rng
+                if uniform and replace:
+                    draw = sampler.uniform(int(batch_size), rng=stream)
+                elif not replace:
+                    draw = sampler.draw_without_replacement(int(batch_size), rng=stream)
+                else:
+                    draw = sampler.draw(int(batch_size), rng=stream)
+                n, lsn = state.count, state.lsn
+                chosen = PinnedExperiences(state.id[draw.slots], draw.slots, state)
+            try:
+                chosen.pin(session.adapter.pin(chosen.ids, chosen.locations, chosen.lengths))
+                break
+            except LogGone:
+                session.refresh()
+        else:
+            raise CorruptionError("payloads of live experiences are gone; run `expbuf verify`")
+        return SampleBatch(
+            chosen, importance_weights(draw.probabilities, n, beta), draw.probabilities, lsn
+        )
+
+    def rng_state(self) -> dict[str, Any]:
+        """State of the buffer's random stream, JSON-like; `set_rng_state` restores it."""
+        return rng_state(self._rng)
+
+    def set_rng_state(self, state: Mapping[str, Any]) -> None:
+        """Go on drawing where `rng_state` was taken."""
+        self._rng = restore_rng(dict(state))
+
+    # ------------------------------------------------------------ upkeep
+
+    def save_snapshot(self) -> int:
+        """Write a snapshot and drop the logs that it replaces; writers go on meanwhile.
+
+        Returns:
+            The LSN it stands for.
+        """
+        return self._live().snapshot()
+
+    def rebuild_index(self) -> bool:
+        """Build the index now, in this process; searches go on meanwhile.
+
+        Returns:
+            False if there is nothing to build, or another builder is at it.
+        """
+        return self._live().build_index()
+
+    def stats(self) -> dict[str, Any]:
+        """Facts worth showing, JSON-like."""
+        session = self._live()
+        session.refresh()
+        replica, words = session.replica, session.control.words
+        with replica.lock:
+            state, tiers = replica.state, replica.tiers
+            live = state.live_slots()
+            known = ~np.isnan(state.reward[live])
+            facts: dict[str, Any] = {
+                "experiences": state.count,
+                "max_size": int(state.settings["max_size"]),
+                "total_added": state.total_added,
+                "next_id": state.next_id,
+                "lsn": state.lsn,
+                "durable_lsn": int(words[c.DURABLE]),
+                "appended_lsn": int(words[c.APPENDED]),
+                "snapshot_lsn": int(words[c.SNAPSHOT_LSN]),
+                "settings": dict(state.settings),
+                "rewards_known": int(np.count_nonzero(known)),
+                "mean_reward": float(state.reward[live][known].mean()) if known.any() else None,
+                "retrievals": int(state.retrieval_count[live].sum(dtype=np.int64)),
+                "successes": float(state.success_count[live].sum(dtype=np.float64)),
+                "index": {
+                    "lsn": tiers.lsn,
+                    "tail_rows": tiers.tail_rows,
+                    "segments": [
+                        {
+                            "name": segment.info.name,
+                            "backend": segment.info.backend,
+                            "rows": segment.info.rows,
+                            "dead": segment.dead,
+                            **segment.index.info(),
+                        }
+                        for segment in tiers.segments
+                    ],
+                    "builder_failures": int(words[c.BUILDER_FAILURES]),
+                },
+                "log_retirements": int(words[c.RETIREMENTS]),
+            }
+        facts["storage"] = session.adapter.stats()
+        facts["flush_error"] = session.commit_log.flush_error if session.writable else None
+        return facts
+
+
+def _open_session(arguments: Mapping[str, Any], registry: PluginRegistry) -> Session:
+    session = Session(
+        arguments["path"],
+        arguments["config"],
+        registry,
+        mode="a" if arguments["mode"] == "x" and arguments.get("opened") else arguments["mode"],
+        lock=arguments["lock"],
+        fs=arguments["filesystem"] or FileSystem(),
+    )
+    session.open()
+    if isinstance(arguments, dict):
+        arguments["opened"] = True
+    return session
+
+
+def _unpickled(arguments: dict[str, Any], uuid: bytes) -> ExperienceBuffer:
+    """Open in another process what was pickled in one."""
+    plugins = arguments["plugins"]
+    registry = default_registry()
+    if plugins:
+        registry = registry.with_plugins(plugins)
+    complete = {**arguments, "lock": None, "filesystem": None, "mode": "a" if arguments["mode"] == "x" else arguments["mode"]}  # fmt: skip
+    identity = folder.read_identity(arguments["path"])
+    if identity is None or identity.uuid != uuid:
+        raise BufferReplaced(f"{arguments['path']} no longer holds the buffer that was pickled")
+    return ExperienceBuffer(_open_session(complete, registry), complete)
+
+
+def _credits(credit: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    n = len(ids)
+    if credit is None:
+        return np.ones(n, np.float32)
+    if isinstance(credit, Mapping):
+        values = np.array([number(credit.get(i, 0.0), "credit", 0, 1) for i in ids.tolist()])
+    elif isinstance(credit, int | float):
+        values = np.full(n, number(credit, "credit", 0.0, 1.0))
+    else:
+        array = codec.to_numpy(credit)
+        items = array.tolist() if array is not None else list(credit)
+        if len(items) != n:
+            raise InvalidExperience(f"{len(items)} credits for {n} experiences")
+        values = np.array([number(x, "credit", 0.0, 1.0) for x in items])
+    return finite32(values.astype(np.float64), "credit")
+
+
+def _now() -> float:
+    import time
+
+    return time.time()

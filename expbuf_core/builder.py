@@ -1,0 +1,114 @@
+"""The index builder as a process of its own: lowest priority, one thread, one a buffer.
+
+    python -m expbuf_core builder FOLDER
+
+A process of its own (and a subprocess, not `multiprocessing`: scripts without a main guard must
+work) so that rebuilding costs readers nothing. It ends when it has been idle for a while. Killed at
+any moment it leaves the old index in place, and the next one goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from expbuf_core import control as c
+from expbuf_core.config_schema import BufferConfig
+from expbuf_core.errors import ExpbufError, LockTimeout
+
+_log = logging.getLogger("expbuf")
+_POLL_S = 0.05
+
+
+def command(path: Path | None, config: BufferConfig) -> list[str]:
+    """Command line of a builder for this buffer."""
+    index = config.index.model_dump(mode="json")
+    wanted = {
+        "index": {**index, "builder": "external"},
+        "snapshot": config.snapshot.model_dump(mode="json"),
+        "lock_timeout_s": config.lock_timeout_s,
+    }
+    return [
+        sys.executable,
+        "-m",
+        "expbuf_core",
+        "builder",
+        str(path),
+        "--config",
+        json.dumps(wanted),
+    ]
+
+
+class IndexBuilder:
+    """Builds the index of one buffer whenever enough has changed.
+
+    Args:
+        path: Folder of the buffer.
+        config: As `command` passes it on: sections `index` and `snapshot`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], config: dict[str, Any] | None = None) -> None:
+        from expbuf_core.buffer import ExperienceBuffer
+
+        self.buffer = ExperienceBuffer.load_from_disk(path, config=config or {})
+        self._session = self.buffer._live()
+
+    def run(self, *, idle_s: float) -> int:
+        """Build until nothing has been due for `idle_s`; the number of builds."""
+        session = self._session
+        builds = 0
+        idle_since = time.monotonic()
+        seen = -1
+        while time.monotonic() - idle_since < idle_s:
+            words = session.control.words
+            if words[c.APPENDED] != seen:
+                seen = int(words[c.APPENDED])
+                session.refresh()
+                idle_since = time.monotonic()
+            if self.due():
+                if not session.build_index():
+                    return builds  # another builder is at it
+                builds += 1
+                continue
+            if words[c.APPENDED] - words[c.SNAPSHOT_LSN] >= session.config.snapshot.every_ops:
+                session.snapshot()
+            time.sleep(_POLL_S)
+        return builds
+
+    def due(self) -> bool:
+        """Whether enough has changed since the published index."""
+        replica, index = self._session.replica, self._session.config.index
+        dead = sum(segment.dead for segment in replica.tiers.segments)
+        rows = sum(segment.info.rows for segment in replica.tiers.segments)
+        return replica.tiers.tail_rows >= index.rebuild_every or dead >= max(
+            index.rebuild_every, index.growth * rows
+        )
+
+    def close(self) -> None:
+        """Let go of the buffer."""
+        self.buffer.close()
+
+
+def main(path: str, config: str | None, idle_s: float | None) -> int:
+    """Entry point of the process; its exit code."""
+    os.nice(19)
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        builder = IndexBuilder(path, json.loads(config) if config else None)
+    except (ExpbufError, LockTimeout) as exc:
+        _log.error("the index builder cannot open %s: %s", path, exc)
+        return 1
+    try:
+        idle = idle_s if idle_s is not None else float(builder.buffer.config.index.idle_s)
+        builder.run(idle_s=idle)
+    except Exception:
+        _log.exception("the index builder of %s ended with an error", path)
+        return 1
+    finally:
+        builder.close()
+    return 0

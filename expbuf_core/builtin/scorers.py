@@ -1,0 +1,102 @@
+"""Scorers of initial priority."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+from expbuf_core.contracts import ScoringBatch
+
+
+class WeightedSumSettings(BaseModel, extra="forbid", frozen=True):
+    """Weights of the three parts of the initial priority."""
+
+    uncertainty_weight: float = Field(
+        0.4, ge=0, allow_inf_nan=False, description="Weight of P_uncertainty, in [0, 1]."
+    )
+    reward_weight: float = Field(
+        0.4, ge=0, allow_inf_nan=False, description="Weight of P_reward, |total reward| scaled."
+    )
+    age_weight: float = Field(
+        0.2, ge=0, allow_inf_nan=False, description="Weight of P_age, in [0, 1); 0 at insertion."
+    )
+    reward_scale: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="P_reward = reward_scale · |total reward|."
+    )
+    age_half_life_s: float = Field(
+        86_400.0, gt=0, allow_inf_nan=False, description="Age in seconds at which P_age is 1/2."
+    )
+
+
+class WeightedSumScorer:
+    """Priority by uncertainty, reward and age.
+
+    P_age = 1 − 2^(−age / age_half_life_s) rises with age: it lifts an experience whose reward came
+    late above the new ones of equal worth, which have many draws still before them.
+    """
+
+    def __init__(self, settings: WeightedSumSettings) -> None:
+        self._settings = settings
+
+    def _calculate_initial_priority(self, batch: ScoringBatch) -> NDArray[np.float64]:
+        s = self._settings
+        priority = s.uncertainty_weight * _uncertainty(batch)
+        priority += (s.reward_weight * s.reward_scale) * np.abs(_reward(batch))
+        if s.age_weight and batch.age.any():
+            age = np.maximum(batch.age, 0)  # clocks may disagree
+            priority += s.age_weight * -np.expm1(age * (-np.log(2) / s.age_half_life_s))
+        return priority
+
+    __call__ = _calculate_initial_priority
+
+
+class AbsoluteRewardSettings(BaseModel, extra="forbid", frozen=True):
+    """Settings of `AbsoluteReward`."""
+
+    reward_scale: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Priority for a total reward of 1 or −1."
+    )
+    floor: float = Field(
+        0.01, ge=0, allow_inf_nan=False, description="Added to every priority, also without reward."
+    )
+
+
+class AbsoluteReward:
+    """Priority by |total reward| alone: what went very well or very badly is replayed first."""
+
+    def __init__(self, settings: AbsoluteRewardSettings) -> None:
+        self._settings = settings
+
+    def __call__(self, batch: ScoringBatch) -> NDArray[np.float64]:
+        """Return (n,) priorities; see `PriorityScorer`."""
+        return np.abs(_reward(batch)) * self._settings.reward_scale + self._settings.floor
+
+
+def _reward(batch: ScoringBatch) -> NDArray[np.float64]:
+    """(n,) total rewards; 0 where unknown. Wide, so that scaling cannot overflow."""
+    return np.where(batch.reward_known, batch.total_reward, 0).astype(np.float64)
+
+
+def _uncertainty(batch: ScoringBatch) -> NDArray[np.float64]:
+    """(n,) normalised entropy where probabilities are given, else 1 − confidence; in [0, 1]."""
+    uncertainty = 1.0 - batch.confidence.astype(np.float64)
+    rows = [i for i, p in enumerate(batch.probabilities) if p is not None]
+    if rows:
+        uncertainty[rows] = _normalised_entropy([batch.probabilities[i] for i in rows])
+    return uncertainty
+
+
+def _normalised_entropy(
+    distributions: Sequence[NDArray[np.float32] | None],
+) -> NDArray[np.float64]:
+    """H(p) / log(classes) of each, in [0, 1]; one class alone is certain."""
+    p = np.concatenate(distributions, dtype=np.float64)  # type: ignore[arg-type]
+    classes = np.array([len(d) for d in distributions if d is not None])
+    starts = np.concatenate(([0], np.cumsum(classes)[:-1]))
+    # p · log p is 0 at 0, where the logarithm is not defined.
+    entropy = -np.add.reduceat(p * np.log(np.where(p > 0, p, 1.0)), starts)
+    normalised: NDArray[np.float64] = entropy / np.log(np.maximum(classes, 2))
+    return normalised.clip(0.0, 1.0)

@@ -1,0 +1,461 @@
+"""Experiences and operations to bytes, and back. Nothing here can run code.
+
+Rows hold what is decoded on demand (embeddings, question, answer, trajectory, …); bodies hold what
+every replica needs to apply an operation. Trees are JSON with numpy arrays and bytes set aside:
+`{"$nd": i}`, `{"$bytes": i}` and `{"$tuple": [...]}` stand in for them, and a key of the user's
+that begins with "$" gets a second one.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expbuf_core.contracts import Buffer, Operation
+from expbuf_core.errors import CorruptionError, FormatVersionError, InvalidExperience
+from expbuf_core.frames import ROW_HEADER_BYTES
+
+# Kinds of operations; also the names that the event `expbuf_on_committed` uses.
+SETTINGS, ADD, REMOVE, PRIORITY, REWARD, OUTCOME, CLEAR, RESERVE, RELOG = range(1, 10)
+KIND_NAMES = {
+    SETTINGS: "settings",
+    ADD: "add",
+    REMOVE: "remove",
+    PRIORITY: "priority",
+    REWARD: "reward",
+    OUTCOME: "outcome",
+    CLEAR: "clear",
+    RESERVE: "reserve",
+    RELOG: "relog",
+}
+
+MAX_DEPTH = 100
+_NO_ROWS = np.empty(0, np.uint32)
+
+
+# ---------------------------------------------------------------- trees
+
+
+def pack_tree(tree: Any, attachments: list[bytes], where: str) -> Any:
+    """Make a tree JSON can hold; arrays and bytes go to `attachments`.
+
+    Raises:
+        InvalidExperience: Something in it is no JSON-like value; the message says where.
+    """
+    return _pack(tree, attachments, where, 0)
+
+
+def _pack(tree: Any, attachments: list[bytes], where: str, depth: int) -> Any:
+    kind = type(tree)
+    if tree is None or kind is str or kind is bool or kind is float or kind is int:
+        return tree
+    if depth > MAX_DEPTH:
+        raise InvalidExperience(f"{where}: nested deeper than {MAX_DEPTH} levels")
+    if kind is list:
+        return [_pack(item, attachments, where, depth + 1) for item in tree]
+    if isinstance(tree, Mapping):
+        packed = {}
+        for key, value in tree.items():
+            if not isinstance(key, str):
+                raise InvalidExperience(
+                    f"{where}: keys must be strings, found {key!r} of type {type(key).__name__}"
+                )
+            packed["$" + key if key.startswith("$") else key] = _pack(
+                value, attachments, where, depth + 1
+            )
+        return packed
+    if isinstance(tree, tuple):
+        return {"$tuple": [_pack(item, attachments, where, depth + 1) for item in tree]}
+    if isinstance(tree, np.generic):
+        return _pack(tree.item(), attachments, where, depth + 1)
+    if isinstance(tree, bytes | bytearray | memoryview):
+        attachments.append(bytes(tree))
+        return {"$bytes": len(attachments) - 1}
+    if isinstance(tree, str):
+        return str(tree)
+    if isinstance(tree, bool | int | float):  # subclasses: enums and the like
+        return tree + 0
+    if isinstance(tree, list):
+        return [_pack(item, attachments, where, depth + 1) for item in tree]
+    array = to_numpy(tree)
+    if array is None or array.dtype.hasobject:
+        raise InvalidExperience(
+            f"{where}: cannot store a {type(tree).__name__}; use None, bool, int, float, str, "
+            "bytes, list, tuple, dict with string keys, or numeric arrays"
+        )
+    array = np.ascontiguousarray(array)
+    attachments.append(array.tobytes())
+    return {"$nd": len(attachments) - 1, "dtype": array.dtype.str, "shape": list(array.shape)}
+
+
+def unpack_tree(tree: Any, attachments: Sequence[Buffer]) -> Any:
+    """The inverse of `pack_tree`."""
+    if isinstance(tree, list):
+        return [unpack_tree(item, attachments) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "$nd" in tree:
+        dtype = np.dtype(str(tree["dtype"]))
+        if dtype.hasobject:
+            raise ValueError("an array of objects")
+        data = attachments[tree["$nd"]]
+        return np.frombuffer(bytearray(data), dtype).reshape(tree["shape"])
+    if "$bytes" in tree:
+        return bytes(attachments[tree["$bytes"]])
+    if "$tuple" in tree:
+        return tuple(unpack_tree(item, attachments) for item in tree["$tuple"])
+    return {
+        key[1:] if key.startswith("$$") else key: unpack_tree(value, attachments)
+        for key, value in tree.items()
+    }
+
+
+_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
+
+
+def dump_json(tree: Any) -> bytes:
+    """Compact UTF-8; lone surrogates survive."""
+    return _encoder.encode(tree).encode("utf-8", "surrogatepass")
+
+
+def load_json(data: Buffer) -> Any:
+    """The inverse of `dump_json`."""
+    return json.loads(bytes(data).decode("utf-8", "surrogatepass"))
+
+
+# ---------------------------------------------------------------- arrays from anywhere
+
+
+def to_numpy(value: Any) -> NDArray[Any] | None:
+    """A numpy array of a value that is one, behaves like one, or is a torch tensor; else None.
+
+    Torch is never imported: a tensor is known by its methods. It may lie on a device, carry a
+    gradient, and be bfloat16, which numpy lacks.
+    """
+    if isinstance(value, np.ndarray):
+        return value
+    if hasattr(value, "detach") and hasattr(value, "cpu"):
+        tensor = value.detach().cpu()
+        if str(getattr(tensor, "dtype", "")) == "torch.bfloat16":
+            tensor = tensor.float()
+        return np.asarray(tensor.numpy())
+    if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
+        return np.asarray(value)
+    return None
+
+
+# ---------------------------------------------------------------- rows
+
+# version, flags, v_dim, q_dim, json_len, attachment_count
+_CONTENT = struct.Struct("<HHIIII")
+_ROW_VERSION = 1
+_FIXED = ROW_HEADER_BYTES + _CONTENT.size
+
+
+class DecodedRow(NamedTuple):
+    """A row's content: `fields` are those of `Experience` that are not columns."""
+
+    v_embed: NDArray[np.float32]
+    q_embed: NDArray[np.float32]
+    fields: dict[str, Any]
+
+
+def encode_row(v: NDArray[np.float32], q: NDArray[np.float32], fields: Mapping[str, Any]) -> bytes:
+    """Encode a payload; `stamp_rows` fills in the first 16 bytes later.
+
+    Args:
+        v: (v_dim,) float32.
+        q: (q_dim,) float32.
+        fields: Trees by name; those that are absent are left out.
+    """
+    attachments: list[bytes] = []
+    if fields:
+        text = dump_json({key: pack_tree(fields[key], attachments, key) for key in fields})
+    else:
+        text = b"{}"
+    head = _CONTENT.pack(_ROW_VERSION, 0, len(v), len(q), len(text), len(attachments))
+    if not attachments:
+        return b"".join((bytes(ROW_HEADER_BYTES), head, v.tobytes(), q.tobytes(), text))
+    sizes = struct.pack(f"<{len(attachments)}Q", *map(len, attachments))
+    return b"".join(
+        (bytes(ROW_HEADER_BYTES), head, v.tobytes(), q.tobytes(), sizes, text, *attachments)
+    )
+
+
+def encode_bare_rows(
+    v: NDArray[np.float32], q: NDArray[np.float32], texts: list[bytes] | None
+) -> tuple[bytearray, NDArray[np.uint32]]:
+    """Encode n payloads without attachments at once.
+
+    Args:
+        v: (n, v_dim) float32.
+        q: (n, q_dim) float32.
+        texts: JSON of each, or None where all are empty.
+
+    Returns:
+        The rows one behind the other, (n,) uint32 lengths.
+    """
+    n, v_dim = v.shape
+    q_dim = q.shape[1]
+    fixed = _FIXED + 4 * (v_dim + q_dim)
+    texts = texts or [b"{}"] * n
+    block = np.zeros((n, fixed), np.uint8)
+    head = _CONTENT.pack(_ROW_VERSION, 0, v_dim, q_dim, 0, 0)
+    block[:, ROW_HEADER_BYTES:_FIXED] = np.frombuffer(head, np.uint8)
+    sizes = np.fromiter(map(len, texts), np.uint32, n)
+    block[:, _FIXED - 8 : _FIXED - 4] = sizes.astype("<u4").view(np.uint8).reshape(n, 4)
+    block[:, _FIXED : _FIXED + 4 * v_dim] = v.view(np.uint8).reshape(n, -1)
+    block[:, _FIXED + 4 * v_dim :] = q.view(np.uint8).reshape(n, -1)
+    lengths = sizes + np.uint32(fixed)
+    if (sizes == sizes[0]).all():
+        width = int(sizes[0])
+        whole = np.empty((n, fixed + width), np.uint8)
+        whole[:, :fixed] = block
+        whole[:, fixed:] = np.frombuffer(b"".join(texts), np.uint8).reshape(n, width)
+        return bytearray(whole.data.cast("B")), lengths
+    raw = memoryview(block.data.cast("B"))
+    parts: list[Buffer] = []
+    for i, text in enumerate(texts):
+        parts.append(raw[i * fixed : (i + 1) * fixed])
+        parts.append(text)
+    return bytearray().join(parts), lengths
+
+
+def content_crcs(rows: bytearray, lengths: NDArray[np.uint32]) -> list[int]:
+    """CRC-32 of each row's content."""
+    view, at, crcs = memoryview(rows), 0, []
+    for length in lengths.tolist():
+        crcs.append(crc32(view[at + ROW_HEADER_BYTES : at + length]))
+        at += length
+    return crcs
+
+
+def decode_row(row: Buffer) -> DecodedRow:
+    """Decode a payload whose checksum has been verified.
+
+    Raises:
+        ValueError: The content is not what `encode_row` makes.
+        FormatVersionError: A newer version wrote it.
+    """
+    if len(row) < _FIXED:
+        raise ValueError("a row shorter than its header")
+    version, _flags, v_dim, q_dim, text_len, count = _CONTENT.unpack_from(row, ROW_HEADER_BYTES)
+    if version > _ROW_VERSION:
+        raise FormatVersionError(f"rows of version {version}; this expbuf reads {_ROW_VERSION}")
+    view = memoryview(row)
+    at = _FIXED
+    if at + 4 * (v_dim + q_dim) + 8 * count + text_len > len(view):
+        raise ValueError("a row whose parts exceed it")
+    v = np.frombuffer(view[at : at + 4 * v_dim], np.float32)
+    at += 4 * v_dim
+    q = np.frombuffer(view[at : at + 4 * q_dim], np.float32)
+    at += 4 * q_dim
+    sizes = struct.unpack_from(f"<{count}Q", view, at)
+    at += 8 * count
+    tree = load_json(view[at : at + text_len])
+    at += text_len
+    attachments = []
+    for size in sizes:
+        if at + size > len(view):
+            raise ValueError("an attachment that exceeds its row")
+        attachments.append(view[at : at + size])
+        at += size
+    if not isinstance(tree, dict):
+        raise ValueError("a row whose tree is no mapping")
+    return DecodedRow(v, q, {key: unpack_tree(value, attachments) for key, value in tree.items()})
+
+
+# ---------------------------------------------------------------- bodies
+
+
+def _operation(kind: int, body: bytes) -> Operation:
+    return Operation(kind, body, crc32(body), b"", _NO_ROWS, _NO_ROWS)
+
+
+# n, dim, representation, sections
+_ADD = struct.Struct("<IIII")
+_SECTION = struct.Struct("<II")  # type, bytes
+SECTION_LABELS = 1  # JSON: {"tags": [[...]], "keys": [...]}; absent where all are empty
+
+
+class AddBody(NamedTuple):
+    """What replicas know of n new experiences.
+
+    Attributes:
+        timestamp: (n,) float64, UTC seconds.
+        reward: (n,) float64, NaN where unknown.
+        confidence: (n,) float32.
+        priority: (n,) float32.
+        vectors: (n, dim) float32, fused, and normalised where the metric is cosine.
+        labels: {"tags": n lists, "keys": n strings or None}, or None.
+    """
+
+    timestamp: NDArray[np.float64]
+    reward: NDArray[np.float64]
+    confidence: NDArray[np.float32]
+    priority: NDArray[np.float32]
+    vectors: NDArray[np.float32]
+    labels: dict[str, list[Any]] | None
+
+
+def encode_add(body: AddBody, representation: int = 0) -> bytes:
+    """Encode the body of an add."""
+    n, dim = body.vectors.shape
+    parts = [
+        _ADD.pack(n, dim, representation, 0 if body.labels is None else 1),
+        body.timestamp.tobytes(),
+        body.reward.tobytes(),
+        body.confidence.tobytes(),
+        body.priority.tobytes(),
+        body.vectors.tobytes(),
+    ]
+    if body.labels is not None:
+        text = dump_json(body.labels)
+        parts += [_SECTION.pack(SECTION_LABELS, len(text)), text]
+    return b"".join(parts)
+
+
+def decode_add(data: Buffer) -> AddBody:
+    """The inverse of `encode_add`."""
+    n, dim, _representation, sections = _ADD.unpack_from(data)
+    at = _ADD.size
+    if at + n * (24 + 4 * dim) > len(data):
+        raise ValueError("an add whose columns exceed its body")
+
+    def column(dtype: Any, count: int) -> NDArray[Any]:
+        nonlocal at
+        array = np.frombuffer(data, dtype, count, at)
+        at += array.nbytes
+        return array
+
+    timestamp, reward = column(np.float64, n), column(np.float64, n)
+    confidence, priority = column(np.float32, n), column(np.float32, n)
+    vectors = column(np.float32, n * dim).reshape(n, dim)
+    labels = None
+    for _ in range(sections):
+        kind, size = _SECTION.unpack_from(data, at)
+        at += _SECTION.size
+        if at + size > len(data):
+            raise ValueError("a section that exceeds its body")
+        if kind != SECTION_LABELS:
+            raise FormatVersionError(f"an add has a section of kind {kind}, unknown to this expbuf")
+        labels = load_json(memoryview(data)[at : at + size])
+        at += size
+    return AddBody(timestamp, reward, confidence, priority, vectors, labels)
+
+
+_COUNT = struct.Struct("<I4x")
+
+
+def encode_remove(ids: NDArray[np.int64]) -> Operation:
+    """Remove these experiences."""
+    return _operation(REMOVE, _COUNT.pack(len(ids)) + ids.tobytes())
+
+
+def decode_ids(data: Buffer) -> NDArray[np.int64]:
+    """Ids of a remove."""
+    (n,) = _COUNT.unpack_from(data)
+    return np.frombuffer(data, np.int64, n, _COUNT.size)
+
+
+def encode_priority(ids: NDArray[np.int64], priorities: NDArray[np.float32]) -> Operation:
+    """Set priorities."""
+    return _operation(PRIORITY, _COUNT.pack(len(ids)) + ids.tobytes() + priorities.tobytes())
+
+
+def decode_priority(data: Buffer) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Ids and priorities."""
+    ids = decode_ids(data)
+    return ids, np.frombuffer(data, np.float32, len(ids), _COUNT.size + ids.nbytes)
+
+
+def encode_reward(
+    ids: NDArray[np.int64],
+    rewards: NDArray[np.float64],
+    priorities: NDArray[np.float32],
+    components: dict[str, dict[str, float]] | None,
+) -> Operation:
+    """Set total rewards and the priorities that follow; `components` by id, where named."""
+    text = dump_json(components) if components else b""
+    body = b"".join(
+        (_COUNT.pack(len(ids)), ids.tobytes(), rewards.tobytes(), priorities.tobytes(), text)
+    )
+    return _operation(REWARD, body)
+
+
+def decode_reward(
+    data: Buffer,
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float32], dict[str, Any]]:
+    """Ids, total rewards, priorities, components by id."""
+    ids = decode_ids(data)
+    at = _COUNT.size + ids.nbytes
+    rewards = np.frombuffer(data, np.float64, len(ids), at)
+    at += rewards.nbytes
+    priorities = np.frombuffer(data, np.float32, len(ids), at)
+    at += priorities.nbytes
+    return ids, rewards, priorities, load_json(memoryview(data)[at:]) if at < len(data) else {}
+
+
+_OUTCOME = struct.Struct("<16sQII")  # receipt (zeros: none), its LSN, success, n
+
+
+class OutcomeBody(NamedTuple):
+    """What came of a retrieval. `receipt` is b"" where ids were named directly."""
+
+    receipt: bytes
+    receipt_lsn: int
+    success: bool
+    ids: NDArray[np.int64]
+    credit: NDArray[np.float32]
+
+
+def encode_outcome(outcome: OutcomeBody) -> Operation:
+    """Record an outcome."""
+    head = _OUTCOME.pack(
+        outcome.receipt, outcome.receipt_lsn, int(outcome.success), len(outcome.ids)
+    )
+    return _operation(OUTCOME, head + outcome.ids.tobytes() + outcome.credit.tobytes())
+
+
+def decode_outcome(data: Buffer) -> OutcomeBody:
+    """The inverse of `encode_outcome`."""
+    receipt, lsn, success, n = _OUTCOME.unpack_from(data)
+    ids = np.frombuffer(data, np.int64, n, _OUTCOME.size)
+    credit = np.frombuffer(data, np.float32, n, _OUTCOME.size + ids.nbytes)
+    return OutcomeBody(receipt.strip(b"\0") and receipt, lsn, bool(success), ids, credit)
+
+
+def encode_clear() -> Operation:
+    """Remove everything."""
+    return _operation(CLEAR, b"")
+
+
+def encode_settings(settings: Mapping[str, Any]) -> Operation:
+    """Set the buffer's logged settings, all of them."""
+    return _operation(SETTINGS, dump_json(settings))
+
+
+_RESERVE = struct.Struct("<QQ")
+
+
+def encode_reserve(next_id: int, next_lsn: int) -> Operation:
+    """After a crash, ids and LSNs go on from here at the earliest."""
+    return _operation(RESERVE, _RESERVE.pack(next_id, next_lsn))
+
+
+def decode_reserve(data: Buffer) -> tuple[int, int]:
+    """(next_id, next_lsn)."""
+    next_id, next_lsn = _RESERVE.unpack_from(data)
+    return next_id, next_lsn
+
+
+def corrupt_body(lsn: int, kind: int, exc: Exception) -> CorruptionError:
+    """The error for a body that its checksum calls intact and that still makes no sense."""
+    name = KIND_NAMES.get(kind, str(kind))
+    return CorruptionError(f"operation {lsn} ({name}) cannot be decoded: {exc}", lsn=lsn)

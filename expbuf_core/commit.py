@@ -1,0 +1,416 @@
+"""The write path: numbers, append lock, group commit, publication.
+
+    encode (no lock) -> append lock: number, stamp, append -> release
+                     -> flush lock: one fsync for all that arrived -> publish -> acknowledge
+
+Lock order: append before flush. Whoever finds that a flush failed, that its leader died, or that an
+appender died half-way, retires the log before anything else is written.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Protocol
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expbuf_core import codec, frames
+from expbuf_core import control as c
+from expbuf_core.contracts import (
+    Appended,
+    LoggedOperation,
+    LogInterrupted,
+    Operation,
+    PersistenceAdapter,
+    Stamped,
+)
+from expbuf_core.control import Control
+from expbuf_core.errors import BufferClosed, StorageError
+
+RESERVATION = 1 << 16
+_NONE: NDArray[np.uint32] = np.empty(0, np.uint32)
+
+
+class Lock(Protocol):
+    """What both `ProcessLock` and `ThreadLock` offer."""
+
+    def acquire(self, timeout_s: float | None = None) -> None: ...
+
+    def release(self) -> None: ...
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class Draft:
+    """An operation on its way into the log.
+
+    Attributes:
+        operation: As encoded; its rows are stamped under the append lock.
+        content_crcs: Checksums of the rows' contents.
+        weight: Experiences it concerns, for the counters that start the builder.
+    """
+
+    __slots__ = ("content_crcs", "operation", "rows", "weight")
+
+    def __init__(
+        self,
+        operation: Operation,
+        *,
+        rows: bytearray | None = None,
+        content_crcs: list[int] | None = None,
+        weight: int = 1,
+    ) -> None:
+        self.operation = operation
+        self.rows = rows
+        self.content_crcs = content_crcs or []
+        self.weight = weight
+
+
+class CommitLog:
+    """Appends operations and makes them durable; one a process and buffer.
+
+    Args:
+        adapter: The storage.
+        control: The words shared with other processes.
+        append_lock: Excludes appenders.
+        flush_lock: Excludes leaders of a flush.
+        durability: "sync", "group" or "os".
+        group_interval_s: At "group", how long a commit may stay unsynced.
+        written: Called under the append lock with each operation written, where it stands, so
+            that this process need not read it again.
+        outer: A lock of the caller's to hold around appends besides.
+        check: Called before each append; raises if the folder is not what it was.
+        reserves: Numbers must survive a power loss.
+    """
+
+    def __init__(
+        self,
+        adapter: PersistenceAdapter,
+        control: Control,
+        *,
+        append_lock: Lock,
+        flush_lock: Lock,
+        durability: str,
+        group_interval_s: float,
+        written: Callable[[LoggedOperation, Appended], None],
+        outer: AbstractContextManager[object] | None = None,
+        check: Callable[[], None] = lambda: None,
+        reserves: bool = True,
+    ) -> None:
+        self._adapter = adapter
+        self._control = control
+        self._append_lock = append_lock
+        self._flush_lock = flush_lock
+        self._durability = durability
+        self._interval = group_interval_s
+        self._written = written
+        self._outer = outer
+        self._check = check
+        self._reserves = reserves and durability != "sync"
+        self._turn = threading.Condition()
+        self._leading = False
+        self._closed = False
+        self._flusher: threading.Thread | None = None
+        self._dirty = threading.Event()
+        self.flush_error: str | None = None
+
+    # ------------------------------------------------------------ commit
+
+    def commit(self, draft: Draft) -> tuple[int, int]:
+        """Write one operation and return when it is durable at the configured level.
+
+        Returns:
+            Its LSN and the id of its first row.
+
+        Raises:
+            StorageError: It was not written, or its durability is not known.
+            LockTimeout: The append lock was not free in time; nothing was written.
+        """
+        lsn, first_id, retirements = self._append(draft)
+        if self._durability == "sync":
+            self.flush(lsn, retirements)
+        elif self._durability == "group":
+            self._start_flusher()
+            self._dirty.set()
+        return lsn, first_id
+
+    def _append(self, draft: Draft) -> tuple[int, int, int]:
+        if self._outer is not None:
+            with self._outer:
+                return self._append_locked(draft)
+        return self._append_locked(draft)
+
+    def _append_locked(self, draft: Draft) -> tuple[int, int, int]:
+        words = self._control.words
+        self._append_lock.acquire()
+        try:
+            if self._closed:
+                raise BufferClosed("the buffer is closed")
+            self._check()
+            if words[c.APPENDING] or words[c.FLUSH_FAILED]:
+                self._retire()
+            if self._reserves:
+                self._reserve(len(draft.content_crcs))
+            lsn, first_id = self._write(draft)
+            if self._durability != "sync":
+                words[c.PUBLISHED] = lsn
+            return lsn, first_id, words[c.RETIREMENTS]
+        finally:
+            self._append_lock.release()
+
+    def _write(self, draft: Draft) -> tuple[int, int]:
+        """Number, stamp and append (append lock held)."""
+        words = self._control.words
+        lsn, first_id = words[c.NEXT_LSN], words[c.NEXT_ID]
+        operation = draft.operation
+        count = len(draft.content_crcs) if operation.kind == codec.ADD else 0
+        if draft.rows is not None:
+            crcs = frames.stamp_rows(draft.rows, operation.lengths, draft.content_crcs, first_id)
+            operation = operation._replace(rows=draft.rows, row_crcs=crcs)
+        stamped = Stamped(lsn, first_id if count else 0, operation)
+        words[c.APPENDING] = 1
+        try:
+            (place,) = self._adapter.append([stamped], words[c.DURABLE])
+        except LogInterrupted:
+            raise  # APPENDING stays set: the next append retires the log
+        except Exception:
+            words[c.APPENDING] = 0
+            raise
+        words[c.NEXT_ID] = first_id + count
+        words[c.ROWS_ADDED] += draft.weight
+        words[c.NEXT_LSN] = lsn + 1
+        words[c.APPENDED] = lsn
+        words[c.APPENDING] = 0
+        self._written(
+            LoggedOperation(
+                lsn,
+                operation.kind,
+                stamped.first_id,
+                operation.body,
+                place.location,
+                operation.lengths,
+            ),
+            place,
+        )
+        return lsn, first_id
+
+    def _reserve(self, count: int) -> None:
+        """Make a reservation durable before an id or LSN beyond the last one can be seen.
+
+        Where commits are published before they are synced, a power loss takes operations that
+        others have seen. Their ids and LSNs must never be issued again.
+        """
+        words = self._control.words
+        next_id, next_lsn = words[c.NEXT_ID] + count, words[c.NEXT_LSN] + 2
+        if next_id <= words[c.RESERVED_ID] and next_lsn <= words[c.RESERVED_LSN]:
+            return
+        limit_id, limit_lsn = next_id + RESERVATION, next_lsn + RESERVATION
+        lsn, _ = self._write(Draft(codec.encode_reserve(limit_id, limit_lsn), weight=0))
+        with self._flush_lock:
+            self._sync_to(lsn)
+        words[c.RESERVED_ID], words[c.RESERVED_LSN] = limit_id, limit_lsn
+
+    # ------------------------------------------------------------ flush
+
+    def flush(self, lsn: int, retirements: int | None = None) -> None:
+        """Return when everything up to `lsn` is durable.
+
+        Threads of this process elect a leader; leaders of several processes take turns, and each
+        covers what the others have appended meanwhile.
+
+        Args:
+            lsn: As returned by an append.
+            retirements: The counter when it was appended; None for "whatever is there".
+
+        Raises:
+            StorageError: The flush failed, or the log was given up before it.
+        """
+        words = self._control.words
+        while True:
+            if retirements is not None and words[c.RETIREMENTS] != retirements:
+                self._judge_retired(lsn, retirements)
+                return
+            if words[c.DURABLE] >= lsn:
+                return
+            with self._turn:
+                if self._leading:
+                    self._turn.wait(1.0)
+                    continue
+                self._leading = True
+            try:
+                self._lead(lsn, retirements)
+            finally:
+                with self._turn:
+                    self._leading = False
+                    self._turn.notify_all()
+
+    def _judge_retired(self, lsn: int, retirements: int) -> None:
+        words = self._control.words
+        if words[c.RETIREMENTS] == retirements + 1 and lsn <= words[c.KEPT]:
+            return  # written again into the new log, and synced there
+        raise StorageError(
+            f"operation {lsn} was in a log whose sync failed; it was not acknowledged and must be "
+            "taken as lost. Later writes go to a new log"
+        )
+
+    def _lead(self, lsn: int, retirements: int | None) -> None:
+        words = self._control.words
+        self._flush_lock.acquire()
+        died = False
+        try:
+            if words[c.DURABLE] >= lsn or (
+                retirements is not None and words[c.RETIREMENTS] != retirements
+            ):
+                return
+            if words[c.FLUSH_FAILED]:
+                raise StorageError(
+                    f"a sync of the log failed; operation {lsn} was not acknowledged"
+                )
+            died = words[c.FLUSHING] != 0
+            if not died:
+                self._sync_to(words[c.APPENDED])
+        finally:
+            self._flush_lock.release()
+        if died:
+            # Its error report, if there was one, died with it. All pages are still readable.
+            with self._append_lock:
+                if words[c.FLUSHING] or words[c.FLUSH_FAILED]:
+                    self._retire()
+
+    def _sync_to(self, lsn: int) -> None:
+        """Sync, and say that all up to `lsn` is durable (flush lock held)."""
+        words = self._control.words
+        words[c.FLUSHING] = 1
+        try:
+            self._adapter.sync()
+        except BaseException as exc:
+            # Linux reports a write error once and then calls the pages clean: a second sync
+            # would lie.
+            words[c.FLUSH_FAILED] = 1
+            words[c.FLUSHING] = 0
+            self.flush_error = str(exc)
+            raise
+        if lsn > words[c.DURABLE]:
+            words[c.DURABLE] = lsn
+        words[c.FLUSHING] = 0
+
+    def _retire(self) -> None:
+        """Go on in a new log (append lock held)."""
+        words = self._control.words
+        with self._flush_lock:
+            failed = words[c.FLUSH_FAILED] != 0
+            # After a failed flush only what others may have seen is carried over; after a mere
+            # death, everything that was written whole.
+            keep = self._control.published() if failed else words[c.APPENDED]
+            next_lsn = words[c.NEXT_LSN] + 1
+            self._adapter.retire(words[c.DURABLE], keep, next_lsn)
+            if words[c.APPENDING]:
+                # The dead appender may have stamped ids; skip more than one commit can hold.
+                words[c.NEXT_ID] += frames.MAX_ROWS
+            words[c.KEPT] = keep
+            words[c.RETIREMENTS] += 1
+            words[c.APPENDED] = keep
+            words[c.NEXT_LSN] = next_lsn
+            words[c.DURABLE] = max(words[c.DURABLE], keep)
+            words[c.FLUSHING] = 0
+            words[c.FLUSH_FAILED] = 0
+            words[c.APPENDING] = 0
+
+    def sync(self) -> int:
+        """Make durable all that any process has written so far.
+
+        Returns:
+            The LSN up to which everything is durable.
+        """
+        words = self._control.words
+        if words[c.FLUSH_FAILED]:
+            with self._append_lock:
+                if words[c.FLUSH_FAILED]:
+                    self._retire()
+        retirements, target = words[c.RETIREMENTS], words[c.APPENDED]
+        if words[c.DURABLE] < target:
+            self.flush(target, retirements)
+        return int(words[c.DURABLE])
+
+    def appended(self) -> int:
+        """Last LSN written by any process."""
+        return int(self._control.words[c.APPENDED])
+
+    # ------------------------------------------------------------ group mode
+
+    def _start_flusher(self) -> None:
+        if self._flusher is None or not self._flusher.is_alive():
+            with self._turn:
+                if self._flusher is None or not self._flusher.is_alive():
+                    self._flusher = threading.Thread(
+                        target=self._flush_in_time, name="expbuf-flush", daemon=True
+                    )
+                    self._flusher.start()
+
+    def _flush_in_time(self) -> None:
+        while not self._closed:
+            self._dirty.wait()
+            self._dirty.clear()
+            if self._closed:
+                return
+            time.sleep(self._interval)  # the interval itself is the promise of "group"
+            try:
+                self.sync()
+            except (StorageError, ValueError) as exc:
+                self.flush_error = str(exc)
+
+    # ------------------------------------------------------------ life
+
+    def switch(self) -> int:
+        """Begin a new log; the LSN of the last operation in the old one (all durable)."""
+        with self._append_lock:
+            words = self._control.words
+            if words[c.APPENDING] or words[c.FLUSH_FAILED]:
+                self._retire()
+            lsn = int(words[c.APPENDED])
+            words[c.APPENDING] = 1
+            try:
+                self._adapter.switch(words[c.NEXT_LSN], words[c.DURABLE])
+            except LogInterrupted:
+                raise
+            except Exception:
+                words[c.APPENDING] = 0
+                raise
+            words[c.APPENDING] = 0
+        return lsn
+
+    def prepare(self) -> None:
+        """Let the adapter prepare its next log (maintenance lock held)."""
+        self._adapter.prepare()
+        with self._append_lock:
+            self._adapter.install_prepared()
+
+    def close(self) -> None:
+        """Stop the flusher; later commits are refused."""
+        with self._append_lock:
+            self._closed = True
+        self._dirty.set()
+        if self._flusher is not None and self._flusher is not threading.current_thread():
+            self._flusher.join(timeout=10)
+
+
+def draft_rows(
+    kind: int, body: bytes, rows: bytearray, lengths: NDArray[np.uint32], weight: int
+) -> Draft:
+    """A draft whose rows wait for their ids."""
+    crcs = codec.content_crcs(rows, lengths)
+    operation = Operation(kind, body, crc32(body), b"", lengths, _NONE)
+    return Draft(operation, rows=rows, content_crcs=crcs, weight=weight)

@@ -1,0 +1,515 @@
+"""What a plugin promises, and what it may rely on.
+
+Four kinds of plugin: storage (`PersistenceAdapter`), vector index (`IndexBackend`), initial
+priority (`PriorityScorer`) and embedding fusion (`EmbeddingFusion`). Each is offered as a provider:
+frozen data with a name, the version of the contract it was written for, a factory and a pydantic
+model of its settings. `expbuf_core.testing` has a suite for each contract.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from expbuf_core.errors import StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import MutableSequence
+
+    from expbuf_core.filesystem import FileSystem
+
+API_VERSION = 1
+"""Version of the contracts in this module; a provider states the one it was written for."""
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class HostInfo:
+    """What a plugin is told about its host.
+
+    Attributes:
+        core_version: Version of expbuf-core.
+        api_version: Version of the contracts that this core speaks.
+    """
+
+    core_version: str
+    api_version: int
+
+
+class NoSettings(BaseModel, extra="forbid"):
+    """For a backend that has nothing to configure."""
+
+
+@dataclass(frozen=True)
+class _Provider:
+    """A named backend.
+
+    Attributes:
+        name: Chosen in the configuration by this name: lower case, digits and underscores.
+        api_version: Version of the contract the backend was written for; state it as a literal.
+        factory: Makes the backend; see the subclass for its arguments.
+        settings: Model of the section of the configuration that carries the backend's name.
+        capabilities: Optional features that the backend has; see the subclass.
+    """
+
+    name: str
+    api_version: int = field(kw_only=True)
+    factory: Callable[..., Any] = field(kw_only=True)
+    settings: type[BaseModel] = field(default=NoSettings, kw_only=True)
+    capabilities: frozenset[str] = field(default=frozenset(), kw_only=True)
+
+
+class PersistenceProvider(_Provider):
+    """Offers a `PersistenceAdapter`: `factory(settings, context: PersistenceContext)`.
+
+    Capabilities: "durable" (survives the process), "multiprocess" (several at once).
+    """
+
+
+class IndexProvider(_Provider):
+    """Offers an `IndexBackend`: `factory(settings, context: IndexContext)`.
+
+    Capabilities: "filter" (`IndexSegment.search` honours `allowed`; without it the core asks for
+    more and filters itself).
+    """
+
+
+class ScorerProvider(_Provider):
+    """Offers a `PriorityScorer`: `factory(settings)`."""
+
+
+class FusionProvider(_Provider):
+    """Offers an `EmbeddingFusion`: `factory(settings)`."""
+
+
+# ---------------------------------------------------------------- priority
+
+
+@dataclass(frozen=True)
+class ScoringBatch:
+    """New experiences whose initial priority is wanted. All arrays have the same length n.
+
+    Attributes:
+        confidence: (n,) float32 in [0, 1].
+        total_reward: (n,) float32; 0 where the reward is not known yet.
+        reward_known: (n,) bool.
+        probabilities: n entries, each None or a (classes,) float32 array that sums to 1.
+        age: (n,) float32, seconds since the experience happened; 0 at insertion.
+    """
+
+    confidence: NDArray[np.float32]
+    total_reward: NDArray[np.float32]
+    reward_known: NDArray[np.bool_]
+    probabilities: Sequence[NDArray[np.float32] | None]
+    age: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.confidence)
+
+
+class PriorityScorer(Protocol):
+    """Gives new experiences their first priority.
+
+    Called by several threads at once, outside all locks; must not change its arguments. What it
+    returns is logged, so recovery never calls it.
+    """
+
+    def __call__(self, batch: ScoringBatch) -> NDArray[np.floating[Any]]:
+        """Return (n,) priorities, finite and not negative."""
+        ...
+
+
+# ---------------------------------------------------------------- fusion
+
+
+class EmbeddingFusion(Protocol):
+    """Makes one vector of the visual and the question embedding.
+
+    A pure function of parts and settings, the same in every process and for every batch size up
+    to rounding; called by several threads at once. Raise `version` when the results change.
+
+    Attributes:
+        version: Of the results; stored with the buffer.
+    """
+
+    version: int
+
+    def output_dim(self, v_dim: int, q_dim: int) -> int:
+        """Dimension of the result.
+
+        A part that the buffer does not use has dimension 0.
+
+        Raises:
+            ValueError: These dimensions cannot be fused; the message says why.
+        """
+        ...
+
+    def __call__(self, v: NDArray[np.float32], q: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Fuse (n, v_dim) and (n, q_dim) to (n, output_dim) float32, finite for finite parts.
+
+        A query that lacks one part gives zeros for it.
+        """
+        ...
+
+
+# ---------------------------------------------------------------- index
+
+
+@dataclass(frozen=True)
+class IndexContext:
+    """What an index backend is made for.
+
+    Attributes:
+        dim: Dimension of the vectors.
+        metric: "cosine" (the vectors come normalised: take the inner product), "inner_product"
+            or "l2".
+        seed: For whatever the backend draws at random.
+        target_recall: Recall at 10 that an approximate index should reach.
+    """
+
+    dim: int
+    metric: str
+    seed: int = 0
+    target_recall: float = 0.95
+
+
+class IndexSegment(ABC):
+    """An immutable index, open for searching. Never changed after `build`.
+
+    `search` is called by several threads at once, also in a forked child. A segment may be
+    dropped while a search in another thread still holds it.
+    """
+
+    @abstractmethod
+    def search(
+        self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.uint8] | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Find the k most similar vectors for each query.
+
+        Args:
+            queries: (m, dim) float32, C-contiguous.
+            k: At least 1; may exceed what the segment holds.
+            allowed: None, or a bitmap with one bit a row in the order given to `build`, (ceil(n/8),)
+                uint8, least significant bit first; only set rows may be returned. Always None for
+                a backend without the capability "filter".
+
+        Returns:
+            ids (m, k) int64 as given to `build`, padded with -1; similarities (m, k) float32,
+            larger is closer under every metric (for L2 the negative squared distance), in falling
+            order, padded with -inf.
+        """
+
+    def info(self) -> dict[str, Any]:
+        """Facts worth showing (kind, parameters, bytes), JSON-like."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027  (optional)
+        """Free what the segment holds."""
+
+
+class IndexBackend(ABC):
+    """Builds immutable segments and opens them. The core owns freshness, removal and swapping."""
+
+    @abstractmethod
+    def build(self, ids: NDArray[np.int64], vectors: NDArray[np.float32], path: Path) -> None:
+        """Write an index of these vectors to one new file.
+
+        Args:
+            ids: (n,) int64, rising, n at least 1.
+            vectors: (n, dim) float32, row i belongs to ids[i]; may be a read-only memory map, which
+                stays readable beside the segment (see `open`).
+            path: A file that does not exist yet. The core syncs and renames it and stores a
+                checksum, which is verified before `open`.
+        """
+
+    @abstractmethod
+    def open(
+        self, path: Path, ids: NDArray[np.int64], vectors: NDArray[np.float32]
+    ) -> IndexSegment:
+        """Open what `build` wrote.
+
+        Args:
+            path: The file, complete and verified.
+            ids: (n,) int64, as given to `build`.
+            vectors: (n, dim) float32 memory map, as given to `build`: for exact re-ranking.
+        """
+
+    def after_fork(self) -> None:  # noqa: B027  (optional)
+        """Called in a forked child before its first search."""
+
+
+# ---------------------------------------------------------------- storage
+
+
+class Operation(NamedTuple):
+    """An operation that is about to be written.
+
+    Attributes:
+        kind: See `expbuf_core.codec`.
+        body: Everything that replicas need to apply it.
+        body_crc: CRC-32 of the body.
+        rows: Payloads, one after the other; empty for most kinds.
+        lengths: (n,) uint32, bytes of each row.
+        row_crcs: (n,) uint32, CRC-32 of each row.
+    """
+
+    kind: int
+    body: Buffer
+    body_crc: int
+    rows: Buffer
+    lengths: NDArray[np.uint32]
+    row_crcs: NDArray[np.uint32]
+
+
+class Stamped(NamedTuple):
+    """An operation with its place in the log. `first_id`: id of its first row (0 without rows)."""
+
+    lsn: int
+    first_id: int
+    operation: Operation
+
+
+class LoggedOperation(NamedTuple):
+    """An operation as read from the log.
+
+    Attributes:
+        lsn: Its place in the order.
+        kind: See `expbuf_core.codec`.
+        first_id: Id of its first row; 0 without rows.
+        body: As written.
+        location: Where its first row lies, a number the adapter understands; row i lies at
+            `location + lengths[:i].sum()`. Fits into 63 bits.
+        lengths: (n,) uint32, bytes of each row.
+    """
+
+    lsn: int
+    kind: int
+    first_id: int
+    body: Buffer
+    location: int
+    lengths: NDArray[np.uint32]
+
+
+class Appended(NamedTuple):
+    """Where an operation was written. `cursor`: hand it to `LogFollower.skip` to step over it."""
+
+    location: int
+    cursor: Any
+
+
+class LogFollower(ABC):
+    """Reads the operations of one log in order, as they come. One a replica; not thread-safe."""
+
+    @abstractmethod
+    def read(self, until_lsn: int) -> Iterator[LoggedOperation]:
+        """Yield the operations behind the last one read, up to and including `until_lsn`.
+
+        Returns without waiting when it has reached `until_lsn`, which is published and so
+        complete.
+
+        Raises:
+            CorruptionError: What stands there is not what was written.
+            LogGone: The position was dropped: start again from the newest snapshot.
+        """
+
+    @abstractmethod
+    def skip(self, lsn: int, cursor: Any) -> None:
+        """Step over the next operation, which this process wrote itself and has at hand."""
+
+    def close(self) -> None:  # noqa: B027  (optional)
+        """Free what the follower holds."""
+
+
+class LogInterrupted(StorageError):
+    """An append failed and could not be undone; the core retires the log before the next one."""
+
+
+class LogGone(Exception):
+    """The log behind a follower's position was dropped after a snapshot; reload from it."""
+
+
+class Pin(ABC):
+    """Keeps payloads readable, also when they are evicted and their files are deleted."""
+
+    @abstractmethod
+    def read(self, i: int) -> Buffer:
+        """Bytes of the i-th pinned row, exactly its stored length.
+
+        Raises:
+            CorruptionError: The file is shorter than that.
+        """
+
+
+@dataclass(frozen=True)
+class PersistenceContext:
+    """What a storage adapter is made for.
+
+    Attributes:
+        path: Folder of the buffer; None for a backend that is not durable.
+        uuid: 16 bytes that name the buffer; every file carries them.
+        fs: All writing goes through it (`expbuf_core.filesystem`).
+        words: Eight 64-bit words shared by all processes that have the buffer open, for the
+            adapter's own use. Written only under the append lock, except where the adapter says
+            otherwise; all 0 when the first process recovers. A cache, never the truth.
+        writable: False: nothing in the folder may change.
+    """
+
+    path: Path | None
+    uuid: bytes
+    fs: FileSystem
+    words: MutableSequence[int]
+    writable: bool = True
+
+
+class Problem(NamedTuple):
+    """One finding of `verify`. `offset` is -1 where the whole file is meant."""
+
+    path: str
+    offset: int
+    message: str
+    damage: bool
+
+
+class PersistenceAdapter(ABC):
+    """Keeps a log of operations with their payloads, and nothing else.
+
+    The core decides order, numbers, locks, snapshots and what may be deleted. Every method says
+    which locks its caller holds. Errors of the operating system are wrapped in `StorageError`,
+    a full disk in `StorageFull`; after either nothing of the call is visible.
+    """
+
+    @abstractmethod
+    def create(self, lsn: int) -> None:
+        """Make an empty log whose next operation is `lsn`, durable on return (open lock held).
+
+        Leftovers of an interrupted creation are replaced.
+        """
+
+    @abstractmethod
+    def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
+        """Read the log behind `after_lsn`, verify every byte, and stop before a torn tail.
+
+        The open lock is held alone: no other process has the buffer open. LSNs rise, with gaps
+        only where a log was begun by `start`.
+
+        Args:
+            after_lsn: LSN of the snapshot that was loaded, or 0.
+            durable_lsn: Highest LSN that is known to have been durable, or 0: a bad frame at or
+                below it is damage, not a torn tail.
+
+        Raises:
+            CorruptionError: Damage, before or behind intact operations.
+        """
+
+    @abstractmethod
+    def torn(self) -> tuple[int, int]:
+        """(bytes, operations) that the last `recover` found torn and left out."""
+
+    @abstractmethod
+    def start(self, lsn: int, recovered_lsn: int) -> None:
+        """After `recover`: begin to write at `lsn` behind `recovered_lsn`, durable on return.
+
+        What `recover` left out can never come back afterwards.
+        """
+
+    @abstractmethod
+    def attach(self) -> None:
+        """Join a buffer that another process has recovered and holds open (open lock shared)."""
+
+    @abstractmethod
+    def append(self, stamped: Sequence[Stamped], durable_lsn: int) -> list[Appended]:
+        """Write operations at the end of the log (append lock held); need not be durable yet.
+
+        All of them or, on an error, none. `durable_lsn` is what is known to be durable now.
+        """
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Make durable what any process appended before the call (flush lock held).
+
+        Runs beside `append` in other threads and processes.
+        """
+
+    @abstractmethod
+    def retire(self, durable_lsn: int, keep_lsn: int, next_lsn: int) -> None:
+        """Give up a log that may lie about its pages (append and flush locks held).
+
+        Called when a sync failed or an appender died half-way. Goes on in a new log that holds
+        the operations in (durable_lsn, keep_lsn] again and begins anew at `next_lsn`; operations
+        behind `keep_lsn` are gone for ever. Durable on return; on an error nothing has changed.
+        """
+
+    @abstractmethod
+    def follow(self, after_lsn: int) -> LogFollower:
+        """A reader of the operations behind `after_lsn`."""
+
+    @abstractmethod
+    def pin(
+        self, ids: NDArray[np.int64], locations: NDArray[np.int64], lengths: NDArray[np.uint32]
+    ) -> Pin:
+        """Hold on to the payloads of these experiences.
+
+        Raises:
+            LogGone: One of them is deleted; the caller's replica lags behind.
+        """
+
+    @abstractmethod
+    def switch(self, next_lsn: int, durable_lsn: int) -> None:
+        """End the current log and begin the next (append lock held): O(1) if one is prepared.
+
+        `next_lsn` is the next operation's; the rest as for `append`.
+        """
+
+    def needs_preparation(self) -> bool:
+        """Whether `prepare` would shorten the next switch; cheap, asked after each commit."""
+        return False
+
+    def prepare(self) -> None:  # noqa: B027  (optional)
+        """Do the long part of the next switch beforehand (maintenance lock held)."""
+
+    def install_prepared(self) -> None:  # noqa: B027  (optional)
+        """Do the short part, right behind `prepare` (append lock held)."""
+
+    @abstractmethod
+    def drop_below(
+        self, lsn: int, live_ids: NDArray[np.int64], live_locations: NDArray[np.int64]
+    ) -> None:
+        """Delete what no snapshot and no live experience needs (maintenance lock held).
+
+        Args:
+            lsn: Operations up to this one are in every snapshot that is kept.
+            live_ids: (n,) ids, rising, of the experiences whose payloads must stay.
+            live_locations: (n,) their locations.
+        """
+
+    @abstractmethod
+    def verify(self, until_lsn: int) -> Iterator[Problem]:
+        """Check every byte that is stored, without changing any.
+
+        Args:
+            until_lsn: Operations behind it may be half-written by live processes: no finding.
+        """
+
+    @abstractmethod
+    def stats(self) -> dict[str, Any]:
+        """Facts worth showing: files, bytes, positions; JSON-like."""
+
+    @abstractmethod
+    def finish(self, last_lsn: int) -> None:
+        """Mark the log closed cleanly behind `last_lsn`, durable on return (open lock held alone)."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything; the folder stays as it is."""
+
+    @abstractmethod
+    def after_fork(self) -> None:
+        """Called in a forked child: drop descriptors and threads without touching the folder."""

@@ -1,0 +1,174 @@
+"""The control page: what all processes that have a buffer open share in memory.
+
+One small mapped file of aligned 64-bit words, one fact each. It is a cache and never the truth: it
+is set anew by the first opener, who holds the open lock alone, and believed only under a matching
+boot id, buffer and generation. Its one use after a crash is as a witness: what it once called
+durable must be in the log, else the log is damaged.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import struct
+from collections.abc import MutableSequence
+from pathlib import Path
+from zlib import crc32
+
+from expbuf_core.filesystem import FileSystem, storage_errors
+
+_BYTES = 4096
+_MAGIC = int.from_bytes(b"EXPBUFC1", "little")
+
+# Who writes a word: (o) the first opener alone, (a) under the append lock, (f) under the flush
+# lock, (b) under the builder lock, (m) under the maintenance lock.
+MAGIC = 0  # (o)
+GENERATION = 1  # (o) random at each recovery; 0 while one is under way
+BOOT = 2  # (o) two words
+UUID = 4  # (o) two words
+INODE = 6  # (o) of this file: a copied folder is no witness
+CLEAN = 7  # (o) checksum of APPENDED and UUID after a clean close, else 0
+APPENDED = 8  # (a) last LSN written
+NEXT_LSN = 31  # (a) more than APPENDED + 1 after a crash: numbers may have been seen and lost
+NEXT_ID = 9  # (a)
+PUBLISHED = 10  # (a) last LSN that readers may see because its writer asked for no more
+DURABLE = 11  # (f) last LSN on disk; readers may see it
+APPENDING = 12  # (a) 1 while an append is under way; found set, its writer died
+FLUSHING = 13  # (f) 1 while a flush is under way; found set, its leader died
+FLUSH_FAILED = 14  # (f) 1 from a failed flush until the log is retired
+RETIREMENTS = 15  # (a, f) how often a log was retired
+KEPT = 16  # (a, f) the last LSN that survived the last retirement
+RESERVED_ID = 17  # (a) ids below are reserved on disk
+RESERVED_LSN = 18  # (a) LSNs below are reserved on disk
+INDEX_GENERATION = 19  # (b) rises with every index manifest
+SNAPSHOT_LSN = 20  # (m) of the newest snapshot
+ROWS_ADDED = 21  # (a) experiences and other changes since the folder was opened
+BUILT_ROWS = 22  # (b) ROWS_ADDED when the last build began
+BUILDER_FAILURES = 23  # (b)
+ADAPTER = 32  # eight words of the storage adapter
+WORDS = 64
+
+
+def boot_id() -> bytes:
+    """16 bytes that change with every boot of this machine (or container host)."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return bytes.fromhex(text.strip().replace("-", ""))
+    except (OSError, ValueError):
+        return b"\0" * 16
+
+
+def _pair(raw: bytes) -> tuple[int, int]:
+    first, second = struct.unpack("<QQ", raw)
+    return first, second
+
+
+def _checksum(words: MutableSequence[int]) -> int:
+    fields = (words[APPENDED], words[NEXT_ID], words[UUID], words[UUID + 1])
+    return crc32(struct.pack("<4Q", *fields)) | 1 << 32
+
+
+class Control:
+    """The words, by number: `control.words[DURABLE]`. One load or store each, never torn."""
+
+    def __init__(self, words: MutableSequence[int], mapped: mmap.mmap | None = None) -> None:
+        self.words = words
+        self._map = mapped
+
+    @classmethod
+    def private(cls) -> Control:
+        """Words of this process alone, for a buffer in memory or a private reader."""
+        return cls([0] * WORDS)
+
+    @classmethod
+    def map(cls, path: Path, *, writable: bool) -> Control:
+        """Map the page; a writable one is created where it is missing."""
+        flags = (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY
+        with storage_errors("map", path):
+            fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+            try:
+                if writable and os.fstat(fd).st_size < _BYTES:
+                    # Written, not just extended: a hole would be filled at the first store, and
+                    # a full disk would kill the process there.
+                    os.pwrite(fd, bytes(_BYTES), 0)
+                access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+                mapped = mmap.mmap(fd, _BYTES, access=access)
+            finally:
+                os.close(fd)
+        return cls(memoryview(mapped).cast("Q"), mapped)
+
+    def witness(self, uuid: bytes) -> int:
+        """Highest LSN that this page, as found, proves durable; 0 if it proves nothing."""
+        words = self.words
+        if words[MAGIC] != _MAGIC or (words[UUID], words[UUID + 1]) != _pair(uuid):
+            return 0
+        if words[CLEAN] and words[CLEAN] == _checksum(words):
+            return words[APPENDED]
+        same_boot = (words[BOOT], words[BOOT + 1]) == _pair(boot_id())
+        return words[DURABLE] if same_boot and words[INODE] == self._inode() else 0
+
+    def closed_cleanly(self, uuid: bytes) -> bool:
+        """True if the last to close the buffer did so in order."""
+        words = self.words
+        return (
+            words[MAGIC] == _MAGIC
+            and (words[UUID], words[UUID + 1]) == _pair(uuid)
+            and words[CLEAN] != 0
+            and words[CLEAN] == _checksum(words)
+        )
+
+    def _inode(self) -> int:
+        return self._inode_number
+
+    _inode_number = 0
+
+    def note_inode(self, path: Path) -> None:
+        """Remember which file this page is."""
+        self._inode_number = os.stat(path).st_ino
+
+    def reset(self, uuid: bytes) -> None:
+        """Set the page anew (open lock held alone); `activate` makes it valid."""
+        words = self.words
+        words[GENERATION] = 0
+        words[CLEAN] = 0
+        for i in range(WORDS):
+            if i != MAGIC:
+                words[i] = 0
+        words[UUID], words[UUID + 1] = _pair(uuid)
+        words[BOOT], words[BOOT + 1] = _pair(boot_id())
+        words[INODE] = self._inode()
+        words[MAGIC] = _MAGIC
+
+    def activate(self) -> None:
+        """Let others believe the page."""
+        self.words[GENERATION] = secrets.randbits(63) | 1
+
+    def published(self) -> int:
+        """Last LSN that readers may see."""
+        words = self.words
+        published, durable = words[PUBLISHED], words[DURABLE]
+        return durable if durable > published else published
+
+    def mark_clean(self, path: Path, fs: FileSystem) -> None:
+        """Note a clean close, durably (open lock held alone)."""
+        self.words[CLEAN] = _checksum(self.words)
+        if self._map is not None:
+            self._map.flush()
+            fd = fs.open(path)
+            try:
+                fs.fsync(fd)
+            finally:
+                fs.close(fd)
+
+    def close(self) -> None:
+        """Unmap; a mapping still referenced elsewhere goes with its last reference."""
+        if self._map is not None:
+            words, self.words = self.words, [0] * WORDS
+            if isinstance(words, memoryview):
+                words.release()
+            try:
+                self._map.close()
+            except BufferError:
+                pass
+            self._map = None

@@ -1,0 +1,277 @@
+"""Exact nearest neighbours in numpy: for in-memory tails, small segments, re-ranking, calibration.
+
+No call here reaches the threads of the BLAS behind numpy. On cores that other processes use as
+well, a matrix product that waits for a second thread takes milliseconds instead of microseconds:
+so a single query goes through per-row dot products, and a batch through a stack of products each
+too small for BLAS to share out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+METRICS = ("cosine", "inner_product", "l2")
+
+_BLOCK_SCORES = 1 << 22  # scores held at once: 16 MB
+_BATCH = 32  # queries scored together
+_PRODUCT = 1 << 18  # multiplications up to which OpenBLAS stays in the calling thread
+_SPARSE = 8  # gather rows one by one when fewer than 1 in so many is allowed
+
+_Float = NDArray[np.float32]
+_Rows = NDArray[np.int64]
+
+
+def _einsum_dot(a: _Float, b: _Float) -> _Float:
+    return cast(_Float, np.einsum("...i,...i->...", a, b))
+
+
+# Since numpy 2.0; per row one BLAS dot product, which never starts a thread at these lengths.
+_dot: Callable[[_Float, _Float], _Float] = getattr(np, "vecdot", _einsum_dot)
+
+
+def squared_norms(vectors: _Float) -> _Float:
+    """(n,) squared lengths of (n, dim) vectors, as `exact_search` takes them for "l2"."""
+    return _dot(vectors, vectors)
+
+
+def exact_search(
+    vectors: _Float,
+    squared: _Float | None,
+    queries: _Float,
+    k: int,
+    metric: str,
+    allowed: NDArray[np.bool_] | None = None,
+) -> tuple[_Rows, _Float]:
+    """Find the k most similar rows for each query by looking at all of them.
+
+    Equal similarities come in the order of their rows. Memory is bounded whatever n and m are.
+    Reads `vectors` (and runs) without the GIL for the most part; any number of threads at once.
+
+    Args:
+        vectors: (n, dim) float32, C-contiguous; may be a read-only memory map. n may be 0.
+        squared: (n,) `squared_norms(vectors)`, used by "l2" alone; None computes them.
+        queries: (m, dim) float32, C-contiguous.
+        k: At least 1; may exceed n.
+        metric: "cosine" (of normalised vectors: the inner product), "inner_product" or "l2".
+        allowed: None, or (n,) bool: only these rows may be returned.
+
+    Returns:
+        rows (m, k) int64, padded with -1; similarities (m, k) float32, larger is closer (for "l2"
+        the negative squared distance, never positive), in falling order, padded with -inf.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    vectors = np.asarray(vectors)  # a plain view: slicing a numpy.memmap object is slow
+    rows = np.full((len(queries), k), -1, np.int64)
+    similarities = np.full((len(queries), k), -np.inf, np.float32)
+    offset, chosen = 0, None
+    if allowed is not None:
+        offset, stop, chosen = _narrow(allowed)
+        vectors = vectors[offset:stop]
+        squared = None if squared is None else squared[offset:stop]
+        if chosen is not None and np.count_nonzero(chosen) * _SPARSE < len(vectors):
+            picked = np.flatnonzero(chosen)
+            found = exact_search(
+                vectors[picked],
+                None if squared is None else squared[picked],
+                queries,
+                k,
+                metric,
+            )
+            hit = found[0] >= 0
+            rows[hit] = picked[found[0][hit]] + offset
+            return rows, found[1]
+    if not len(vectors):
+        return rows, similarities
+    if metric == "l2" and squared is None:
+        squared = squared_norms(vectors)
+    for first in range(0, len(queries), _BATCH):
+        batch = queries[first : first + _BATCH]
+        parts = [
+            _search_block(
+                vectors[start:stop],
+                None if squared is None else squared[start:stop],
+                batch,
+                k,
+                metric,
+                None if chosen is None else chosen[start:stop],
+                start + offset,
+            )
+            for start, stop in _blocks(len(vectors), len(batch))
+        ]
+        for i in range(len(batch)):
+            _merge([part[i] for part in parts], rows[first + i], similarities[first + i])
+    return rows, similarities
+
+
+def exact_rerank(
+    vectors: _Float, candidates: _Rows, queries: _Float, k: int, metric: str
+) -> tuple[_Rows, _Float]:
+    """Find the k most similar among each query's candidates.
+
+    Args:
+        vectors: (n, dim) float32, C-contiguous.
+        candidates: (m, c) rows, padded with -1, none twice in a line.
+        queries: (m, dim) float32, C-contiguous.
+        k: At least 1.
+        metric: As in `exact_search`.
+
+    Returns:
+        As `exact_search`.
+    """
+    vectors = np.asarray(vectors)
+    rows = np.full((len(queries), k), -1, np.int64)
+    similarities = np.full((len(queries), k), -np.inf, np.float32)
+    for i, query in enumerate(queries):
+        picked = candidates[i]
+        if picked.size and picked.min() < 0:
+            picked = picked[picked >= 0]
+        scores = exact_similarities(vectors, picked, query, metric)
+        # By similarity, then by row: the order that a scan of all rows gives.
+        order = np.lexsort((picked, -scores))[:k]
+        rows[i, : len(order)] = picked[order]
+        similarities[i, : len(order)] = scores[order]
+    return rows, similarities
+
+
+def exact_similarities(vectors: _Float, rows: _Rows, query: _Float, metric: str) -> _Float:
+    """(c,) similarities of one query to these rows, without cancellation under "l2"."""
+    if metric != "l2":
+        return _dot(vectors[rows], query)
+    result = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), 4096):
+        difference = vectors[rows[start : start + 4096]] - query
+        np.subtract(
+            np.float32(0), _dot(difference, difference), out=result[start : start + 4096]
+        )  # 0 - x, since -x would make -0.0 of an exact match
+    return result
+
+
+def unpack_allowed(allowed: NDArray[np.uint8], count: int) -> NDArray[np.bool_]:
+    """(count,) bool from a bitmap with the least significant bit first."""
+    return np.unpackbits(allowed, count=count, bitorder="little").view(np.bool_)
+
+
+def _narrow(allowed: NDArray[np.bool_]) -> tuple[int, int, NDArray[np.bool_] | None]:
+    """First and last allowed row + 1, and the mask between them, None where all are allowed.
+
+    First in, first out removes a prefix: what is left is a slice.
+    """
+    if not len(allowed):
+        return 0, 0, None
+    start = int(allowed.argmax())
+    if not allowed[start]:
+        return 0, 0, None
+    stop = len(allowed) - int(allowed[::-1].argmax())
+    between = allowed[start:stop]
+    return start, stop, None if between.all() else between
+
+
+def _blocks(n: int, m: int) -> list[tuple[int, int]]:
+    size = max(1, _BLOCK_SCORES // m)
+    return [(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _products(vectors: _Float, queries: _Float) -> _Float:
+    """(m, n) inner products, in the calling thread alone."""
+    if len(queries) == 1:
+        return _dot(vectors, queries[0])[np.newaxis]
+    n, dim = vectors.shape
+    step = max(1, _PRODUCT // (dim * len(queries)))
+    whole = n - n % step
+    products = np.empty((n, len(queries)), np.float32)
+    np.matmul(
+        vectors[:whole].reshape(-1, step, dim),
+        queries.T,
+        out=products[:whole].reshape(-1, step, len(queries)),
+    )
+    if whole < n:
+        np.matmul(vectors[whole:], queries.T, out=products[whole:])
+    return np.ascontiguousarray(products.T)
+
+
+def _search_block(
+    vectors: _Float,
+    squared: _Float | None,
+    queries: _Float,
+    k: int,
+    metric: str,
+    allowed: NDArray[np.bool_] | None,
+    offset: int,
+) -> list[tuple[_Rows, _Float]]:
+    """For each query up to k rows (shifted by `offset`) with their similarities, best first."""
+    products = _products(vectors, queries)
+    found = []
+    for query, scores in zip(queries, products, strict=True):
+        if metric == "l2":
+            assert squared is not None  # the caller computed them
+            candidates = _near(scores, squared, query, k, allowed)
+            values = exact_similarities(vectors, candidates, query, metric)
+        else:
+            if allowed is not None:
+                scores[~allowed] = -np.inf
+            candidates = _at_least(scores, k)
+            if allowed is not None:
+                candidates = candidates[allowed[candidates]]
+            values = scores[candidates]
+        # Candidates come in the order of their rows, and a stable sort leaves equals so.
+        order = np.argsort(-values, kind="stable")[:k]
+        found.append((candidates[order] + offset, values[order]))
+    return found
+
+
+def _at_least(scores: _Float, k: int) -> _Rows:
+    """Rows whose score is at least the k-th largest, rising."""
+    if k >= len(scores):
+        return np.arange(len(scores), dtype=np.int64)
+    kth = np.partition(scores, len(scores) - k)[len(scores) - k]
+    return cast(_Rows, np.flatnonzero(scores >= kth))
+
+
+def _near(
+    products: _Float,
+    squared: _Float,
+    query: _Float,
+    k: int,
+    allowed: NDArray[np.bool_] | None,
+) -> _Rows:
+    """Rows that may be among the k nearest, rising: all that rounding leaves in doubt.
+
+    |x - q|² = |x|² + |q|² - 2 x·q cancels where both are long and close to each other. So each row
+    gets bounds; who cannot reach the k-th best lower bound is out, and the rest is computed
+    without cancellation.
+    """
+    lengths = squared + _dot(query, query)
+    distance = lengths - 2 * products
+    # Dot products are summed in at least eight lanes; a lane's error grows with its length.
+    error = lengths * np.float32((len(query) / 8 + 16) * np.finfo(np.float32).eps)
+    upper = distance + error
+    if allowed is not None:
+        upper[~allowed] = np.inf
+    if k < len(upper):
+        kth: Any = np.partition(upper, k - 1)[k - 1]
+        inside = distance - error <= kth
+    else:
+        inside = np.ones(len(upper), np.bool_)
+    if allowed is not None:
+        inside &= allowed
+    return cast(_Rows, np.flatnonzero(inside))
+
+
+def _merge(parts: list[tuple[_Rows, _Float]], rows: _Rows, similarities: _Float) -> None:
+    """Write the best of several blocks' results, which come in the order of their rows."""
+    if len(parts) == 1:
+        picked, values = parts[0]
+    else:
+        picked = np.concatenate([part[0] for part in parts])
+        values = np.concatenate([part[1] for part in parts])
+        order = np.argsort(-values, kind="stable")[: len(rows)]
+        picked, values = picked[order], values[order]
+    rows[: len(picked)] = picked
+    similarities[: len(values)] = values

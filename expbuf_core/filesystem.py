@@ -1,0 +1,124 @@
+"""All writing to a buffer's folder goes through `FileSystem`: one place to record, fail or count it.
+
+Reading does not; it needs no order and no permission beyond the file's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from expbuf_core.errors import StorageError, StorageFull
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_IOV_MAX = 512
+
+Buffer = bytes | bytearray | memoryview
+
+
+@contextlib.contextmanager
+def storage_errors(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an OSError into a `StorageError` that says what was tried, on which file."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as exc:
+        kind = StorageFull if exc.errno in _FULL else StorageError
+        hint = "; free some room and try again" if kind is StorageFull else ""
+        error = kind(f"cannot {what} {os.fspath(path)}: {exc.strerror or exc}{hint}")
+        error.errno = exc.errno
+        raise error from exc
+
+
+class FileSystem:
+    """The real file system. A test subclasses it to record writes, or to make them fail."""
+
+    def open(self, path: Path, *, create: bool = False, exclusive: bool = False) -> int:
+        """Open for reading and writing."""
+        flags = os.O_RDWR | os.O_CLOEXEC
+        if create or exclusive:
+            flags |= os.O_CREAT
+        if exclusive:
+            flags |= os.O_EXCL
+        return os.open(path, flags, 0o666)
+
+    def close(self, fd: int) -> None:
+        """Close what `open` returned."""
+        os.close(fd)
+
+    def pwrite(self, fd: int, data: Buffer, offset: int) -> None:
+        """Write all of it, or raise."""
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            done += os.pwrite(fd, view[done:], offset + done)
+
+    def pwritev(self, fd: int, parts: Sequence[Buffer], offset: int) -> None:
+        """Write all parts one behind the other, or raise."""
+        total = sum(len(part) for part in parts)
+        if len(parts) <= _IOV_MAX and os.pwritev(fd, parts, offset) == total:
+            return
+        # Too many parts, or a short write (a full disk, a signal): say again what must stand there.
+        self.pwrite(fd, b"".join(parts), offset)
+
+    def allocate(self, fd: int, size: int) -> None:
+        """Reserve room for a file, so that a full disk cannot stop writes into it."""
+        os.posix_fallocate(fd, 0, size)
+
+    def truncate(self, fd: int, size: int) -> None:
+        """Set the size of a file that no other process has seen."""
+        os.ftruncate(fd, size)
+
+    def fdatasync(self, fd: int) -> None:
+        """Make a file's bytes durable."""
+        os.fdatasync(fd)
+
+    def fsync(self, fd: int) -> None:
+        """Make a file's bytes and its inode durable."""
+        os.fsync(fd)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Rename atomically; durable only after `sync_folder`."""
+        os.replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a name; nothing happens where it is gone already."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def mkdir(self, path: Path) -> None:
+        """Make a folder with its parents; durable only after `sync_folder` of the parent."""
+        os.makedirs(path, exist_ok=True)
+
+    def sync_folder(self, path: Path) -> None:
+        """Make the names in a folder durable."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def write_atomically(self, path: Path, chunks: Iterable[Buffer]) -> None:
+        """Let a file appear under its name whole and durable, or not at all."""
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        fd = self.open(temporary, create=True)
+        try:
+            try:
+                self.truncate(fd, 0)
+                offset = 0
+                for chunk in chunks:
+                    self.pwrite(fd, chunk, offset)
+                    offset += memoryview(chunk).nbytes
+                self.fsync(fd)
+            finally:
+                self.close(fd)
+            self.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.unlink(temporary)
+            raise
+        self.sync_folder(path.parent)

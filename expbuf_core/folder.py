@@ -1,0 +1,139 @@
+"""A buffer's folder: what makes it one, what it is called, where it may lie.
+
+expbuf.json                      identity: format, UUID, storage backend; written last at creation
+control                          words shared by the processes that have it open; a cache
+locks/                           lock files, used for nothing else
+snapshots/  index/               see those modules
+*.wal, …                         the storage adapter's own
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import NamedTuple
+
+from expbuf_core.errors import CorruptionError, FormatVersionError, StorageError
+from expbuf_core.filesystem import FileSystem, storage_errors
+
+IDENTITY = "expbuf.json"
+CONTROL = "control"
+LOCKS = "locks"
+FORMAT = 1
+_OWN = {CONTROL, LOCKS, "snapshots", "index"}
+
+_NETWORK = {
+    "9p", "afs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs",
+    "gfs2", "glusterfs", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "smb3", "smbfs",
+}  # fmt: skip
+
+
+class Identity(NamedTuple):
+    """What a folder says it is."""
+
+    uuid: bytes
+    backend: str
+
+
+def read_identity(folder: Path) -> Identity | None:
+    """The identity of a buffer's folder; None if it has none.
+
+    Raises:
+        StorageError: There is a file in the place of the folder, or it cannot be read.
+        CorruptionError: The identity is damaged.
+        FormatVersionError: A newer version wrote it.
+    """
+    path = folder / IDENTITY
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"{folder} is a file; a buffer is a folder")
+    try:
+        with storage_errors("read", path):
+            raw = path.read_bytes()
+    except StorageError as exc:
+        if isinstance(exc.__cause__, FileNotFoundError):
+            return None
+        raise
+    try:
+        document = json.loads(raw)
+        version = int(document["format"])
+        identity = Identity(bytes.fromhex(document["uuid"]), str(document["backend"]))
+        if len(identity.uuid) != 16:
+            raise ValueError("the UUID is not 16 bytes long")
+    except (ValueError, KeyError, TypeError) as exc:
+        raise CorruptionError(
+            f"{path}: damaged ({exc}); restore it from a backup or run `expbuf repair`",
+            path=path,
+            offset=0,
+        ) from exc
+    if version > FORMAT:
+        raise FormatVersionError(f"{folder}: format {version}; this expbuf reads up to {FORMAT}")
+    return identity
+
+
+def check_new(folder: Path) -> None:
+    """See that a buffer may be created here.
+
+    Raises:
+        StorageError: The folder holds something else.
+        CorruptionError: It holds a buffer whose identity is missing.
+    """
+    if not folder.exists():
+        return
+    with storage_errors("list", folder):
+        names = set(os.listdir(folder))
+    foreign = {
+        name for name in names - _OWN if not name.endswith((".wal", ".tmp", ".mdb", ".lmdb"))
+    }
+    if foreign:
+        shown = ", ".join(sorted(foreign)[:5])
+        raise StorageError(
+            f"{folder} is no buffer, and holds other files ({shown}); choose a new or empty folder"
+        )
+    # A creation that was interrupted leaves the first log at most. More than that was a buffer.
+    logs = sorted(name for name in names if name.startswith("experience_data."))
+    if any((folder / "snapshots").glob("*.snap")) or (
+        logs and logs[-1] > "experience_data.000001.wal"
+    ):
+        raise CorruptionError(
+            f"{folder}: holds the logs of a buffer, but {IDENTITY} is missing; restore it from a "
+            "backup or run `expbuf repair`",
+            path=folder / IDENTITY,
+            offset=0,
+        )
+
+
+def write_identity(folder: Path, backend: str, uuid: bytes, fs: FileSystem) -> None:
+    """Make the folder a buffer; the last step of its creation."""
+    document = {"format": FORMAT, "uuid": uuid.hex(), "backend": backend}
+    with storage_errors("write", folder / IDENTITY):
+        fs.write_atomically(folder / IDENTITY, [json.dumps(document, indent=1).encode()])
+        fs.sync_folder(folder.parent)
+
+
+def new_uuid() -> bytes:
+    """16 random bytes."""
+    return secrets.token_bytes(16)
+
+
+def file_system(folder: Path) -> str:
+    """Type of the file system the folder lies on, "" if unknown."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    target = os.path.realpath(folder)
+    best, kind = "", ""
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        mount = left.split()[4].replace("\\040", " ")
+        inside = target == mount or target.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= len(best):
+            best, kind = mount, right.split()[0]
+    return kind
+
+
+def shared_memory_is_coherent(folder: Path) -> bool:
+    """Whether several processes may use the folder: mapped pages and locks work across them."""
+    return file_system(folder) not in _NETWORK

@@ -1,0 +1,221 @@
+"""Frames and rows: the checksummed units that every durable byte of a log consists of.
+
+A *frame* is one operation (one commit) in a log; a *row* is one experience's payload inside it. The
+layout is specified in `plugins/expbuf_file/FORMAT.md`. All integers are little-endian.
+
+The body and every row carry checksums that are computed once, before any lock is taken. The header
+binds them to a place: its own checksum covers them together with the LSN, the offset and a salt
+that is random for each file, so that neither a stale frame nor bytes that a user stored can pass
+for a frame.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expbuf_core.contracts import Buffer, Stamped
+
+MAGIC = 0x46505845  # "EXPF"
+_MAGIC_BYTES = struct.pack("<I", MAGIC)
+
+# magic, header_crc | lsn, durable_before, data_offset, first_id, epoch, kind, flags,
+# body_len, body_crc, row_count, table_crc, rows_len
+HEADER = struct.Struct("<IIQQQQIHHIIIIQ")
+_COVERED = struct.Struct("<QQQQIHHIIIIQ")  # HEADER behind its checksum
+_START = struct.Struct("<II")
+HEADER_BYTES = HEADER.size
+TABLE_ENTRY = np.dtype([("length", "<u4"), ("crc", "<u4")])
+
+# Kinds from 0xF0 belong to the log itself and use up no LSN.
+LOG_BEGIN = 0xF0
+LOG_END = 0xF1
+
+MAX_BODY_BYTES = 1 << 31
+MAX_ROWS = 1 << 26
+
+
+class Header(NamedTuple):
+    """A decoded frame header; see FORMAT.md."""
+
+    lsn: int
+    durable_before: int
+    data_offset: int
+    first_id: int
+    epoch: int
+    kind: int
+    flags: int
+    body_len: int
+    body_crc: int
+    row_count: int
+    table_crc: int
+    rows_len: int
+
+    @property
+    def index_bytes(self) -> int:
+        """Size of the frame without rows, padded."""
+        return _padded(HEADER_BYTES + self.body_len + 8 * self.row_count)
+
+    @property
+    def data_bytes(self) -> int:
+        """Size of the frame with its rows, padded."""
+        return _padded(HEADER_BYTES + self.body_len + 8 * self.row_count + self.rows_len)
+
+    @property
+    def rows_offset(self) -> int:
+        """Where the rows begin in the data log."""
+        return self.data_offset + HEADER_BYTES + self.body_len + 8 * self.row_count
+
+
+def _padded(n: int) -> int:
+    return (n + 7) & ~7
+
+
+_PADDING = [b"\0" * i for i in range(8)]
+
+
+def encode(
+    stamped: Stamped, *, salt: bytes, epoch: int, durable_before: int, data_offset: int
+) -> tuple[list[Buffer], list[Buffer], int, int]:
+    """Lay out one operation for both logs.
+
+    Returns:
+        The parts for the data log, the parts for the index log, and the size of each.
+    """
+    operation = stamped.operation
+    lengths = operation.lengths
+    n = len(lengths)
+    if n:
+        table = np.empty(n, TABLE_ENTRY)
+        table["length"] = lengths
+        table["crc"] = operation.row_crcs
+        table_bytes = table.tobytes()
+        table_crc = crc32(table_bytes)
+    else:
+        table_bytes, table_crc = b"", 0
+    body_len, rows_len = len(operation.body), len(operation.rows)
+    covered = _COVERED.pack(
+        stamped.lsn,
+        durable_before,
+        data_offset,
+        stamped.first_id,
+        epoch,
+        operation.kind,
+        0,
+        body_len,
+        operation.body_crc,
+        n,
+        table_crc,
+        rows_len,
+    )
+    head = _START.pack(MAGIC, crc32(covered, crc32(salt))) + covered
+    bare = HEADER_BYTES + body_len + 8 * n
+    index_parts = [head, operation.body, table_bytes, _PADDING[-bare % 8]]
+    if not rows_len:
+        return index_parts, index_parts, _padded(bare), _padded(bare)
+    whole = bare + rows_len
+    data_parts = [head, operation.body, table_bytes, operation.rows, _PADDING[-whole % 8]]
+    return data_parts, index_parts, _padded(whole), _padded(bare)
+
+
+def decode_header(data: Buffer, offset: int, salt_crc: int) -> Header | None:
+    """Decode and check the header at `offset`; None if these bytes are no header of this file.
+
+    Args:
+        data: Bytes of the log.
+        offset: Where in them the header begins.
+        salt_crc: CRC-32 of the file's salt.
+    """
+    if offset + HEADER_BYTES > len(data):
+        return None
+    magic, stored, *fields = HEADER.unpack_from(data, offset)
+    if magic != MAGIC:
+        return None
+    if crc32(memoryview(data)[offset + 8 : offset + HEADER_BYTES], salt_crc) != stored:
+        return None
+    return Header(*fields)
+
+
+def find_header(data: Buffer, start: int, salt_crc: int) -> tuple[int, Header] | None:
+    """The first valid header at or behind `start`, which is a multiple of 8."""
+    raw = data if isinstance(data, bytes | bytearray) else bytes(data)
+    at = raw.find(_MAGIC_BYTES, start)
+    while at >= 0:
+        if at % 8 == 0:
+            header = decode_header(raw, at, salt_crc)
+            if header is not None:
+                return at, header
+        at = raw.find(_MAGIC_BYTES, at + 1)
+    return None
+
+
+def decode_table(data: Buffer, header: Header, offset: int) -> NDArray[np.void] | None:
+    """The table of row lengths and checksums of the frame at `offset`, or None if damaged."""
+    start = offset + HEADER_BYTES + header.body_len
+    raw = memoryview(data)[start : start + 8 * header.row_count]
+    if len(raw) != 8 * header.row_count or crc32(raw) != header.table_crc:
+        return None
+    return np.frombuffer(raw, TABLE_ENTRY)
+
+
+def check_rows(
+    data: Buffer, start: int, first_id: int | None, table: NDArray[np.void]
+) -> int | None:
+    """Check the rows that begin at `start`.
+
+    Args:
+        data: Bytes of the log.
+        start: Where in them the first row begins.
+        first_id: Rows are numbered from here; None where each row may have any id.
+        table: Of the frame.
+
+    Returns:
+        None if all are what was written, else the offset of the first that is not.
+    """
+    view = memoryview(data)
+    at = start
+    lengths, crcs = table["length"].tolist(), table["crc"].tolist()
+    for i, (length, crc) in enumerate(zip(lengths, crcs, strict=True)):
+        found = check_row(view[at : at + length]) if at + length <= len(view) else None
+        if found is None or found[1] != crc or (first_id is not None and found[0] != first_id + i):
+            return at
+        at += length
+    return None
+
+
+# ---------------------------------------------------------------- rows
+
+# id, content_crc, seal | content. The seal binds the content to its id. It is stamped under the
+# append lock, once the id is known; the content, with the long checksum, is made before.
+_ROW = struct.Struct("<qII")
+ROW_HEADER_BYTES = _ROW.size
+_ID = struct.Struct("<q")
+
+
+def stamp_rows(
+    rows: bytearray, lengths: NDArray[np.uint32], content_crcs: list[int], first_id: int
+) -> NDArray[np.uint32]:
+    """Write ids and seals into rows whose contents stand; return the seals, (n,) uint32."""
+    seals = np.empty(len(lengths), np.uint32)
+    at = 0
+    for i, (length, crc) in enumerate(zip(lengths.tolist(), content_crcs, strict=True)):
+        id_ = first_id + i
+        seal = crc32(_ID.pack(id_), crc)
+        _ROW.pack_into(rows, at, id_, crc, seal)
+        seals[i] = seal
+        at += length
+    return seals
+
+
+def check_row(row: Buffer) -> tuple[int, int] | None:
+    """(id, seal) of an intact row, else None."""
+    if len(row) < ROW_HEADER_BYTES:
+        return None
+    id_, crc, seal = _ROW.unpack_from(row)
+    if crc32(memoryview(row)[ROW_HEADER_BYTES:]) != crc or crc32(_ID.pack(id_), crc) != seal:
+        return None
+    return id_, seal

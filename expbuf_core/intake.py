@@ -1,0 +1,634 @@
+"""What comes in is checked, converted, scored, fused and encoded here, before any lock is taken."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expbuf_core import codec
+from expbuf_core.codec import AddBody
+from expbuf_core.commit import Draft, draft_rows
+from expbuf_core.contracts import EmbeddingFusion, PriorityScorer, ScoringBatch
+from expbuf_core.errors import DimensionError, InvalidExperience, PluginContractError
+from expbuf_core.experience import Experience
+
+Vectors = NDArray[np.float32]
+
+COLUMNS = (
+    "v_embed",
+    "q_embed",
+    "question",
+    "answer",
+    "confidence",
+    "rewards",
+    "trajectory",
+    "metadata",
+    "probabilities",
+    "tags",
+    "image",
+    "key",
+    "timestamp",
+)
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+def as_vectors(value: Any, name: str, *, rank: int, dim: int | None) -> Vectors:
+    """Convert embeddings to float32, and check them.
+
+    Args:
+        value: An array, anything with the array protocol, a torch tensor, a list of numbers.
+        name: For messages.
+        rank: 1 for one embedding, 2 for several.
+        dim: That the buffer holds; None while it is not known.
+
+    Returns:
+        (dim,) or (n, dim) float32, C-contiguous, finite. Not a copy where none is needed.
+
+    Raises:
+        DimensionError: The shape is wrong.
+        InvalidExperience: It is no array of finite real numbers.
+    """
+    array = value if type(value) is np.ndarray else codec.to_numpy(value)
+    if array is None:
+        if not isinstance(value, list | tuple):
+            raise InvalidExperience(
+                f"{name}: expected an array of numbers, found a {type(value).__name__}"
+            )
+        try:
+            array = np.asarray(value, np.float64)
+        except (TypeError, ValueError) as exc:
+            raise InvalidExperience(f"{name}: not an array of numbers: {exc}") from exc
+    if array.ndim != rank:
+        raise _rank_error(array, name, rank)
+    if dim is not None and array.shape[-1] != dim:
+        raise DimensionError(
+            f"{name}: dimension {array.shape[-1]}, but this buffer holds embeddings of dimension "
+            f"{dim}",
+            expected=dim,
+            found=array.shape,
+        )
+    if array.shape[-1] == 0:
+        raise DimensionError(
+            f"{name}: empty (shape {array.shape})", expected=dim, found=array.shape
+        )
+    if array.dtype != np.float32:
+        if array.dtype.kind not in "fiub":
+            raise InvalidExperience(f"{name}: expected real numbers, found dtype {array.dtype}")
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    array = np.ascontiguousarray(array)
+    flat = array.reshape(-1)
+    # A dot product is the fastest pass over the data; only its overflow needs a second look.
+    if not math.isfinite(float(flat @ flat)) and not np.isfinite(array).all():
+        at = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise InvalidExperience(
+            f"{name}: {array[at]} at position {at if rank > 1 else at[0]}; embeddings must be "
+            "finite in float32"
+        )
+    return array
+
+
+def _rank_error(array: NDArray[Any], name: str, rank: int) -> DimensionError:
+    hint = ""
+    if rank == 1 and array.ndim == 2 and array.shape[0] == 1:
+        hint = f"; this is a batch of one: give {name}[0]"
+    elif rank == 1 and array.ndim == 2:
+        hint = "; for several experiences at once use add_many or search_many"
+    elif rank == 2 and array.ndim == 1:
+        hint = f"; for a single one give {name}[None]"
+    expected = "(dim,)" if rank == 1 else "(n, dim)"
+    return DimensionError(
+        f"{name}: expected shape {expected}, found {array.shape}{hint}", found=array.shape
+    )
+
+
+def normalised(vectors: Vectors) -> Vectors:
+    """Scale rows to length 1; rows of zeros stay zero."""
+    if len(vectors) == 1:
+        row = vectors[0]
+        square = float(row @ row)
+        if 1e-24 < square < 1e30:
+            return vectors * np.float32(1.0 / math.sqrt(square))
+    wide = vectors.astype(np.float64)
+    norms = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+    norms[norms == 0] = 1
+    wide /= norms[:, None]
+    return wide.astype(np.float32)
+
+
+def fuse(fusion: EmbeddingFusion, metric: str, v: Vectors, q: Vectors, dim: int) -> Vectors:
+    """Fused vectors as they are indexed: (n, dim) float32, normalised under cosine."""
+    fused = np.asarray(fusion(v, q))
+    if fused.shape != (len(v), dim) or fused.dtype != np.float32:
+        raise PluginContractError(
+            f"fusion {type(fusion).__name__} returned {fused.dtype} {fused.shape}; expected "
+            f"float32 {(len(v), dim)}"
+        )
+    if metric == "cosine":
+        fused = normalised(fused)
+    if not math.isfinite(float(np.abs(fused).max(initial=0.0))):
+        raise InvalidExperience("the fused embedding is not finite: its parts are too large")
+    return np.ascontiguousarray(fused)
+
+
+# ---------------------------------------------------------------- single values
+
+
+def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite number within bounds.
+
+    Raises:
+        InvalidExperience: It is not.
+    """
+    if type(value) is not float:
+        if isinstance(value, str | bytes | bool) or value is None:
+            raise InvalidExperience(f"{name}: expected a number, found {value!r}")
+        try:
+            value = float(value)
+        except (TypeError, ValueError) as exc:
+            raise InvalidExperience(f"{name}: expected a number, found {value!r}") from exc
+    if not low <= value <= high or math.isinf(value):
+        bounds = "" if math.isinf(low) else f" in [{low:g}, {high:g}]"
+        raise InvalidExperience(f"{name}: expected a finite number{bounds}, found {value!r}")
+    return float(value)
+
+
+def rewards(value: Any, where: str = "rewards") -> tuple[float, dict[str, float] | None]:
+    """(total, components); NaN and None while unknown."""
+    if value is None:
+        return math.nan, None
+    if isinstance(value, Mapping):
+        components = {}
+        for name, part in value.items():
+            if not isinstance(name, str):
+                raise InvalidExperience(f"{where}: component names must be strings, found {name!r}")
+            components[name] = number(part, f"{where}[{name!r}]")
+        return number(math.fsum(components.values()), where), components
+    total = number(value, where)
+    return total, {"reward": total}
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidExperience(f"{name}: expected a string, found a {type(value).__name__}")
+    return value
+
+
+def _tags(value: Any, name: str = "tags") -> list[str]:
+    if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
+        raise InvalidExperience(f"{name}: expected a sequence of strings, found {value!r}")
+    return [_text(tag, name) for tag in value]
+
+
+def _probabilities(value: Any, name: str = "probabilities") -> NDArray[np.float32]:
+    array = as_vectors(value, name, rank=1, dim=None)
+    total = float(array.sum(dtype=np.float64))
+    if array.min() < 0 or abs(total - 1.0) > 1e-2:
+        raise InvalidExperience(f"{name}: must not be negative and must sum to 1, not to {total:g}")
+    return array
+
+
+def as_ids(ids: Any) -> NDArray[np.int64]:
+    """(n,) int64 of whatever holds ids.
+
+    Raises:
+        InvalidExperience: It holds something else.
+    """
+    array = codec.to_numpy(ids)
+    if array is None:
+        array = np.asarray(list(ids) if not isinstance(ids, int) else [ids])
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if array.dtype.kind not in "iu":
+        raise InvalidExperience(f"ids must be integers, found dtype {array.dtype}")
+    if array.dtype.kind == "u" and int(array.max()) > np.iinfo(np.int64).max:
+        raise InvalidExperience("ids must fit into int64")
+    return np.atleast_1d(array).reshape(-1).astype(np.int64)
+
+
+# ---------------------------------------------------------------- experiences
+
+
+class Intake:
+    """Turns experiences into operations.
+
+    Args:
+        v_dim: Dimension of the visual embedding; 0: there is none.
+        q_dim: Dimension of the question embedding; 0: there is none.
+        metric: Of the buffer.
+        fusion: Of the buffer.
+        scorer: Gives initial priorities.
+        max_experience_bytes: Most bytes that one experience may take.
+        max_commit_bytes: Most bytes that one commit may take.
+    """
+
+    def __init__(
+        self,
+        *,
+        v_dim: int,
+        q_dim: int,
+        metric: str,
+        fusion: EmbeddingFusion,
+        scorer: PriorityScorer,
+        max_experience_bytes: int,
+        max_commit_bytes: int,
+    ) -> None:
+        self.v_dim, self.q_dim = v_dim, q_dim
+        self.metric = metric
+        self.fusion = fusion
+        self.scorer = scorer
+        self.dim = fusion.output_dim(v_dim, q_dim)
+        self._max_experience = max_experience_bytes
+        self._max_commit = max_commit_bytes
+
+    # ------------------------------------------------------------ parts
+
+    def _part(self, value: Any, name: str, dim: int, *, rank: int, n: int = 1) -> Vectors:
+        if value is None:
+            if dim:
+                raise InvalidExperience(
+                    f"{name}: missing; this buffer holds embeddings of dimension {dim} there"
+                )
+            return np.empty((n, 0) if rank == 2 else (0,), np.float32)
+        if not dim:
+            raise InvalidExperience(f"{name}: given, but this buffer was created without it")
+        return as_vectors(value, name, rank=rank, dim=dim)
+
+    def query(self, v: Any, q: Any, hybrid: Any, *, rank: int) -> Vectors:
+        """Fused query vectors (m, dim); a part that is missing counts as zeros."""
+        if hybrid is not None:
+            if v is not None or q is not None:
+                raise InvalidExperience("give either hybrid_embed, or v_embed and q_embed")
+            vectors = np.atleast_2d(as_vectors(hybrid, "hybrid_embed", rank=rank, dim=self.dim))
+            return normalised(vectors) if self.metric == "cosine" else vectors
+        if v is None and q is None:
+            raise InvalidExperience("a search needs v_embed, q_embed or hybrid_embed")
+        parts = []
+        for value, name, dim in ((v, "v_embed", self.v_dim), (q, "q_embed", self.q_dim)):
+            part = None if value is None else self._part(value, name, dim, rank=rank)
+            parts.append(None if part is None else np.atleast_2d(part))
+        m = len(parts[0]) if parts[0] is not None else len(parts[1])  # type: ignore[arg-type]
+        filled = [
+            np.zeros((m, dim), np.float32) if part is None else part
+            for part, dim in zip(parts, (self.v_dim, self.q_dim), strict=True)
+        ]
+        if len(filled[0]) != len(filled[1]):
+            raise DimensionError(
+                f"v_embed holds {len(filled[0])} queries, q_embed {len(filled[1])}"
+            )
+        return fuse(self.fusion, self.metric, filled[0], filled[1], self.dim)
+
+    def refuse(self, v: Vectors, q: Vectors) -> Vectors:
+        """Fused vectors of stored parts."""
+        return fuse(self.fusion, self.metric, v, q, self.dim)
+
+    def score(
+        self,
+        confidence: NDArray[np.float32],
+        reward: NDArray[np.float64],
+        probabilities: Sequence[NDArray[np.float32] | None],
+        age: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """Initial priorities, checked."""
+        known = ~np.isnan(reward)
+        batch = ScoringBatch(
+            confidence=confidence,
+            total_reward=np.where(known, reward, 0.0).astype(np.float32),
+            reward_known=known,
+            probabilities=probabilities,
+            age=age,
+        )
+        with np.errstate(over="ignore"):
+            scores = np.asarray(self.scorer(batch)).astype(np.float32)
+        if (
+            scores.shape != (len(batch),)
+            or not (scores >= 0).all()
+            or not np.isfinite(scores).all()
+        ):
+            raise PluginContractError(
+                f"scorer {type(self.scorer).__name__} returned {scores!r} for {len(batch)} "
+                "experiences; expected as many finite priorities, none below 0"
+            )
+        return scores
+
+    # ------------------------------------------------------------ drafts
+
+    def one(self, experience: Experience, priority: float | None) -> Draft:
+        """One experience as an operation."""
+        return self.many([experience], None if priority is None else [priority])
+
+    def many(
+        self, experiences: Sequence[Experience], priorities: Sequence[float | None] | None
+    ) -> Draft:
+        """Several experiences as one operation."""
+        n = len(experiences)
+        now = time.time()
+        for item in experiences:
+            if not isinstance(item, Experience):
+                raise InvalidExperience(
+                    f"expected an Experience, found a {type(item).__name__}; columns are given as "
+                    "a mapping of arrays"
+                )
+        v = self._stack([item.v_embed for item in experiences], "v_embed", self.v_dim)
+        q = self._stack([item.q_embed for item in experiences], "q_embed", self.q_dim)
+        confidence = np.empty(n, np.float32)
+        reward = np.empty(n, np.float64)
+        timestamp = np.empty(n, np.float64)
+        probabilities: list[NDArray[np.float32] | None] = [None] * n
+        rows: list[bytes] = []
+        tags: list[list[str]] = []
+        keys: list[str | None] = []
+        for i, item in enumerate(experiences):
+            if item.id is not None:
+                raise InvalidExperience(
+                    f"this experience has id {item.id} already; to add a copy use "
+                    "dataclasses.replace(experience, id=None)"
+                )
+            confidence[i] = number(item.confidence, "confidence", 0.0, 1.0)
+            timestamp[i] = now if item.timestamp is None else number(item.timestamp, "timestamp")
+            fields: dict[str, Any] = {}
+            if item.question != "":
+                fields["question"] = _text(item.question, "question")
+            if item.answer is not None:
+                fields["answer"] = item.answer
+            if item.rewards is None:
+                reward[i] = math.nan
+            else:
+                reward[i], fields["rewards"] = rewards(item.rewards)
+            if item.trajectory is not None:
+                fields["trajectory"] = item.trajectory
+            if item.metadata is not None:
+                if not isinstance(item.metadata, Mapping):
+                    raise InvalidExperience("metadata: expected a mapping")
+                fields["metadata"] = item.metadata
+            if item.probabilities is not None:
+                probabilities[i] = fields["probabilities"] = _probabilities(item.probabilities)
+            if item.image is not None:
+                image = item.image
+                fields["image"] = os.fspath(image) if isinstance(image, os.PathLike) else image
+                if not isinstance(fields["image"], str | bytes):
+                    raise InvalidExperience("image: expected a path or encoded bytes")
+            item_tags = _tags(item.tags) if item.tags else []
+            tags.append(item_tags)
+            keys.append(None if item.key is None else _text(item.key, "key"))
+            if keys[-1] is not None:
+                fields["key"] = keys[-1]
+            rows.append(codec.encode_row(v[i], q[i], fields))
+        lengths = np.fromiter(map(len, rows), np.uint32, n)
+        labels = {"tags": tags, "keys": keys} if any(tags) or any(keys) else None
+        return self._draft(
+            v,
+            q,
+            bytearray().join(rows),
+            lengths,
+            confidence=confidence,
+            reward=reward,
+            timestamp=timestamp,
+            probabilities=probabilities,
+            priorities=priorities,
+            labels=labels,
+            now=now,
+        )
+
+    def _stack(self, parts: list[Any], name: str, dim: int) -> Vectors:
+        """(n, dim) of n single embeddings."""
+        if len(parts) > 1 and dim and all(type(part) is np.ndarray for part in parts):
+            shape = (dim,)
+            if all(part.shape == shape for part in parts):
+                with np.errstate(over="ignore"):
+                    return as_vectors(np.stack(parts), name, rank=2, dim=dim)
+        return np.stack([self._part(part, name, dim, rank=1) for part in parts])
+
+    def columns(self, columns: Mapping[str, Any], priorities: Any) -> Draft:
+        """A mapping of columns as one operation; see `ExperienceBuffer.add_many`."""
+        unknown = [name for name in columns if name not in COLUMNS]
+        if unknown:
+            raise InvalidExperience(
+                f"unknown columns: {', '.join(map(repr, unknown))}; known: {', '.join(COLUMNS)}"
+            )
+        now = time.time()
+        given = next(
+            (columns[x] for x in ("v_embed", "q_embed") if columns.get(x) is not None), None
+        )
+        if given is None:
+            raise InvalidExperience("the columns need v_embed, q_embed, or both")
+        n = len(given)
+        v = self._part(columns.get("v_embed"), "v_embed", self.v_dim, rank=2, n=n)
+        q = self._part(columns.get("q_embed"), "q_embed", self.q_dim, rank=2, n=n)
+        for name, values in (("v_embed", v), ("q_embed", q)):
+            if len(values) != n:
+                raise InvalidExperience(f"column {name!r} has {len(values)} entries, not {n}")
+        confidence = _float_column(columns.get("confidence"), "confidence", n, 1.0)
+        if n and not (0.0 <= confidence.min() and confidence.max() <= 1.0):
+            raise InvalidExperience("confidence: every value must be in [0, 1]")
+        timestamp = _float_column(columns.get("timestamp"), "timestamp", n, now)
+        reward, components = _reward_columns(columns.get("rewards"), n)
+        lists = {
+            name: _list_column(columns[name], name, n)
+            for name in ("question", "answer", "trajectory", "metadata", "image", "key")
+            if columns.get(name) is not None
+        }
+        probabilities: list[NDArray[np.float32] | None] = [None] * n
+        if columns.get("probabilities") is not None:
+            lists["probabilities"] = [
+                None if p is None else _probabilities(p)
+                for p in _list_column(columns["probabilities"], "probabilities", n, rows=True)
+            ]
+            probabilities = list(lists["probabilities"])
+        if components is not None:
+            lists["rewards"] = components
+        tags = [_tags(t) for t in _list_column(columns.get("tags") or [()] * n, "tags", n)]
+        rows, lengths = _encode_columns(v, q, lists, n)
+        keys = lists.get("key", [None] * n)
+        labels = {"tags": tags, "keys": keys} if any(tags) or any(keys) else None
+        return self._draft(
+            v,
+            q,
+            rows,
+            lengths,
+            confidence=confidence.astype(np.float32),
+            reward=reward,
+            timestamp=timestamp,
+            probabilities=probabilities,
+            priorities=priorities,
+            labels=labels,
+            now=now,
+        )
+
+    def _draft(
+        self,
+        v: Vectors,
+        q: Vectors,
+        rows: bytearray,
+        lengths: NDArray[np.uint32],
+        *,
+        confidence: NDArray[np.float32],
+        reward: NDArray[np.float64],
+        timestamp: NDArray[np.float64],
+        probabilities: Sequence[NDArray[np.float32] | None],
+        priorities: Any,
+        labels: dict[str, list[Any]] | None,
+        now: float,
+    ) -> Draft:
+        n = len(lengths)
+        if n and int(lengths.max()) > self._max_experience:
+            i = int(lengths.argmax())
+            raise InvalidExperience(
+                f"experience {i} takes {int(lengths[i]):,} bytes; max_experience_bytes is "
+                f"{self._max_experience:,}"
+            )
+        if len(rows) + 4 * n * self.dim > self._max_commit:
+            raise InvalidExperience(
+                f"{n} experiences take {len(rows) + 4 * n * self.dim:,} bytes; max_commit_bytes "
+                f"is {self._max_commit:,}: add them in several parts"
+            )
+        vectors = fuse(self.fusion, self.metric, v, q, self.dim)
+        age = np.maximum(now - timestamp, 0.0).astype(np.float32)
+        priority = _priorities(priorities, n)
+        missing = np.isnan(priority)
+        if missing.any():
+            # Before scoring, so that a scorer never sees what an override makes pointless.
+            scores = self.score(confidence, reward, probabilities, age)
+            priority = np.where(missing, scores, priority)
+        body = codec.encode_add(
+            AddBody(timestamp, reward, confidence, priority.astype(np.float32), vectors, labels)
+        )
+        return draft_rows(codec.ADD, body, rows, lengths, n)
+
+
+def _priorities(given: Any, n: int) -> NDArray[np.float32]:
+    """(n,) float32, NaN where the scorer decides."""
+    if given is None:
+        return np.full(n, np.nan, np.float32)
+    values = list(given)
+    if len(values) != n:
+        raise InvalidExperience(f"{len(values)} priorities for {n} experiences")
+    checked = [math.nan if x is None else number(x, "priority", 0.0) for x in values]
+    return finite32(np.array(checked, np.float64), "priority", nan=True)
+
+
+def finite32(values: NDArray[np.float64], name: str, *, nan: bool = False) -> NDArray[np.float32]:
+    """float32 of values that must stay finite there."""
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float32)
+    bad = np.isinf(narrow) if nan else ~np.isfinite(narrow)
+    if bad.any():
+        raise InvalidExperience(
+            f"{name}: {values[bad][0]!r} is not finite in float32; nothing was written"
+        )
+    return narrow
+
+
+def checked_priorities(values: Any, n: int) -> NDArray[np.float32]:
+    """(n,) float32 priorities, finite and not negative."""
+    array = codec.to_numpy(values)
+    if array is None:
+        array = np.asarray(list(values) if not isinstance(values, int | float) else [values])
+    array = np.atleast_1d(array)
+    if array.shape != (n,) or (n and array.dtype.kind not in "fiub"):
+        raise InvalidExperience(
+            f"expected {n} priorities, found {array.dtype} of shape {array.shape}"
+        )
+    narrow = finite32(array.astype(np.float64), "priorities")
+    if n and narrow.min() < 0:
+        raise InvalidExperience(f"priorities: {narrow.min()!r} is negative; nothing was written")
+    return narrow
+
+
+def _float_column(value: Any, name: str, n: int, default: float) -> NDArray[np.float64]:
+    if value is None:
+        return np.full(n, default)
+    array = codec.to_numpy(value)
+    if array is None:
+        array = np.array([number(x, name) for x in value])
+    if array.shape != (n,) or array.dtype.kind not in "fiu":
+        raise InvalidExperience(
+            f"column {name!r}: expected {n} numbers, found {array.dtype} of shape {array.shape}"
+        )
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        raise InvalidExperience(f"column {name!r}: every value must be finite")
+    return array
+
+
+def _list_column(value: Any, name: str, n: int, *, rows: bool = False) -> list[Any]:
+    array = codec.to_numpy(value)
+    values = list(array if rows else array.tolist()) if array is not None else list(value)
+    if isinstance(value, str) or len(values) != n:
+        raise InvalidExperience(f"column {name!r}: expected {n} entries, found {len(values)}")
+    return values
+
+
+def _reward_columns(
+    value: Any, n: int
+) -> tuple[NDArray[np.float64], list[dict[str, float] | None] | None]:
+    """(n,) totals, NaN where unknown, and the components of each."""
+    if value is None:
+        return np.full(n, np.nan), None
+    if isinstance(value, Mapping):
+        named = {
+            str(name): _float_column(part, f"rewards[{name!r}]", n, 0.0)
+            for name, part in value.items()
+        }
+        total = np.sum(list(named.values()), axis=0) if named else np.zeros(n)
+        components: list[dict[str, float] | None] = [
+            {name: float(part[i]) for name, part in named.items()} for i in range(n)
+        ]
+        return np.asarray(total, np.float64), components
+    array = codec.to_numpy(value)
+    if array is not None and array.dtype.kind in "fiu" and array.shape == (n,):
+        total = array.astype(np.float64)
+        if np.isinf(total).any():
+            raise InvalidExperience("column 'rewards': every value must be finite, or NaN: unknown")
+        return total, [None if math.isnan(x) else {"reward": x} for x in total.tolist()]
+    pairs = [rewards(x) for x in _list_column(value, "rewards", n)]
+    return np.array([pair[0] for pair in pairs]), [pair[1] for pair in pairs]
+
+
+_TEXTS = {"question": str, "key": str}
+
+
+def _encode_columns(
+    v: Vectors, q: Vectors, lists: Mapping[str, list[Any]], n: int
+) -> tuple[bytearray, NDArray[np.uint32]]:
+    """Rows of columns; without attachments all at once."""
+    for name, kind in _TEXTS.items():
+        for value in lists.get(name, ()):
+            if value is not None and not isinstance(value, kind):
+                raise InvalidExperience(
+                    f"column {name!r}: expected strings, found a {type(value).__name__}"
+                )
+    for value in lists.get("metadata", ()):
+        if value is not None and not isinstance(value, Mapping):
+            raise InvalidExperience("column 'metadata': expected mappings")
+    for value in lists.get("image", ()):
+        if value is not None and not isinstance(value, str | bytes):
+            raise InvalidExperience("column 'image': expected paths or encoded bytes")
+    if not lists:
+        return codec.encode_bare_rows(v, q, None)
+    names = list(lists)
+    texts: list[bytes] = []
+    simple = True
+    for values in zip(*lists.values(), strict=True):
+        fields = {k: x for k, x in zip(names, values, strict=True) if x is not None}
+        attachments: list[bytes] = []
+        packed = {k: codec.pack_tree(x, attachments, k) for k, x in fields.items()}
+        if attachments:
+            simple = False
+            break
+        texts.append(codec.dump_json(packed))
+    if simple:
+        return codec.encode_bare_rows(v, q, texts)
+    rows = []
+    for i, values in enumerate(zip(*lists.values(), strict=True)):
+        fields = {k: x for k, x in zip(names, values, strict=True) if x is not None}
+        rows.append(codec.encode_row(v[i], q[i], fields))
+    return bytearray().join(rows), np.fromiter(map(len, rows), np.uint32, n)

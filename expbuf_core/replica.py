@@ -1,0 +1,249 @@
+"""One process's copy of the buffer: columns, index tiers and sampler, kept in step with the log."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expbuf_core import codec, frames, segments, snapshots
+from expbuf_core.contracts import (
+    Appended,
+    LogFollower,
+    LoggedOperation,
+    LogGone,
+    PersistenceAdapter,
+)
+from expbuf_core.control import INDEX_GENERATION, Control
+from expbuf_core.errors import CorruptionError
+from expbuf_core.sampling import PrioritySampler, Settings
+from expbuf_core.segments import Manifest
+from expbuf_core.state import Change, State
+from expbuf_core.tiers import IndexTiers
+
+_log = logging.getLogger("expbuf")
+_REFUSE_CHUNK = 1024
+
+Refuse = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
+
+
+class Replica:
+    """Applies the log in order. All state is read and changed under `lock`, I/O of others never.
+
+    Args:
+        adapter: The storage.
+        control: Says what is published.
+        sampling: For the sampler.
+        folder: Of the buffer; None for one in memory.
+        uuid: Of the buffer.
+    """
+
+    def __init__(
+        self,
+        adapter: PersistenceAdapter,
+        control: Control,
+        sampling: Settings,
+        folder: Path | None,
+        uuid: bytes,
+    ) -> None:
+        self.lock = threading.RLock()
+        self.adapter = adapter
+        self.control = control
+        self.folder = folder
+        self.uuid = uuid
+        self._sampling = sampling
+        self._follower: LogFollower | None = None
+        self._own: dict[int, tuple[LoggedOperation, Appended]] = {}
+        self.counts: dict[int, int] = {}  # of own operations, until their caller has read them
+        self.evicted = 0  # since it was last told
+        self.reloads = 0
+        self.reset(State())
+
+    def reset(self, state: State) -> None:
+        """Start from this state."""
+        self.state = state
+        self.tiers = IndexTiers(str(state.settings.get("metric", "cosine")))
+        self.sampler = PrioritySampler(state, self._sampling)
+        if self._follower is not None:
+            self._follower.close()
+        self._follower = None
+
+    # ------------------------------------------------------------ following
+
+    def written(self, operation: LoggedOperation, place: Appended) -> None:
+        """Keep an operation of this process at hand until it is published."""
+        self._own[operation.lsn] = (operation, place)
+
+    def refresh(self) -> None:
+        """Apply what has been published since; one comparison where that is nothing."""
+        if self.control.published() == self.state.lsn:
+            return
+        with self.lock:
+            try:
+                self._catch_up(self.control.published())
+            except LogGone:
+                self._reload()
+
+    def follow_to(self, lsn: int) -> None:
+        """Apply everything up to `lsn`, which is published, and nothing beyond (lock held)."""
+        self._catch_up(lsn)
+
+    def _catch_up(self, published: int) -> None:
+        state = self.state
+        while state.lsn < published:
+            own = self._own.pop(state.lsn + 1, None)
+            if own is not None:
+                operation, place = own
+                if self._follower is not None:
+                    self._follower.skip(operation.lsn, place.cursor)
+                else:
+                    self._cursor = (operation.lsn, place.cursor)
+                self.counts[operation.lsn] = self.apply(operation).count
+                continue
+            # Of the others; up to the next of our own, which is at hand.
+            mine = [n for n in list(self._own) if state.lsn < n <= published]
+            until = min(mine, default=published + 1)
+            before = state.lsn
+            for operation in self._following().read(until - 1):
+                own = self._own.pop(operation.lsn, None)
+                change = self.apply(operation)
+                if own is not None:
+                    self.counts[operation.lsn] = change.count
+            if state.lsn == before:
+                if until <= published and self._own.get(until) is not None:
+                    # LSNs jump from here to our own operation.
+                    operation, place = self._own.pop(until)
+                    self._following().skip(operation.lsn, place.cursor)
+                    self.counts[operation.lsn] = self.apply(operation).count
+                    continue
+                raise CorruptionError(
+                    f"operation {state.lsn + 1} was published and cannot be read from the log; run "
+                    "`expbuf verify`",
+                    lsn=state.lsn + 1,
+                )
+        for lsn in [n for n in list(self._own) if n <= state.lsn]:
+            del self._own[lsn]  # of a log that was given up
+
+    _cursor: tuple[int, object] | None = None
+
+    def _following(self) -> LogFollower:
+        if self._follower is None:
+            self._follower = self.adapter.follow(self.state.lsn)
+            if self._cursor is not None and self._cursor[0] == self.state.lsn:
+                self._follower.skip(*self._cursor)
+        return self._follower
+
+    def _reload(self) -> None:
+        """Start anew from the newest snapshot: the log behind this replica is gone."""
+        self.reloads += 1
+        if self.folder is None:
+            raise CorruptionError("the log of a buffer in memory has a gap")
+        for attempt in range(10):
+            state, _ = snapshots.newest(self.folder, self.uuid)
+            if state is None:
+                break
+            old = self.tiers
+            self.reset(state)
+            self.tiers.generation = old.generation - 1  # have the manifest looked at again
+            try:
+                self._catch_up(self.control.published())
+                return
+            except LogGone:
+                if attempt == 9:
+                    raise
+        raise CorruptionError(
+            f"{self.folder}: the log has a gap and there is no snapshot behind it"
+        )
+
+    # ------------------------------------------------------------ applying
+
+    def apply(self, operation: LoggedOperation) -> Change:
+        """Apply the next operation to columns, tiers and sampler (lock held)."""
+        state, tiers = self.state, self.tiers
+        change = state.apply(operation)
+        if change.settings:
+            metric = str(state.settings.get("metric", "cosine"))
+            if metric != tiers.metric:
+                self.tiers = tiers = IndexTiers(metric)
+        if change.added is not None and change.vectors is not None:
+            tiers.add(change.added[0], change.vectors)
+        if change.cleared:
+            tiers.clear()
+        elif change.removed is not None:
+            tiers.remove(change.removed)
+        self.evicted += change.evicted
+        self.sampler.mark(change.touched)
+        return change
+
+    # ------------------------------------------------------------ index
+
+    def index_is_stale(self) -> bool:
+        """Whether the builder has published another set of segments."""
+        return self.control.words[INDEX_GENERATION] != self.tiers.generation
+
+    def uncovered(self) -> NDArray[np.int64]:
+        """Live ids whose vectors are nowhere: behind the segments, before what was replayed."""
+        ids = self.state.live_ids()
+        _, found = self.tiers.vectors_of(ids)
+        return ids[~found]
+
+    def fill(self, refuse: Refuse) -> int:
+        """Fuse again, from the payloads, the vectors that no tier holds (lock held).
+
+        Returns:
+            How many there were.
+        """
+        missing = self.uncovered()
+        if not len(missing):
+            return 0
+        view = self.tiers.view()
+        keep = view.tail_live
+        ids = np.concatenate([missing, view.tail_ids[keep]])
+        blocks = [*self._fused(missing, refuse), view.tail_vectors[keep]]
+        vectors = np.concatenate([block for block in blocks if len(block)])
+        order = np.argsort(ids, kind="stable")
+        kept = self.tiers
+        self.tiers = IndexTiers(kept.metric)
+        self.tiers.segments = kept.segments
+        self.tiers.lsn, self.tiers.generation = kept.lsn, kept.generation
+        self.tiers.end_id = kept.end_id
+        self.tiers.add_ids(ids[order], vectors[order])
+        return len(missing)
+
+    def _fused(self, ids: NDArray[np.int64], refuse: Refuse) -> Iterator[NDArray[np.float32]]:
+        state = self.state
+        for start in range(0, len(ids), _REFUSE_CHUNK):
+            part = ids[start : start + _REFUSE_CHUNK]
+            slots = state.find(part)
+            pin = self.adapter.pin(part, state.location[slots], state.length[slots])
+            v, q = [], []
+            for i, id_ in enumerate(part.tolist()):
+                raw = pin.read(i)
+                checked = frames.check_row(raw)
+                if checked is None or checked[0] != id_:
+                    raise CorruptionError(
+                        f"the payload of experience {id_} is damaged; run `expbuf verify`"
+                    )
+                row = codec.decode_row(raw)
+                v.append(row.v_embed)
+                q.append(row.q_embed)
+            yield refuse(np.stack(v), np.stack(q))
+
+    def adopt(
+        self, manifest: Manifest | None, opened: tuple[segments.OpenSegment, ...], generation: int
+    ) -> None:
+        """Search these segments from now on (lock held)."""
+        end_id = max((info.end_id for info in manifest.segments), default=0) if manifest else 0
+        live = self.state.live_ids()
+        for segment in opened:  # what was removed while they were being opened
+            at = np.searchsorted(live, segment.ids)
+            at[at == len(live)] = 0
+            gone = segment.ids[live[at] != segment.ids] if len(live) else segment.ids
+            if len(gone):
+                segment.remove(np.asarray(gone))
+        lsn = manifest.lsn if manifest else 0
+        self.tiers.adopt(opened, lsn=lsn, end_id=end_id, generation=generation)

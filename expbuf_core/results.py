@@ -1,0 +1,376 @@
+"""What searches and samples return: hits, receipts, batches; payloads are decoded on demand."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, overload
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expbuf_core import codec, frames
+from expbuf_core.contracts import Pin
+from expbuf_core.errors import CorruptionError, InvalidExperience
+from expbuf_core.experience import Experience
+from expbuf_core.state import SCALAR_REWARD, State
+
+# ---------------------------------------------------------------- receipts
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Proof of a retrieval, to be handed to `record_outcome` once its outcome is known.
+
+    Made without any write. `str(receipt)` is its text form, which `record_outcome` takes as well.
+
+    Attributes:
+        buffer: First 8 bytes of the buffer's UUID, in hex.
+        token: 16 random bytes, in hex.
+        lsn: What the search had seen.
+        ids: What it found.
+    """
+
+    buffer: str
+    token: str
+    lsn: int
+    ids: tuple[int, ...]
+
+    @classmethod
+    def new(cls, buffer: str, lsn: int, ids: tuple[int, ...]) -> Receipt:
+        """A receipt that nobody has seen before."""
+        return cls(buffer, secrets.token_hex(16), lsn, ids)
+
+    def __str__(self) -> str:
+        body = f"{self.buffer}.{self.token}.{self.lsn}.{','.join(map(str, self.ids))}"
+        return f"{body}.{crc32(body.encode()):08x}"
+
+    @classmethod
+    def parse(cls, text: str) -> Receipt:
+        """The inverse of `str`.
+
+        Raises:
+            InvalidExperience: The text is no receipt.
+        """
+        body, _, crc = text.rpartition(".")
+        try:
+            if int(crc, 16) != crc32(body.encode()):
+                raise ValueError
+            buffer, token, lsn, ids = body.split(".")
+            numbers = tuple(int(id_) for id_ in ids.split(",") if id_)
+            return cls(buffer, token, int(lsn), numbers)
+        except ValueError:
+            raise InvalidExperience(f"not a receipt: {text[:80]!r}") from None
+
+
+# ---------------------------------------------------------------- payloads
+
+
+class ColumnValues(NamedTuple):
+    """Columns of some experiences, as they were when these were chosen; each (n,)."""
+
+    timestamp: NDArray[np.float64]
+    reward: NDArray[np.float64]
+    confidence: NDArray[np.float32]
+    priority: NDArray[np.float32]
+    retrieval_count: NDArray[np.uint32]
+    success_count: NDArray[np.float32]
+    flags: NDArray[np.uint8]
+
+
+class PinnedExperiences(Sequence[Experience]):
+    """Experiences that are decoded when they are looked at, and stay readable.
+
+    They decode also after they were evicted and their files deleted.
+    """
+
+    def __init__(self, ids: NDArray[np.int64], slots: NDArray[np.int64], state: State) -> None:
+        self.ids = ids
+        self.values = ColumnValues(*(getattr(state, n)[slots] for n in ColumnValues._fields))
+        self.locations = state.location[slots]
+        self.lengths = state.length[slots]
+        named = state.rewards
+        self._named = {i: dict(named[i]) for i in ids.tolist() if i in named} if named else {}
+        self._pin: Pin | None = None
+        self._decoded: dict[int, codec.DecodedRow] = {}
+
+    def pin(self, pin: Pin) -> None:
+        """Hold on to the payloads."""
+        self._pin = pin
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, i: int) -> Experience: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Experience]: ...
+
+    def __getitem__(self, i: int | slice) -> Experience | list[Experience]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        n = len(self)
+        if not -n <= i < n:
+            raise IndexError(f"{i} of {n} experiences")
+        return self._experience(i % n)
+
+    def row(self, i: int) -> codec.DecodedRow:
+        """Payload of the i-th, checked.
+
+        Raises:
+            CorruptionError: It is not what was written.
+        """
+        found = self._decoded.get(i)
+        if found is None:
+            found = self._decoded[i] = self._read(i)
+        return found
+
+    def _read(self, i: int) -> codec.DecodedRow:
+        if self._pin is None:
+            raise RuntimeError("payloads that were not pinned")
+        raw = self._pin.read(i)
+        wanted = int(self.ids[i])
+        checked = frames.check_row(raw)
+        if checked is None or checked[0] != wanted:
+            place = int(self.locations[i])
+            found = "damaged bytes" if checked is None else f"experience {checked[0]}"
+            raise CorruptionError(
+                f"the payload of experience {wanted} (location {place:#x}) holds {found}; run "
+                "`expbuf verify`",
+                offset=place & ((1 << 40) - 1),
+            )
+        try:
+            return codec.decode_row(raw)
+        except (ValueError, KeyError, TypeError, RecursionError) as exc:
+            raise CorruptionError(f"experience {wanted} cannot be decoded: {exc}") from exc
+
+    def _experience(self, i: int) -> Experience:
+        row = self.row(i)
+        values, fields = self.values, row.fields
+        id_ = int(self.ids[i])
+        reward = float(values.reward[i])
+        rewards: Any = fields.get("rewards")
+        if math.isnan(reward):
+            rewards = None
+        elif values.flags[i] & SCALAR_REWARD:
+            rewards = {"reward": reward}
+        elif id_ in self._named:
+            rewards = self._named[id_]
+        elif rewards is None:
+            rewards = {"reward": reward}
+        return Experience(
+            v_embed=row.v_embed if len(row.v_embed) else None,
+            q_embed=row.q_embed if len(row.q_embed) else None,
+            question=fields.get("question", ""),
+            answer=fields.get("answer"),
+            confidence=float(values.confidence[i]),
+            rewards=rewards,
+            trajectory=fields.get("trajectory"),
+            metadata=fields.get("metadata"),
+            probabilities=fields.get("probabilities"),
+            tags=tuple(fields.get("tags", ())),
+            image=fields.get("image"),
+            key=fields.get("key"),
+            timestamp=float(values.timestamp[i]),
+            id=id_,
+            priority=float(values.priority[i]),
+            retrieval_count=int(values.retrieval_count[i]),
+            success_count=float(values.success_count[i]),
+        )
+
+    def embeddings(self, part: str) -> NDArray[np.float32]:
+        """(n, dim) float32 of "v_embed" or "q_embed"."""
+        rows = [getattr(self.row(i), part) for i in range(len(self))]
+        return np.stack(rows) if rows else np.empty((0, 0), np.float32)
+
+
+# ---------------------------------------------------------------- searches
+
+
+class Hit:
+    """One experience that a search found.
+
+    Attributes:
+        id: Of the experience.
+        similarity: Larger is closer, under every metric.
+        success_rate: In [0, 1], smoothed by the configured prior.
+    """
+
+    __slots__ = ("_at", "_experiences", "id", "similarity", "success_rate")
+
+    def __init__(
+        self, experiences: PinnedExperiences, at: int, similarity: float, success_rate: float
+    ) -> None:
+        self._experiences = experiences
+        self._at = at
+        self.id = int(experiences.ids[at])
+        self.similarity = similarity
+        self.success_rate = success_rate
+
+    @property
+    def experience(self) -> Experience:
+        """The experience, decoded when it is looked at."""
+        return self._experiences[self._at]
+
+    @property
+    def retrieval_count(self) -> int:
+        """How often it had been retrieved."""
+        return int(self._experiences.values.retrieval_count[self._at])
+
+    @property
+    def success_count(self) -> float:
+        """How often the consensus it took part in had been right."""
+        return float(self._experiences.values.success_count[self._at])
+
+    @property
+    def priority(self) -> float:
+        """Its priority."""
+        return float(self._experiences.values.priority[self._at])
+
+    def __repr__(self) -> str:
+        return f"Hit(id={self.id}, similarity={self.similarity:.4f})"
+
+
+class SearchResult(Sequence[Hit]):
+    """Hits, the most similar first.
+
+    Attributes:
+        ids: (n,) int64.
+        similarities: (n,) float32.
+        receipt: Hand it to `record_outcome`.
+        lsn: What the search had seen.
+    """
+
+    def __init__(
+        self,
+        experiences: PinnedExperiences,
+        similarities: NDArray[np.float32],
+        success_rates: NDArray[np.float64],
+        receipt: Receipt,
+    ) -> None:
+        self.ids = experiences.ids
+        self.similarities = similarities
+        self.experiences = experiences
+        self.receipt = receipt
+        self.lsn = receipt.lsn
+        self._rates = success_rates
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, i: int) -> Hit: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Hit]: ...
+
+    def __getitem__(self, i: int | slice) -> Hit | list[Hit]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        n = len(self)
+        if not -n <= i < n:
+            raise IndexError(f"{i} of {n} hits")
+        i %= n
+        return Hit(self.experiences, i, float(self.similarities[i]), float(self._rates[i]))
+
+    def __iter__(self) -> Iterator[Hit]:
+        for i in range(len(self)):
+            yield self[i]
+
+    def __repr__(self) -> str:
+        return f"SearchResult({', '.join(map(repr, self))})"
+
+
+class SearchBatch(NamedTuple):
+    """What `search_many` returns.
+
+    Attributes:
+        ids: (n, k) int64, padded with -1.
+        similarities: (n, k) float32, padded with -inf.
+        receipts: One for each query.
+    """
+
+    ids: NDArray[np.int64]
+    similarities: NDArray[np.float32]
+    receipts: list[Receipt]
+
+
+# ---------------------------------------------------------------- samples
+
+
+class SampleBatch:
+    """What `sample` returns. Arrays are this batch's own.
+
+    Attributes:
+        ids: (n,) int64.
+        is_weights: (n,) float32 in (0, 1]: importance weights.
+        probabilities: (n,) float64: P(i) of each draw.
+        lsn: The sample sees every commit up to it.
+        experiences: The experiences, decoded when looked at.
+    """
+
+    def __init__(
+        self,
+        experiences: PinnedExperiences,
+        is_weights: NDArray[np.float32],
+        probabilities: NDArray[np.float64],
+        lsn: int,
+    ) -> None:
+        self.ids = experiences.ids
+        self.is_weights = is_weights
+        self.probabilities = probabilities
+        self.lsn = lsn
+        self.experiences = experiences
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[Experience]:
+        return iter(self.experiences)
+
+    @property
+    def total_reward(self) -> NDArray[np.float64]:
+        """(n,) float64, NaN where unknown."""
+        return self.experiences.values.reward
+
+    @property
+    def confidence(self) -> NDArray[np.float32]:
+        """(n,) float32."""
+        return self.experiences.values.confidence
+
+    @property
+    def priority(self) -> NDArray[np.float32]:
+        """(n,) float32, as it was when drawn."""
+        return self.experiences.values.priority
+
+    @property
+    def timestamp(self) -> NDArray[np.float64]:
+        """(n,) float64, UTC seconds."""
+        return self.experiences.values.timestamp
+
+    @property
+    def retrieval_count(self) -> NDArray[np.uint32]:
+        """(n,) uint32."""
+        return self.experiences.values.retrieval_count
+
+    @property
+    def success_count(self) -> NDArray[np.float32]:
+        """(n,) float32."""
+        return self.experiences.values.success_count
+
+    @property
+    def v_embed(self) -> NDArray[np.float32]:
+        """(n, v_dim) float32, read from the payloads."""
+        return self.experiences.embeddings("v_embed")
+
+    @property
+    def q_embed(self) -> NDArray[np.float32]:
+        """(n, q_dim) float32, read from the payloads."""
+        return self.experiences.embeddings("q_embed")
+
+    def __repr__(self) -> str:
+        return f"SampleBatch({len(self)} experiences, lsn={self.lsn})"

@@ -1,0 +1,320 @@
+"""Segments on disk: the ids and fused vectors of each, its index, and the manifest that lists them.
+
+    index/manifest.json              which segments are live, after which LSN
+    index/000042.vectors             header page | ids | vectors, memory-mapped
+    index/000042.faiss_cpu           what the index backend wrote
+
+All of it is derived: what is lost or damaged is built again from the payloads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expbuf_core.contracts import IndexBackend, IndexSegment
+from expbuf_core.errors import CorruptionError
+from expbuf_core.filesystem import FileSystem, storage_errors
+
+FOLDER = "index"
+MANIFEST = "manifest.json"
+_MAGIC = b"EXPBUFV1"
+_HEADER = struct.Struct("<8sQQ16s")  # magic, rows, dim, uuid
+_PAGE = 4096
+_CHUNK = 1 << 22
+VERSION = 1
+
+
+class SegmentInfo(NamedTuple):
+    """A segment as the manifest lists it. Ids lie in [first_id, end_id)."""
+
+    name: str
+    backend: str
+    rows: int
+    first_id: int
+    end_id: int
+    vectors_bytes: int
+    vectors_crc: int
+    index_bytes: int
+    index_crc: int
+
+
+class Manifest(NamedTuple):
+    """The live segments. `lsn`: all operations up to it are in them."""
+
+    lsn: int
+    generation: int
+    dim: int
+    metric: str
+    representation: str
+    segments: tuple[SegmentInfo, ...]
+
+
+def vectors_path(folder: Path, name: str) -> Path:
+    """Where a segment's ids and vectors lie."""
+    return folder / FOLDER / f"{name}.vectors"
+
+
+def index_path(folder: Path, info_name: str, backend: str) -> Path:
+    """Where a segment's index lies."""
+    return folder / FOLDER / f"{info_name}.{backend}"
+
+
+def file_crc(path: Path) -> tuple[int, int]:
+    """(bytes, CRC-32) of a file; reads it through once, which also warms the page cache."""
+    crc = size = 0
+    with storage_errors("read", path), open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            crc = crc32(chunk, crc)
+            size += len(chunk)
+    return size, crc
+
+
+def _verify(path: Path, size: int, crc: int) -> None:
+    found_size, found = file_crc(path)
+    if (found_size, found) != (size, crc):
+        raise CorruptionError(
+            f"{FOLDER}/{path.name}: {found_size} bytes with checksum {found:08x}, expected {size} "
+            f"with {crc:08x}; the index is derived and will be built again",
+            path=path,
+            offset=min(size, found_size),
+        )
+
+
+class OpenSegment:
+    """A segment, open for searching. Immutable but for `live`, where rows only ever go out."""
+
+    def __init__(
+        self,
+        info: SegmentInfo,
+        ids: NDArray[np.int64],
+        vectors: NDArray[np.float32],
+        index: IndexSegment,
+        live: NDArray[np.bool_],
+        filters: bool,
+    ) -> None:
+        self.filters = filters  # the index leaves rows out by itself
+        self.info = info
+        self.ids = ids
+        self.vectors = vectors
+        self.index = index
+        self.live = live
+        self.dead = int(len(live) - np.count_nonzero(live))
+        self.bitmap = np.packbits(live, bitorder="little")
+
+    def remove(self, ids: NDArray[np.int64]) -> None:
+        """Take rows out; ids that are not here, or are out already, are skipped."""
+        rows = np.searchsorted(self.ids, ids)
+        rows[rows == len(self.ids)] = 0  # beyond the end: another id stands in row 0
+        rows = np.unique(rows[(self.ids[rows] == ids) & self.live[rows]])
+        if len(rows):
+            self.live[rows] = False
+            masks = (0xFF ^ (1 << (rows & 7))).astype(np.uint8)
+            np.bitwise_and.at(self.bitmap, rows >> 3, masks)
+            self.dead += len(rows)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest, or None where there is none.
+
+    Raises:
+        CorruptionError: It is damaged.
+    """
+    path = folder / FOLDER / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        document = json.loads(raw)
+        text = json.dumps(document["manifest"], sort_keys=True)
+        if document["crc"] != crc32(text.encode()):
+            raise ValueError("checksum mismatch")
+        body = document["manifest"]
+        segments = tuple(SegmentInfo(**info) for info in body.pop("segments"))
+        return Manifest(segments=segments, **body)
+    except (ValueError, KeyError, TypeError) as exc:
+        raise CorruptionError(
+            f"{FOLDER}/{MANIFEST}: {exc}; the index is derived and will be built again",
+            path=path,
+            offset=0,
+        ) from exc
+
+
+def read_manifest_or_none(folder: Path) -> Manifest | None:
+    """The manifest, or None where it is missing or damaged."""
+    try:
+        return read_manifest(folder)
+    except CorruptionError:
+        return None
+
+
+def write_manifest(folder: Path, manifest: Manifest, fs: FileSystem) -> None:
+    """Replace the manifest atomically and durably."""
+    body = {**manifest._asdict(), "segments": [info._asdict() for info in manifest.segments]}
+    text = json.dumps(body, sort_keys=True)
+    document = json.dumps({"manifest": body, "crc": crc32(text.encode())}, indent=1)
+    with storage_errors("write", folder / FOLDER / MANIFEST):
+        fs.write_atomically(folder / FOLDER / MANIFEST, [document.encode()])
+
+
+def write_segment(
+    folder: Path,
+    name: str,
+    *,
+    uuid: bytes,
+    ids: NDArray[np.int64],
+    vectors: Iterator[NDArray[np.float32]],
+    dim: int,
+    end_id: int,
+    backend_name: str,
+    backend: IndexBackend,
+    fs: FileSystem,
+) -> SegmentInfo:
+    """Write a segment: vectors, then the index over them; durable on return.
+
+    Args:
+        folder: Of the buffer.
+        name: Of the segment, new.
+        uuid: Of the buffer.
+        ids: (n,) int64, rising.
+        vectors: Blocks of (…, dim) float32, in the order of the ids.
+        dim: Of the vectors.
+        end_id: No id at or above it was issued when the segment was cut.
+        backend_name: Names the index file.
+        backend: Builds the index.
+        fs: Writes.
+    """
+    target = vectors_path(folder, name)
+    offset = _vectors_offset(len(ids))
+
+    def chunks() -> Iterator[bytes]:
+        head = _HEADER.pack(_MAGIC, len(ids), dim, uuid).ljust(_PAGE, b"\0")
+        yield (head + np.ascontiguousarray(ids).tobytes()).ljust(offset, b"\0")
+        for block in vectors:
+            yield np.ascontiguousarray(block, np.float32).tobytes()
+
+    with storage_errors("write", target):
+        fs.mkdir(target.parent)
+        fs.write_atomically(target, chunks())
+    stored_ids, stored = map_vectors(target, dim)
+    path = index_path(folder, name, backend_name)
+    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+    fs.unlink(temporary)
+    backend.build(stored_ids, stored, temporary)
+    with storage_errors("write", path):
+        fd = fs.open(temporary)
+        try:
+            fs.fsync(fd)
+        finally:
+            fs.close(fd)
+        fs.replace(temporary, path)
+        fs.sync_folder(path.parent)
+    vectors_bytes, vectors_crc = file_crc(target)
+    index_bytes, index_crc = file_crc(path)
+    return SegmentInfo(
+        name=name,
+        backend=backend_name,
+        rows=len(ids),
+        first_id=int(ids[0]),
+        end_id=end_id,
+        vectors_bytes=vectors_bytes,
+        vectors_crc=vectors_crc,
+        index_bytes=index_bytes,
+        index_crc=index_crc,
+    )
+
+
+def _vectors_offset(rows: int) -> int:
+    return (_PAGE + 8 * rows + 63) & ~63
+
+
+def map_vectors(path: Path, dim: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Map a segment's ids (n,) and vectors (n, dim), read-only.
+
+    Raises:
+        CorruptionError: The file is not such a segment.
+    """
+    with storage_errors("map", path):
+        raw = np.memmap(path, np.uint8, mode="r")
+    if len(raw) >= _PAGE:
+        magic, rows, found_dim, _uuid = _HEADER.unpack_from(raw[: _HEADER.size].tobytes())
+        offset = _vectors_offset(rows)
+        if magic == _MAGIC and found_dim == dim and len(raw) == offset + 4 * rows * dim:
+            ids = raw[_PAGE : _PAGE + 8 * rows].view(np.int64)
+            return ids, raw[offset:].view(np.float32).reshape(rows, dim)
+    raise CorruptionError(
+        f"{FOLDER}/{path.name}: not the vectors of a segment of dimension {dim}; the index will "
+        "be built again",
+        path=path,
+        offset=0,
+    )
+
+
+def open_segment(
+    folder: Path,
+    info: SegmentInfo,
+    dim: int,
+    backend: IndexBackend,
+    live_ids: NDArray[np.int64],
+    *,
+    filters: bool,
+) -> OpenSegment:
+    """Verify, map and open a segment.
+
+    Args:
+        folder: Of the buffer.
+        info: As the manifest lists it.
+        dim: Of the vectors.
+        backend: Opens the index.
+        live_ids: (n,) rising; rows of other ids are out from the start.
+        filters: The backend has the capability "filter".
+
+    Raises:
+        CorruptionError: Its files are not what was written.
+    """
+    vectors_file = vectors_path(folder, info.name)
+    index_file = index_path(folder, info.name, info.backend)
+    _verify(vectors_file, info.vectors_bytes, info.vectors_crc)
+    _verify(index_file, info.index_bytes, info.index_crc)
+    ids, vectors = map_vectors(vectors_file, dim)
+    index = backend.open(index_file, ids, vectors)
+    at = np.searchsorted(live_ids, ids)
+    live = np.zeros(len(ids), bool)
+    inside = at < len(live_ids)
+    live[inside] = live_ids[at[inside]] == ids[inside]
+    return OpenSegment(info, ids, vectors, index, live, filters)
+
+
+def drop_unlisted(folder: Path, manifest: Manifest | None, fs: FileSystem) -> None:
+    """Delete segment files that the manifest does not list (builder lock held)."""
+    wanted = {MANIFEST}
+    for info in manifest.segments if manifest else ():
+        wanted |= {f"{info.name}.vectors", f"{info.name}.{info.backend}"}
+    try:
+        names = os.listdir(folder / FOLDER)
+    except FileNotFoundError:
+        return
+    for name in names:
+        if name not in wanted:
+            fs.unlink(folder / FOLDER / name)
+
+
+def describe(segment: OpenSegment) -> dict[str, Any]:
+    """Facts worth showing."""
+    return {
+        "name": segment.info.name,
+        "backend": segment.info.backend,
+        "rows": segment.info.rows,
+        "dead": segment.dead,
+        "bytes": segment.info.vectors_bytes + segment.info.index_bytes,
+        **segment.index.info(),
+    }

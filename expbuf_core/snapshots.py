@@ -1,0 +1,167 @@
+"""Snapshots: the columns of a replica after exactly one LSN, in one checksummed file.
+
+    magic, version, tree bytes, tree crc, header crc | tree (JSON) | columns
+
+The tree names each column with its dtype, length and checksum. Payloads are not in it: they stay in
+the log they were written to, so a snapshot costs O(columns). A file appears under its name whole
+and durable or not at all; the newest two are kept, so that damage to one loses nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expbuf_core import codec
+from expbuf_core.errors import CorruptionError, FormatVersionError
+from expbuf_core.filesystem import FileSystem, storage_errors
+from expbuf_core.state import COLUMNS, State
+
+FOLDER = "snapshots"
+_MAGIC = b"EXPBUFS1"
+_VERSION = 1
+_HEADER = struct.Struct("<8sIIQ16sI")  # magic, version, tree crc, tree bytes, uuid, header crc
+_COVERED = _HEADER.size - 4
+_NAME = re.compile(r"snapshot\.(\d{20})\.snap")
+KEPT = 2
+
+
+def path_of(folder: Path, lsn: int) -> Path:
+    """Name of the snapshot at `lsn`."""
+    return folder / FOLDER / f"snapshot.{lsn:020d}.snap"
+
+
+def available(folder: Path) -> list[int]:
+    """LSNs of the snapshots that exist, newest first."""
+    try:
+        names = os.listdir(folder / FOLDER)
+    except FileNotFoundError:
+        return []
+    return sorted((int(m[1]) for name in names if (m := _NAME.fullmatch(name))), reverse=True)
+
+
+def write(
+    folder: Path,
+    uuid: bytes,
+    tree: dict[str, Any],
+    columns: dict[str, NDArray[Any]],
+    fs: FileSystem,
+) -> Path:
+    """Write a snapshot, read it back, and only then let it appear under its name.
+
+    Args:
+        folder: Of the buffer.
+        uuid: Of the buffer.
+        tree: As `State.dump` makes it.
+        columns: As `State.dump` makes them; O(columns) bytes are written.
+        fs: Writes.
+
+    Raises:
+        StorageError: It could not be written; the older snapshots stand.
+    """
+    described = {
+        name: [column.dtype.str, len(column), crc32(column.tobytes())]
+        for name, column in columns.items()
+    }
+    text = codec.dump_json({**tree, "columns": described})
+    head = _HEADER.pack(_MAGIC, _VERSION, crc32(text), len(text), uuid, 0)[:_COVERED]
+    path = path_of(folder, tree["lsn"])
+
+    def chunks() -> Iterator[bytes]:
+        yield head + struct.pack("<I", crc32(head))
+        yield text
+        for column in columns.values():
+            yield column.tobytes()
+
+    with storage_errors("write the snapshot", path):
+        fs.mkdir(path.parent)
+        fs.write_atomically(path, chunks())
+    read(folder, tree["lsn"], uuid)
+    return path
+
+
+def read(folder: Path, lsn: int, uuid: bytes) -> State:
+    """Load a snapshot.
+
+    Raises:
+        CorruptionError: Any byte of it is not what was written.
+        FormatVersionError: A newer version wrote it.
+    """
+    path = path_of(folder, lsn)
+    with storage_errors("read the snapshot", path):
+        raw = path.read_bytes()
+    view = memoryview(raw)
+
+    def damaged(what: str, offset: int) -> CorruptionError:
+        return CorruptionError(
+            f"{FOLDER}/{path.name}: {what} at offset {offset}; the snapshot before it and the log "
+            "are used instead where they suffice. Run `expbuf verify`",
+            path=path,
+            offset=offset,
+            lsn=lsn,
+        )
+
+    if len(raw) < _HEADER.size:
+        raise damaged("the file was cut", len(raw))
+    magic, version, tree_crc, tree_bytes, owner, head_crc = _HEADER.unpack_from(raw)
+    if head_crc != crc32(view[:_COVERED]) or magic != _MAGIC:
+        raise damaged("checksum mismatch in the header", 0)
+    if version > _VERSION:
+        raise FormatVersionError(f"{path.name}: snapshot version {version}; known: {_VERSION}")
+    if owner != uuid:
+        raise damaged("the snapshot of another buffer", 24)
+    at = _HEADER.size
+    if at + tree_bytes > len(raw) or crc32(view[at : at + tree_bytes]) != tree_crc:
+        raise damaged("checksum mismatch in the tree", at)
+    tree = codec.load_json(view[at : at + tree_bytes])
+    at += tree_bytes
+    columns: dict[str, NDArray[Any]] = {}
+    for name, (dtype, n, crc) in tree["columns"].items():
+        if name not in COLUMNS:
+            raise FormatVersionError(f"{path.name}: unknown column {name!r}")
+        size = np.dtype(dtype).itemsize * n
+        if at + size > len(raw) or crc32(view[at : at + size]) != crc:
+            raise damaged(f"checksum mismatch in column {name!r}", at)
+        columns[name] = np.frombuffer(view[at : at + size], dtype)
+        at += size
+    if at != len(raw):
+        raise damaged("bytes behind the end", at)
+    if tree["lsn"] != lsn:
+        raise damaged(f"the snapshot of lsn {tree['lsn']} under this name", 0)
+    return State.load(tree, columns)
+
+
+def newest(folder: Path, uuid: bytes) -> tuple[State | None, list[CorruptionError]]:
+    """The newest snapshot that is intact, and what is wrong with newer ones.
+
+    Returns:
+        The state (None if there is no intact snapshot), errors of those that were passed over.
+    """
+    errors: list[CorruptionError] = []
+    for lsn in available(folder):
+        try:
+            return read(folder, lsn, uuid), errors
+        except CorruptionError as exc:
+            errors.append(exc)
+    return None, errors
+
+
+def drop_old(folder: Path, fs: FileSystem, keep: int = KEPT) -> int:
+    """Remove all but the newest snapshots; the LSN of the oldest that is left (0: none)."""
+    lsns = available(folder)
+    for lsn in lsns[keep:]:
+        fs.unlink(path_of(folder, lsn))
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder / FOLDER):
+            if name.endswith(".tmp") and f".{os.getpid()}." not in name:
+                fs.unlink(folder / FOLDER / name)
+    return lsns[:keep][-1] if lsns else 0

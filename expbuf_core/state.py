@@ -1,0 +1,460 @@
+"""The columns of one replica: what a process knows of every experience without its payload.
+
+A ring of columns takes the place of a `collections.deque`: appending and evicting are O(1), and
+every position is reached in O(1), where a deque walks. A *slot* is a place in the ring and is
+reused; an *id* is for life. Ids rise along the ring, so an id is found by arithmetic while no ids
+are missing, and by bisection otherwise.
+
+`apply` is a pure function of logged values: every replica that has applied the same operations
+holds the same state, whatever its configuration.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expbuf_core import codec
+from expbuf_core.contracts import LoggedOperation
+from expbuf_core.errors import CorruptionError, FormatVersionError
+
+COLUMNS: dict[str, Any] = {
+    "id": np.int64,
+    "location": np.int64,  # of the payload, for the storage adapter
+    "length": np.uint32,  # of the payload
+    "timestamp": np.float64,
+    "reward": np.float64,  # NaN: unknown
+    "confidence": np.float32,
+    "priority": np.float32,
+    "retrieval_count": np.uint32,
+    "success_count": np.float32,
+    "tags": np.int32,  # which set of tags, in State.tag_sets
+    "sequence": np.int64,  # how many were added before it; unlike ids, without gaps
+    "flags": np.uint8,
+    "live": np.bool_,
+}
+SCALAR_REWARD = 1  # the reward was updated by one number, which replaces the payload's components
+_FIRST_CAPACITY = 1024
+
+
+class Change(NamedTuple):
+    """What an operation did, for what is derived from the state.
+
+    Attributes:
+        count: Experiences it applied to.
+        added: (first, end) ids that it added, or None.
+        vectors: (n, dim) of the added ones, or None.
+        removed: (n,) ids that it removed or evicted, or None; those just added may be among them.
+        evicted: How many of them for lack of room.
+        touched: (n,) slots whose value changed, those of removed experiences among them, or None.
+        cleared: Everything was removed.
+        settings: The settings changed.
+    """
+
+    count: int = 0
+    added: tuple[int, int] | None = None
+    vectors: NDArray[np.float32] | None = None
+    removed: NDArray[np.int64] | None = None
+    evicted: int = 0
+    touched: NDArray[np.int64] | None = None
+    cleared: bool = False
+    settings: bool = False
+
+
+class State:
+    """Columns, settings and receipts after a prefix of the operations."""
+
+    def __init__(self) -> None:
+        self.lsn = 0
+        self.next_id = 0
+        self.settings: dict[str, Any] = {}
+        self.reserved_id = 0
+        self.reserved_lsn = 0
+        self.count = 0  # live experiences
+        self.total_added = 0
+        self.receipts: OrderedDict[bytes, int] = OrderedDict()  # receipt -> LSN of its outcome
+        self.receipts_horizon = 0  # highest LSN of an outcome whose receipt is forgotten
+        self.rewards: dict[int, dict[str, float]] = {}  # named components given later, by id
+        self.tag_sets: list[tuple[str, ...]] = [()]
+        self._tag_codes: dict[tuple[str, ...], int] = {(): 0}
+        self.capacity = 0  # slots, a power of two
+        self.head = 0  # ring position of the oldest slot in use
+        self.tail = 0  # ring position behind the newest
+        self.moves = 0  # how often slots were given new places
+        self._dropped: NDArray[np.int64] | None = None  # slots that the operation emptied
+        self._grow(_FIRST_CAPACITY)
+
+    id: NDArray[np.int64]
+    location: NDArray[np.int64]
+    length: NDArray[np.uint32]
+    timestamp: NDArray[np.float64]
+    reward: NDArray[np.float64]
+    confidence: NDArray[np.float32]
+    priority: NDArray[np.float32]
+    retrieval_count: NDArray[np.uint32]
+    success_count: NDArray[np.float32]
+    tags: NDArray[np.int32]
+    sequence: NDArray[np.int64]
+    flags: NDArray[np.uint8]
+    live: NDArray[np.bool_]
+
+    # ------------------------------------------------------------ the ring
+
+    def _grow(self, capacity: int) -> None:
+        """Move the ring into larger columns; positions become 0, 1, 2, …"""
+        order = self.slots()
+        n = len(order)
+        for name, dtype in COLUMNS.items():
+            new = np.zeros(capacity, dtype)
+            if n:
+                new[:n] = getattr(self, name)[order]
+            setattr(self, name, new)
+        self.capacity, self.head, self.tail = capacity, 0, n
+        self.moves += 1
+
+    def _compact(self) -> None:
+        """Drop dead slots from the middle of the ring."""
+        order = self.live_slots()
+        n = len(order)
+        for name in COLUMNS:
+            column = getattr(self, name)
+            column[:n] = column[order]
+            column[n:] = 0
+        self.head, self.tail = 0, n
+        self.moves += 1
+
+    def slots(self) -> NDArray[np.int64]:
+        """All slots in use, oldest first, dead ones among them."""
+        if self.capacity == 0:
+            return np.empty(0, np.int64)
+        return np.arange(self.head, self.tail) & (self.capacity - 1)
+
+    def live_slots(self) -> NDArray[np.int64]:
+        """Slots of the live experiences, oldest first."""
+        order = self.slots()
+        return order[self.live[order]]
+
+    def live_ids(self) -> NDArray[np.int64]:
+        """Ids of the live experiences, rising."""
+        return self.id[self.live_slots()]
+
+    def find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Slots of these ids; -1 where the experience is not (or no longer) here.
+
+        Cost O(len(ids)) while no ids are missing, else O(len(ids) * log N).
+        """
+        n = self.tail - self.head
+        if n == 0 or len(ids) == 0:
+            return np.full(len(ids), -1, np.int64)
+        mask = self.capacity - 1
+        oldest = self.id[self.head & mask]
+        offset = ids - oldest
+        inside = (offset >= 0) & (offset < n)
+        slots = (self.head + np.where(inside, offset, 0)) & mask
+        if not bool(((self.id[slots] == ids) | ~inside).all()) or not inside.all():
+            slots = self._bisect(ids)
+        ok = (self.id[slots] == ids) & self.live[slots]
+        return np.where(ok, slots, -1)
+
+    def _bisect(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        mask = self.capacity - 1
+        head, tail = self.head & mask, self.tail & mask
+        if self.tail - self.head < self.capacity and head < tail:
+            return head + np.minimum(np.searchsorted(self.id[head:tail], ids), tail - head - 1)
+        old, new = self.id[head:], self.id[:tail]
+        in_old = np.searchsorted(old, ids)
+        in_new = np.searchsorted(new, ids)
+        return np.where(in_old < len(old), head + in_old, np.minimum(in_new, max(tail - 1, 0)))
+
+    def find_one(self, id_: int) -> int:
+        """Slot of one id, or -1."""
+        n = self.tail - self.head
+        if n == 0:
+            return -1
+        mask = self.capacity - 1
+        offset = id_ - int(self.id[self.head & mask])
+        if 0 <= offset < n:
+            slot = (self.head + offset) & mask
+            if self.id[slot] == id_:
+                return slot if self.live[slot] else -1
+        return int(self.find(np.array([id_], np.int64))[0])
+
+    # ------------------------------------------------------------ operations
+
+    def apply(self, operation: LoggedOperation) -> Change:
+        """Apply the next operation.
+
+        Raises:
+            CorruptionError: Its body is intact and makes no sense.
+        """
+        try:
+            handler = self._HANDLERS[operation.kind]
+        except KeyError:
+            raise FormatVersionError(
+                f"operation {operation.lsn} is of kind {operation.kind}, unknown to this expbuf; "
+                "a newer version wrote it"
+            ) from None
+        try:
+            change = handler(self, operation)
+        except (ValueError, IndexError, KeyError, TypeError) as exc:
+            if isinstance(exc, CorruptionError | FormatVersionError):
+                raise
+            raise codec.corrupt_body(operation.lsn, operation.kind, exc) from exc
+        self.lsn = operation.lsn
+        return change
+
+    def _add(self, operation: LoggedOperation) -> Change:
+        body = codec.decode_add(operation.body)
+        n = len(body.timestamp)
+        if n != len(operation.lengths):
+            raise ValueError(f"{n} experiences with {len(operation.lengths)} payloads")
+        first = operation.first_id
+        if first < self.next_id:
+            raise ValueError(f"id {first} was issued before")
+        max_size = int(self.settings["max_size"])
+        removed = self._make_room(n, max_size)
+        mask = self.capacity - 1
+        position = self.tail
+        if n == 1:
+            at: Any = position & mask
+            self.location[at] = operation.location
+        else:
+            at = np.arange(position, position + n) & mask
+            self.location[at] = operation.location
+            ends = np.cumsum(operation.lengths[:-1], dtype=np.int64)
+            self.location[at[1:]] += ends
+        self.id[at] = first if n == 1 else np.arange(first, first + n)
+        self.length[at] = operation.lengths if n > 1 else operation.lengths[0]
+        if n == 1:
+            self.timestamp[at] = body.timestamp[0]
+            self.reward[at] = body.reward[0]
+            self.confidence[at] = body.confidence[0]
+            self.priority[at] = body.priority[0]
+        else:
+            self.timestamp[at] = body.timestamp
+            self.reward[at] = body.reward
+            self.confidence[at] = body.confidence
+            self.priority[at] = body.priority
+        self.retrieval_count[at] = 0
+        self.success_count[at] = 0
+        self.tags[at] = self._tag_column(body.labels, n) if body.labels else 0
+        self.flags[at] = 0
+        self.live[at] = True
+        total = self.total_added
+        self.sequence[at] = total if n == 1 else np.arange(total, total + n)
+        self.tail += n
+        self.count += n
+        self.total_added += n
+        self.next_id = first + n
+        if self.count > max_size:  # one add larger than the buffer
+            more = self._evict(self.count - max_size)
+            removed = more if removed is None else np.concatenate([removed, more])
+        touched = np.array([at], np.int64) if n == 1 else at
+        dropped = self._take_dropped()
+        if dropped is not None:
+            touched = np.concatenate([touched, dropped])
+        return Change(
+            n,
+            added=(first, first + n),
+            vectors=body.vectors,
+            removed=removed,
+            evicted=0 if removed is None else len(removed),
+            touched=touched,
+        )
+
+    def _tag_column(self, labels: Mapping[str, Any], n: int) -> NDArray[np.int32]:
+        codes = np.zeros(n, np.int32)
+        for i, tags in enumerate(labels.get("tags", ())):
+            if tags:
+                key = tuple(str(tag) for tag in tags)
+                code = self._tag_codes.get(key)
+                if code is None:
+                    code = self._tag_codes[key] = len(self.tag_sets)
+                    self.tag_sets.append(key)
+                codes[i] = code
+        return codes
+
+    def _make_room(self, n: int, max_size: int) -> NDArray[np.int64] | None:
+        """Evict what n new experiences push out, and see that the ring has n free slots."""
+        excess = self.count + n - max_size
+        removed = self._evict(min(excess, self.count)) if excess > 0 and self.count else None
+        used = self.tail - self.head
+        if used + n > self.capacity:
+            if used - self.count > self.capacity // 4 and self.count + n <= self.capacity:
+                self._compact()
+            else:
+                capacity = self.capacity
+                while self.count + n > capacity or used + n > capacity:
+                    capacity *= 2
+                self._grow(capacity)
+        return removed
+
+    def _evict(self, n: int) -> NDArray[np.int64]:
+        """Remove the n oldest live experiences."""
+        mask = self.capacity - 1
+        if n == 1:
+            at = self.head
+            while not self.live[at & mask]:
+                at += 1
+            slots = np.array([at & mask], np.int64)
+        else:
+            slots = self.live_slots()[:n]
+        return self._drop(slots)
+
+    def _drop(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Mark slots dead and give the dead prefix of the ring back."""
+        ids = self.id[slots]
+        self.live[slots] = False
+        self._dropped = slots if self._dropped is None else np.concatenate([self._dropped, slots])
+        self.count -= len(slots)
+        if self.rewards:
+            for id_ in ids.tolist():
+                self.rewards.pop(id_, None)
+        mask = self.capacity - 1
+        if self.count == 0:
+            self.head = self.tail
+        else:
+            for _ in range(8):  # almost always the first
+                if self.live[self.head & mask]:
+                    return ids
+                self.head += 1
+            self.head += int(self.live[self.slots()].argmax())
+        return ids
+
+    def _take_dropped(self) -> NDArray[np.int64] | None:
+        dropped, self._dropped = self._dropped, None
+        return dropped
+
+    def _live_of(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        slots = self.find(ids)
+        known = slots >= 0
+        return slots[known], known
+
+    def _remove(self, operation: LoggedOperation) -> Change:
+        slots, _ = self._live_of(np.unique(codec.decode_ids(operation.body)))
+        if not len(slots):
+            return Change()
+        return Change(len(slots), removed=self._drop(slots), touched=self._take_dropped())
+
+    def _priority(self, operation: LoggedOperation) -> Change:
+        ids, priorities = codec.decode_priority(operation.body)
+        slots, known = self._live_of(ids)
+        self.priority[slots] = priorities[known]  # of repeated ids the last counts
+        return Change(len(slots), touched=slots)
+
+    def _reward(self, operation: LoggedOperation) -> Change:
+        ids, rewards, priorities, components = codec.decode_reward(operation.body)
+        slots, known = self._live_of(ids)
+        self.reward[slots] = rewards[known]
+        self.priority[slots] = priorities[known]
+        for id_, slot in zip(ids[known].tolist(), slots.tolist(), strict=True):
+            named = components.get(str(id_))
+            if named is None:
+                self.flags[slot] |= SCALAR_REWARD
+                self.rewards.pop(id_, None)
+            else:
+                self.flags[slot] &= 0xFF ^ SCALAR_REWARD
+                self.rewards[id_] = {str(name): float(x) for name, x in named.items()}
+        return Change(len(slots), touched=slots)
+
+    def _outcome(self, operation: LoggedOperation) -> Change:
+        outcome = codec.decode_outcome(operation.body)
+        if outcome.receipt:
+            if outcome.receipt in self.receipts or outcome.receipt_lsn < self.receipts_horizon:
+                return Change()  # counted before, or too old to tell
+            self.receipts[outcome.receipt] = operation.lsn
+            while len(self.receipts) > int(self.settings["receipts_kept"]):
+                _, self.receipts_horizon = self.receipts.popitem(last=False)
+        slots, known = self._live_of(outcome.ids)
+        np.add.at(self.retrieval_count, slots, 1)
+        if outcome.success:
+            np.add.at(self.success_count, slots, outcome.credit[known])
+        return Change(len(slots), touched=slots)
+
+    def _clear(self, operation: LoggedOperation) -> Change:
+        slots = self.live_slots()
+        ids = self._drop(slots) if len(slots) else np.empty(0, np.int64)
+        return Change(len(ids), removed=ids, touched=self._take_dropped(), cleared=True)
+
+    def _set(self, operation: LoggedOperation) -> Change:
+        settings = codec.load_json(operation.body)
+        if not isinstance(settings, dict):
+            raise ValueError("settings that are no mapping")
+        self.settings = settings
+        excess = self.count - int(settings["max_size"])
+        removed = self._evict(excess) if excess > 0 else None
+        return Change(
+            removed=removed,
+            evicted=0 if removed is None else len(removed),
+            touched=self._take_dropped(),
+            settings=True,
+        )
+
+    def _reserve(self, operation: LoggedOperation) -> Change:
+        self.reserved_id, self.reserved_lsn = codec.decode_reserve(operation.body)
+        return Change()
+
+    _HANDLERS = {
+        codec.ADD: _add,
+        codec.REMOVE: _remove,
+        codec.PRIORITY: _priority,
+        codec.REWARD: _reward,
+        codec.OUTCOME: _outcome,
+        codec.CLEAR: _clear,
+        codec.SETTINGS: _set,
+        codec.RESERVE: _reserve,
+    }
+
+    # ------------------------------------------------------------ snapshots
+
+    def dump(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Everything, as a JSON-like tree and as columns of the live experiences."""
+        order = self.live_slots()
+        used = np.unique(self.tags[order]).tolist()
+        tree = {
+            "lsn": self.lsn,
+            "next_id": self.next_id,
+            "settings": self.settings,
+            "reserved_id": self.reserved_id,
+            "reserved_lsn": self.reserved_lsn,
+            "total_added": self.total_added,
+            "receipts": [[receipt.hex(), lsn] for receipt, lsn in self.receipts.items()],
+            "receipts_horizon": self.receipts_horizon,
+            "rewards": {str(id_): named for id_, named in self.rewards.items()},
+            "tag_sets": {str(code): list(self.tag_sets[code]) for code in used if code},
+        }
+        return tree, {name: getattr(self, name)[order] for name in COLUMNS}
+
+    @classmethod
+    def load(cls, tree: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> State:
+        """The inverse of `dump`."""
+        state = cls()
+        n = len(columns["id"])
+        capacity = _FIRST_CAPACITY
+        while capacity < n:
+            capacity *= 2
+        state._grow(capacity)
+        for name in COLUMNS:
+            getattr(state, name)[:n] = columns[name]
+        state.tail = state.count = n
+        state.lsn = int(tree["lsn"])
+        state.next_id = int(tree["next_id"])
+        state.settings = dict(tree["settings"])
+        state.reserved_id = int(tree["reserved_id"])
+        state.reserved_lsn = int(tree["reserved_lsn"])
+        state.total_added = int(tree["total_added"])
+        for receipt, lsn in tree["receipts"]:
+            state.receipts[bytes.fromhex(receipt)] = int(lsn)
+        state.receipts_horizon = int(tree["receipts_horizon"])
+        state.rewards = {int(id_): dict(named) for id_, named in tree["rewards"].items()}
+        codes = np.zeros(max([0, *map(int, tree["tag_sets"])]) + 1, np.int32)
+        for code, tags in tree["tag_sets"].items():
+            key = tuple(tags)
+            codes[int(code)] = state._tag_codes[key] = len(state.tag_sets)
+            state.tag_sets.append(key)
+        state.tags[:n] = codes[state.tags[:n]]
+        return state

@@ -1,0 +1,237 @@
+"""`SumTree`: draws slots in proportion to weights that change all the time.
+
+A wide tree in numpy: fan-out 16, one contiguous float64 array a level, the top level searched by
+bisection. A parent is always recomputed from its children, never adjusted by a difference:
+differences drift, until nodes are negative. `numpy.einsum` adds the 16 children of a row in one
+fixed order, so every node is a function of the leaves alone, whatever the history of updates; two
+processes that hold the same weights therefore draw the same slots from the same random numbers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FAN_OUT = 16
+_SHIFT = 4  # log2(FAN_OUT)
+_TOP = 4096  # a cumulative sum and a bisection of this many cost less than one more level
+_CHUNK = 1024  # rows a descent: 1024 x 16 x 16 stays below what OpenBLAS hands to several threads
+# Right-multiplied, gives the exclusive prefix sums of each row. `cumsum(axis=1)` takes 10 x longer.
+_EXCLUSIVE = np.triu(np.ones((FAN_OUT, FAN_OUT)), 1)
+
+Slots = NDArray[np.int64]
+Weights = NDArray[np.float64]
+
+
+class SumTree:
+    """Weights by slot, their sum, and the slot under each point of that sum.
+
+    Not thread-safe: the caller holds a lock, also for `find` and `total`, which may complete a
+    cumulative sum. A slot of weight 0 is never found.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """Make a tree of `capacity` slots, all of weight 0.
+
+        Args:
+            capacity: At least 1.
+        """
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1, not {capacity}")
+        self.capacity = capacity
+        self._allocate()
+
+    def _allocate(self) -> None:
+        # _levels[0] holds the leaves, _levels[-1] the top. Every level but the top is padded with
+        # zeros to whole rows; _rows[i] is the same memory as (rows, 16).
+        sizes = [self.capacity]
+        while sizes[-1] > _TOP:
+            sizes.append(-(-sizes[-1] // FAN_OUT))
+        padded = [-(-size // FAN_OUT) * FAN_OUT for size in sizes]
+        self._levels: list[Weights] = [np.zeros(size) for size in padded]
+        self._rows = [level.reshape(-1, FAN_OUT) for level in self._levels]
+        self._cumulative: Weights | None = None
+
+    def _sum_all(self) -> None:
+        for rows, parents in zip(self._rows[:-1], self._levels[1:], strict=True):
+            np.einsum("ij->i", rows, out=parents[: len(rows)])
+        self._cumulative = None
+
+    # ------------------------------------------------------------ writing
+
+    def update(self, slots: ArrayLike, weights: ArrayLike) -> None:
+        """Set the weights of some slots; where a slot is given twice, the last one wins.
+
+        Cost O(n log capacity), about 12 µs for 256 slots of a million.
+
+        Args:
+            slots: (n,) or one number, in [0, capacity).
+            weights: (n,) or one number, finite, at least 0; their total must be finite too.
+
+        Raises:
+            ValueError: A weight is negative, NaN or infinite; nothing was changed.
+            IndexError: A slot is out of bounds; nothing was changed.
+        """
+        if isinstance(slots, int) and isinstance(weights, (int, float)):
+            self._update_one(slots, weights)
+            return
+        index = np.atleast_1d(np.asarray(slots, dtype=np.int64))
+        values = np.asarray(weights, dtype=np.float64)
+        if index.size == 0:
+            return
+        _check_weights(values)
+        if index.view(np.uint64).max() >= self.capacity:  # a negative one is huge there
+            raise IndexError(f"slots must be in [0, {self.capacity})")
+        self._levels[0][index] = values
+        if index.size * FAN_OUT >= self.capacity:
+            self._sum_all()
+            return
+        for rows, parents in zip(self._rows, self._levels[1:], strict=False):
+            index = index >> _SHIFT
+            parents[index] = np.einsum("ij->i", rows.take(index, axis=0))
+        self._cumulative = None
+
+    def _update_one(self, slot: int, weight: float) -> None:
+        if not 0.0 <= weight < np.inf:
+            raise ValueError(f"weights must be finite and not negative, not {weight}")
+        if not 0 <= slot < self.capacity:
+            raise IndexError(f"slots must be in [0, {self.capacity}), not {slot}")
+        self._levels[0][slot] = weight
+        for rows, parents in zip(self._rows[:-1], self._levels[1:], strict=True):
+            slot >>= _SHIFT
+            # The same kernel as for many rows: the order of the additions must be the same.
+            np.einsum("ij->i", rows[slot : slot + 1], out=parents[slot : slot + 1])
+        self._cumulative = None
+
+    def rebuild(self, weights: ArrayLike) -> None:
+        """Set all weights at once.
+
+        Args:
+            weights: (n,), n at most `capacity`; the slots behind get weight 0.
+
+        Raises:
+            ValueError: A weight is negative, NaN or infinite, or there are too many of them;
+                nothing was changed.
+        """
+        values = np.asarray(weights, dtype=np.float64)
+        if values.ndim != 1 or values.size > self.capacity:
+            raise ValueError(
+                f"expected at most {self.capacity} weights in one dimension, got {values.shape}"
+            )
+        _check_weights(values)
+        leaves = self._levels[0]
+        leaves[: values.size] = values
+        leaves[values.size :] = 0.0
+        self._sum_all()
+
+    def grow(self, capacity: int) -> None:
+        """Make room for more slots; the weights stay. Cost O(capacity).
+
+        Raises:
+            ValueError: `capacity` is smaller than it was.
+        """
+        if capacity < self.capacity:
+            raise ValueError(f"cannot shrink from {self.capacity} to {capacity} slots")
+        leaves, n = self._levels[0], self.capacity
+        self.capacity = capacity
+        self._allocate()
+        self._levels[0][:n] = leaves[:n]
+        self._sum_all()
+
+    def scale(self, exponent: int) -> None:
+        """Multiply all weights by 2**exponent: exactly, except for what underflows to 0."""
+        np.ldexp(self._levels[0], exponent, out=self._levels[0])
+        self._sum_all()  # where children underflow, the scaled parent would not be their sum
+
+    # ------------------------------------------------------------ reading
+
+    @property
+    def total(self) -> float:
+        """Sum of all weights."""
+        return float(self._top()[-1])
+
+    def _top(self) -> Weights:
+        """Sums of the top level: node i has the points from [i] up to [i + 1]."""
+        if self._cumulative is None:
+            sums = np.zeros(self._levels[-1].size + 1)
+            self._levels[-1].cumsum(out=sums[1:])
+            self._cumulative = sums
+        return self._cumulative
+
+    def weights(self, slots: ArrayLike) -> Weights:
+        """Weights of these slots, a copy of the shape of `slots`."""
+        taken: Weights = self._levels[0].take(np.asarray(slots, dtype=np.int64))
+        return taken
+
+    def before(self, slot: int) -> float:
+        """Sum of the weights of all slots before this one: where `find` begins to return it."""
+        total = 0.0
+        for rows in self._rows[:-1]:
+            row, child = slot >> _SHIFT, slot & (FAN_OUT - 1)
+            if child:
+                total += float(rows[row, :child].sum())
+            slot = row
+        return total + float(self._top()[slot])
+
+    def find(self, u: ArrayLike) -> Slots:
+        """Slot under each point of the sum.
+
+        Slot i has the points in [w_0 + … + w_{i-1}, w_0 + … + w_i).
+
+        Cost O(n log capacity), about 75 µs for 256 points of a million slots.
+
+        Args:
+            u: (n,) points in [0, total); what lies outside is taken as the nearest point inside.
+
+        Returns:
+            (n,) int64. Each has a weight above 0.
+
+        Raises:
+            ValueError: All weights are 0.
+        """
+        points = np.atleast_1d(np.asarray(u, dtype=np.float64))
+        top = self._top()
+        if not top[-1] > 0.0:
+            raise ValueError("all weights are 0")
+        points = np.minimum(np.maximum(points, 0.0), np.nextafter(top[-1], 0.0))
+        if points.size <= _CHUNK:
+            return self._descend(points, top)
+        parts = [self._descend(points[i : i + _CHUNK], top) for i in range(0, points.size, _CHUNK)]
+        return np.concatenate(parts)
+
+    def _descend(self, points: Weights, top: Weights) -> Slots:
+        # top[node] <= point < top[node + 1], so node has a weight above 0.
+        node = top.searchsorted(points, side="right") - 1
+        rest = points - top.take(node)
+        begin = node
+        ordinal = np.arange(points.size)
+        for rows in reversed(self._rows[:-1]):
+            prefix = rows.take(node, axis=0) @ _EXCLUSIVE
+            # The child is the last one whose prefix is <= rest: one before the first that is above.
+            # Without one above, argmax says 0, and (0 - 1) & 15 is the last child.
+            child = ((prefix > rest[:, None]).argmax(axis=1) - 1) & (FAN_OUT - 1)
+            rest = rest - prefix[ordinal, child]
+            node = (node << _SHIFT) + child
+        # Rounding may have led past the last child of weight above 0, by one ulp of a sum.
+        lost = np.flatnonzero(self._levels[0].take(node) == 0.0)
+        for i in lost.tolist():
+            node[i] = self._descend_carefully(int(begin[i]), float(points[i] - top[begin[i]]))
+        found: Slots = node.astype(np.int64, copy=False)
+        return found
+
+    def _descend_carefully(self, node: int, rest: float) -> int:
+        """Descend from a node of weight above 0 by such nodes only."""
+        for rows in reversed(self._rows[:-1]):
+            row = rows[node]
+            children = np.flatnonzero(row)
+            sums = np.cumsum(row[children])
+            at = min(int(sums.searchsorted(rest, side="right")), children.size - 1)
+            rest -= float(sums[at - 1]) if at else 0.0
+            node = (node << _SHIFT) + int(children[at])
+        return node
+
+
+def _check_weights(values: Weights) -> None:
+    # min and max hand on NaN, which fails both comparisons.
+    if values.size and not (values.min() >= 0.0 and values.max() < np.inf):
+        raise ValueError("weights must be finite and not negative")

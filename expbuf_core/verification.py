@@ -1,0 +1,94 @@
+"""`expbuf verify`: every stored byte is what was written, and all parts agree. Changes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from expbuf_core import frames, segments, snapshots
+from expbuf_core.buffer import ExperienceBuffer
+from expbuf_core.contracts import LogGone, Problem
+from expbuf_core.errors import CorruptionError, ExpbufError
+
+
+def verify(folder: str | os.PathLike[str]) -> Iterator[Problem]:
+    """Check a buffer's folder; it may be in use.
+
+    Yields:
+        What was found: damage, and notes (`damage` false) about what is harmless.
+    """
+    path = Path(folder)
+    try:
+        buffer = ExperienceBuffer.open(path, mode="r")
+    except CorruptionError as exc:
+        offset = -1 if exc.offset is None else exc.offset
+        yield Problem(exc.path or str(path), offset, str(exc), True)
+        return
+    with buffer:
+        session = buffer._live()
+        for lsn in snapshots.available(path):
+            try:
+                snapshots.read(path, lsn, session.uuid)
+            except CorruptionError as exc:
+                offset = -1 if exc.offset is None else exc.offset
+                yield Problem(exc.path or "", offset, str(exc), True)
+            except ExpbufError:
+                continue  # dropped meanwhile
+        yield from session.adapter.verify(session.replica.state.lsn)
+        yield from _payloads(buffer)
+        yield from _index(path)
+
+
+def _payloads(buffer: ExperienceBuffer) -> Iterator[Problem]:
+    """Every live experience has its payload, under its id."""
+    session = buffer._live()
+    with session.replica.lock:
+        state = session.replica.state
+        slots = state.live_slots()
+        ids, locations, lengths = state.id[slots], state.location[slots], state.length[slots]
+    for start in range(0, len(ids), 1024):
+        part = slice(start, start + 1024)
+        try:
+            pin = session.adapter.pin(ids[part], locations[part], lengths[part])
+        except LogGone:
+            buffer.lsn  # noqa: B018  (catches up)
+            gone = [i for i in ids[part].tolist() if i in buffer]
+            if gone:
+                message = f"payloads of {len(gone)} experiences from id {gone[0]} are missing"
+                yield Problem(str(session.path), -1, message, True)
+            continue
+        for i, id_ in enumerate(ids[part].tolist()):
+            try:
+                checked = frames.check_row(pin.read(i))
+            except CorruptionError as exc:
+                yield Problem(exc.path or "", exc.offset or -1, str(exc), True)
+                continue
+            if checked is None or checked[0] != id_:
+                message = f"the payload of experience {id_} is damaged"
+                yield Problem(
+                    str(session.path), int(locations[part][i]) & ((1 << 40) - 1), message, True
+                )
+
+
+def _index(path: Path) -> Iterator[Problem]:
+    """The index is derived: damage to it is a note."""
+    try:
+        manifest = segments.read_manifest(path)
+    except CorruptionError as exc:
+        yield Problem(exc.path or "", 0, str(exc), False)
+        return
+    for info in manifest.segments if manifest else ():
+        wanted = (
+            (segments.vectors_path(path, info.name), info.vectors_bytes, info.vectors_crc),
+            (segments.index_path(path, info.name, info.backend), info.index_bytes, info.index_crc),
+        )
+        for file, size, crc in wanted:
+            try:
+                if segments.file_crc(file) != (size, crc):
+                    message = f"{file.name}: damaged; the index will be built again"
+                    yield Problem(str(file), -1, message, False)
+            except ExpbufError:
+                if segments.read_manifest_or_none(path) == manifest:
+                    message = f"{file.name}: missing; the index will be built again"
+                    yield Problem(str(file), -1, message, False)

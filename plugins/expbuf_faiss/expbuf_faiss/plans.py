@@ -1,0 +1,92 @@
+"""Which index to build for how many rows of what dimension."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from expbuf_core.errors import ConfigError
+from expbuf_faiss.settings import FaissSettings
+
+_CODES_FROM_DIM = 96
+_MATRIX_UP_TO_DIM = 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An index to build.
+
+    Attributes:
+        factory: A FAISS factory string, or "" for none: every vector is compared.
+        rerank_limit: Candidates per wanted result up to which re-ranking is tried. An index that
+            needs more to reach the target recall makes way for the next plan.
+    """
+
+    factory: str
+    rerank_limit: int = 40
+
+
+FLAT = Plan("")
+
+
+def nearest_power_of_two(value: float) -> int:
+    """At least 1."""
+    return 1 << max(0, round(math.log2(max(1.0, value))))
+
+
+def plans(settings: FaissSettings, rows: int, dim: int) -> list[Plan]:
+    """What to build, best first; the last one always reaches the target.
+
+    Raises:
+        ConfigError: The settings do not fit the dimension.
+    """
+    if settings.index == "flat":
+        return [FLAT]
+    if settings.index == "auto":
+        return _automatic(settings, rows, dim)
+    if settings.index == "IVFFlat":
+        return [Plan(_lists(settings, rows, 4) + ",Flat")]
+    if settings.index == "IVFPQ":
+        # "np": no polysemous training, which takes minutes and is of use to another kind of search.
+        m = sub_vectors(settings, dim)
+        return [Plan(f"{_lists(settings, rows, 4)},PQ{m}x{settings.nbits}np")]
+    return [Plan(settings.index)]
+
+
+def _automatic(settings: FaissSettings, rows: int, dim: int) -> list[Plan]:
+    """Codes of a bit a dimension, re-ranked from the raw vectors; full vectors where that fails.
+
+    Scanning codes is so cheap that few long lists do: about the square root of the rows, which
+    also makes training a tenth of the work. They take 1/32 of the space of the vectors, which
+    are mapped beside the index anyway.
+    """
+    if rows < settings.flat_below:
+        return [FLAT]
+    lists = Plan(_lists(settings, rows, 4) + ",Flat")
+    if dim < _CODES_FROM_DIM:
+        return [lists]
+    codes = _lists(settings, rows, 1) + ",RaBitQ"
+    # A rotation spreads what a few dimensions hold over all of them. It costs every query a
+    # multiplication by a matrix, so it has to be needed. Beyond some size a Hadamard
+    # transformation is cheaper, although it pads the dimension to a power of two.
+    rotation = f"RR{dim}" if dim <= _MATRIX_UP_TO_DIM else "HR"
+    return [Plan(codes, rerank_limit=10), Plan(f"{rotation},{codes}"), lists]
+
+
+def _lists(settings: FaissSettings, rows: int, factor: int) -> str:
+    return f"IVF{settings.nlist or nearest_power_of_two(factor * math.sqrt(rows))}"
+
+
+def sub_vectors(settings: FaissSettings, dim: int) -> int:
+    """The setting `m`, or the divisor of the dimension nearest to an eighth of it."""
+    if settings.m is None:
+        return min(
+            (m for m in range(1, dim + 1) if dim % m == 0), key=lambda m: (abs(m - dim / 8), m)
+        )
+    if dim % settings.m:
+        divisors = [str(m) for m in range(1, dim + 1) if dim % m == 0]
+        raise ConfigError(
+            f"index: m = {settings.m} does not divide the dimension {dim}; "
+            f"choose one of {', '.join(divisors)}"
+        )
+    return settings.m

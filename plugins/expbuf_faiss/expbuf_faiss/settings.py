@@ -1,0 +1,42 @@
+"""The section of the configuration that both FAISS plugins read."""
+
+from __future__ import annotations
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
+
+class FaissSettings(BaseModel):
+    """How FAISS indexes are built and searched. The defaults tune themselves.
+
+    Attributes:
+        index: "auto" chooses by size and data; "flat" compares every vector; "IVFFlat" and "IVFPQ"
+            take `nlist`, `m` and `nbits` from here; anything else is a FAISS factory string, taken
+            as given as soon as there are enough rows to train it.
+        nlist: Lists of an inverted file; None: by the number of rows.
+        nprobe: Lists that a query looks at; None: calibrated after each build.
+        m: Sub-vectors of IVFPQ, must divide the dimension; None: about an eighth of it.
+        nbits: Bits a sub-vector of IVFPQ.
+        rerank: Candidates per wanted result whose similarity is computed anew from the raw
+            vectors, where the index stores codes; None: calibrated; 0: codes decide alone.
+        train_rows_per_list: Rows a list to train on.
+        train_iterations: Iterations of k-means.
+        flat_below: "auto" compares every vector below this number of rows.
+        calibration_rows: Rows that are held out of training and searched for after each build.
+        mmap: Map the index file, so that processes share one copy, instead of reading it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    index: str = Field(default="auto", min_length=1)
+    nlist: int | None = Field(default=None, ge=1, validation_alias=AliasChoices("nlist", "n_lists"))
+    nprobe: int | None = Field(
+        default=None, ge=1, validation_alias=AliasChoices("nprobe", "n_probes")
+    )
+    m: int | None = Field(default=None, ge=1)
+    nbits: int = Field(default=8, ge=1, le=12)
+    rerank: int | None = Field(default=None, ge=0)
+    train_rows_per_list: int = Field(default=64, ge=1)
+    train_iterations: int = Field(default=10, ge=1)
+    flat_below: int = Field(default=20_000, ge=1)
+    calibration_rows: int = Field(default=256, ge=16)
+    mmap: bool = True

@@ -1,0 +1,133 @@
+"""Following the log as it grows, and holding on to payloads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from expbuf_core import frames
+from expbuf_core.contracts import Buffer, LogFollower, LoggedOperation, LogGone, Pin
+from expbuf_core.errors import CorruptionError
+from expbuf_core.filesystem import storage_errors
+from expbuf_file import layout
+from expbuf_file.logfile import BadFrame, LogFile
+
+
+class FileFollower(LogFollower):
+    """Reads the index log; where that is gone (a recovered file), the data log without its rows.
+
+    Args:
+        folder: Of the buffer.
+        uuid: Of the buffer.
+        after_lsn: Operations up to here are known.
+        files: Files to read, oldest first, each with the end that its successor states; the last
+            has none.
+    """
+
+    def __init__(
+        self, folder: Path, uuid: bytes, after_lsn: int, files: list[tuple[int, int | None]]
+    ) -> None:
+        self._folder = folder
+        self._uuid = uuid
+        self._lsn = after_lsn
+        self._files = files
+        self._file: LogFile | None = None
+        self._offset = layout.HEADER_BYTES
+
+    def read(self, until_lsn: int) -> Iterator[LoggedOperation]:
+        if self._file is not None:
+            self._file.forget()
+        while self._lsn < until_lsn:
+            file = self._file or self._open()
+            number, end = self._files[0]
+            limit = file.size() if file.header.log == 1 or end is None else end
+            moved = False
+            for found in file.frames(self._offset, limit, rows=False):
+                if isinstance(found, BadFrame):
+                    break
+                header = found.header
+                if header.kind == frames.LOG_END:
+                    (following,) = layout.END_BODY.unpack(found.body)
+                    moved = self._advance(following)
+                    break
+                if header.lsn > until_lsn and header.kind != frames.LOG_BEGIN:
+                    return  # numbers were left out; what comes next is not wanted yet
+                data_log = file.header.log == 0
+                self._offset = found.offset + (
+                    header.data_bytes if data_log else header.index_bytes
+                )
+                if header.kind == frames.LOG_BEGIN or header.lsn <= self._lsn:
+                    continue
+                self._lsn = header.lsn
+                yield file.operation(found)
+                if self._lsn == until_lsn:
+                    return
+            else:
+                moved = self._advance(0)
+            if self._lsn < until_lsn and not moved:
+                raise CorruptionError(
+                    f"{file.path.name}: operation {self._lsn + 1} is missing or damaged at offset "
+                    f"{self._offset}; run `expbuf verify`",
+                    path=file.path,
+                    offset=self._offset,
+                    lsn=self._lsn + 1,
+                )
+
+    def _open(self) -> LogFile:
+        number, _ = self._files[0]
+        for log in (layout.INDEX, layout.DATA):
+            try:
+                self._file = LogFile(self._folder, log, number, self._uuid)
+                return self._file
+            except FileNotFoundError:
+                continue
+        raise LogGone
+
+    def _advance(self, following: int) -> bool:
+        """Go on to the next file; False if there is none."""
+        if len(self._files) > 1:
+            del self._files[0]
+        elif following:
+            self._files = [(following, None)]
+        else:
+            return False
+        self._file = None
+        self._offset = layout.HEADER_BYTES
+        return True
+
+    def skip(self, lsn: int, cursor: Any) -> None:
+        number, offset = cursor
+        self._lsn = lsn
+        if self._files[0][0] != number:
+            self._files = [(number, None)]
+            self._file = None
+        self._offset = offset
+
+    def close(self) -> None:
+        self._file = None
+
+
+class FilePin(Pin):
+    """Holds the log files open: a file that is deleted stays readable until the last reference."""
+
+    def __init__(self, files: dict[int, LogFile], places: list[int], lengths: list[int]) -> None:
+        self._files = files
+        self._places = places
+        self._lengths = lengths
+
+    def read(self, i: int) -> Buffer:
+        place, length = self._places[i], self._lengths[i]
+        file = self._files[place >> layout.OFFSET_BITS]
+        offset = place & (layout.MAX_FILE_BYTES - 1)
+        with storage_errors("read", file.path):
+            raw = os.pread(file.fd, length, offset)
+        if len(raw) < length:
+            raise CorruptionError(
+                f"{file.path.name}: the file ends at offset {offset + len(raw)}, inside a payload; "
+                "run `expbuf verify`",
+                path=file.path,
+                offset=offset + len(raw),
+            )
+        return raw

@@ -1,0 +1,199 @@
+"""One open log file: reading frames from it, and telling good from bad."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expbuf_core import frames
+from expbuf_core.contracts import LoggedOperation
+from expbuf_core.errors import CorruptionError
+from expbuf_core.filesystem import storage_errors
+from expbuf_file import layout
+
+_WINDOW = 1 << 20
+_NO_LENGTHS: NDArray[np.uint32] = np.empty(0, np.uint32)
+
+
+class Begin(NamedTuple):
+    """The first frame of a file: where its log comes from."""
+
+    lsn: int
+    previous: int
+    previous_end: int
+    previous_lsn: int
+    durable_before: int
+    end: int
+
+
+class Frame(NamedTuple):
+    """A frame whose every byte was checked."""
+
+    offset: int
+    header: frames.Header
+    body: bytes
+    lengths: NDArray[np.uint32]
+
+
+class BadFrame(NamedTuple):
+    """Where the intact frames of a file end, and why. `offset`: of the frame, `at`: of the fault."""
+
+    offset: int
+    at: int
+    reason: str
+
+
+class LogFile:
+    """A log file, open for reading. Closed with its last reference, so that pins keep it alive."""
+
+    def __init__(self, folder: Path, log: str, number: int, uuid: bytes) -> None:
+        self.path = layout.path_of(folder, log, number)
+        self.number = number
+        self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.header = layout.read_header(self.fd, self.path, uuid)
+        self.salt_crc = crc32(self.header.salt)
+        self._window = b""
+        self._window_at = 0
+
+    def __del__(self) -> None:
+        fd = getattr(self, "fd", -1)
+        if fd >= 0:
+            self.fd = -1
+            os.close(fd)
+
+    def size(self) -> int:
+        """Bytes in the file now."""
+        return os.fstat(self.fd).st_size
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Up to `length` bytes; shorter at the end of the file. Reads ahead."""
+        at = offset - self._window_at
+        if at < 0 or at + length > len(self._window):
+            with storage_errors("read", self.path):
+                self._window = os.pread(self.fd, max(length, _WINDOW), offset)
+            self._window_at, at = offset, 0
+        return memoryview(self._window)[at : at + length]
+
+    def forget(self) -> None:
+        """Drop what was read ahead: the file grows."""
+        self._window = b""
+
+    def begin(self) -> Begin | None:
+        """The link to the log before, or None while the file is unused (or its link damaged)."""
+        found = self._frame(layout.HEADER_BYTES, self.size(), rows=False)
+        if isinstance(found, BadFrame) or found.header.kind != frames.LOG_BEGIN:
+            return None
+        previous, end, lsn = layout.BEGIN_BODY.unpack(found.body)
+        return Begin(
+            found.header.lsn,
+            previous,
+            end,
+            lsn,
+            found.header.durable_before,
+            layout.HEADER_BYTES + found.header.index_bytes,
+        )
+
+    def frames(self, offset: int, limit: int, *, rows: bool) -> Iterator[Frame | BadFrame]:
+        """Frames from `offset` up to `limit`; a `BadFrame` is the last, if there is one.
+
+        Args:
+            offset: Where a frame begins.
+            limit: Where the file ends.
+            rows: Whether rows are there, and to be checked.
+        """
+        while offset < limit:
+            found = self._frame(offset, limit, rows=rows)
+            yield found
+            if isinstance(found, BadFrame):
+                return
+            offset += found.header.data_bytes if self.header.log == 0 else found.header.index_bytes
+
+    def _frame(self, offset: int, limit: int, *, rows: bool) -> Frame | BadFrame:
+        head = self.read(offset, frames.HEADER_BYTES)
+        header = frames.decode_header(head, 0, self.salt_crc)
+        if header is None:
+            return BadFrame(offset, offset, "no valid frame header")
+        data_log = self.header.log == 0
+        size = header.data_bytes if data_log else header.index_bytes
+        if header.epoch != self.number or (data_log and header.data_offset != offset):
+            return BadFrame(offset, offset, "a frame of another place")
+        if offset + size > limit:
+            return BadFrame(offset, offset, f"a frame of {size} bytes, beyond the end of the file")
+        start = frames.HEADER_BYTES
+        bare = start + header.body_len + 8 * header.row_count
+        raw = self.read(offset, size if rows else bare)
+        body = raw[start : start + header.body_len]
+        if crc32(body) != header.body_crc:
+            return BadFrame(offset, offset + start, "checksum mismatch in the body")
+        lengths = _NO_LENGTHS
+        if header.row_count:
+            table = frames.decode_table(raw, header, 0)
+            if table is None:
+                at = offset + start + header.body_len
+                return BadFrame(offset, at, "checksum mismatch in the row table")
+            lengths = table["length"]
+            if int(lengths.sum(dtype=np.int64)) != header.rows_len:
+                return BadFrame(offset, offset, "row lengths that contradict the header")
+            if rows:
+                first = header.first_id or None
+                at = frames.check_rows(raw, bare, first, table)
+                if at is not None:
+                    return BadFrame(offset, offset + at, "checksum mismatch in a row")
+        if rows and any(raw[bare + header.rows_len : size]):
+            return BadFrame(offset, offset + bare + header.rows_len, "padding that is not zero")
+        return Frame(offset, header, bytes(body), lengths)
+
+    def proof(self, offset: int, limit: int) -> int:
+        """The highest LSN that any valid frame in [offset, limit) says was durable before it."""
+        best = 0
+        step = 8 << 20
+        overlap = frames.HEADER_BYTES
+        while offset < limit:
+            raw = os.pread(self.fd, min(step, limit - offset) + overlap, offset)
+            if not raw:
+                break
+            at = 0
+            while (found := frames.find_header(raw, at, self.salt_crc)) is not None:
+                best = max(best, found[1].durable_before)
+                at = found[0] + 8
+            offset += step
+        return best
+
+    def last_nonzero(self, offset: int, limit: int) -> int:
+        """End of the last 8 bytes in [offset, limit) that are not all zero; `offset` if none."""
+        last = offset
+        step = 8 << 20
+        at = offset
+        while at < limit:
+            raw = os.pread(self.fd, min(step, limit - at), at)
+            if not raw:
+                break
+            stripped = len(raw.rstrip(b"\0"))
+            if stripped:
+                last = at + ((stripped + 7) & ~7)
+            at += len(raw)
+        return last
+
+    def operation(self, frame: Frame) -> LoggedOperation:
+        """What replicas see of a frame."""
+        header = frame.header
+        location = header.epoch << layout.OFFSET_BITS | header.rows_offset
+        return LoggedOperation(
+            header.lsn, header.kind, header.first_id, frame.body, location, frame.lengths
+        )
+
+    def corrupt(self, bad: BadFrame, lsn: int) -> CorruptionError:
+        """The error for a bad frame that is no torn tail."""
+        return CorruptionError(
+            f"{self.path.name}: {bad.reason} at offset {bad.at} (lsn {lsn}); nothing was changed. "
+            "Run `expbuf verify`",
+            path=self.path,
+            offset=bad.at,
+            lsn=lsn,
+        )

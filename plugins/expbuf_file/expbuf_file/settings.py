@@ -1,0 +1,16 @@
+"""What can be configured under `persistence.file`."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+
+class FileSettings(BaseModel, extra="forbid", frozen=True):
+    """Sizes of the log files."""
+
+    initial_bytes: int = Field(
+        1 << 20, ge=1 << 14, description="Size of the first log file; each next one is twice that."
+    )
+    segment_bytes: int = Field(
+        64 << 20, ge=1 << 14, description="Log files grow no larger than this."
+    )

@@ -1,0 +1,435 @@
+"""A plain model of the buffer, random programs over both, and the oracle for what a crash leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from expbuf_core import Experience, ExperienceBuffer
+from expbuf_core.errors import ExpbufError
+from expbuf_core.filesystem import FileSystem
+from expbuf_core.testing.crash import Acknowledge, CrashState, explore
+from expbuf_core.testing.recording import RecordingFileSystem
+
+LONG = os.environ.get("EXPBUF_LONG", "") not in ("", "0")
+
+MAX_SIZE = 20
+DIM = 4
+
+
+def open_buffer(folder: Path, fs: FileSystem | None = None, **settings: Any) -> ExperienceBuffer:
+    """A small buffer whose logs are switched every few dozen operations."""
+    config: dict[str, Any] = {
+        "max_size": MAX_SIZE,
+        "embedding": {"visual_dim": DIM, "question_dim": DIM},
+        "priority": {"backend": "absolute_reward"},
+        "index": {"backend": "exact", "builder": "off"},
+        "persistence": {
+            "backend": "file",
+            "file": {"initial_bytes": 1 << 14, "segment_bytes": 1 << 14},
+        },
+        **settings,
+    }
+    return ExperienceBuffer.open(
+        folder, config=config, mode="a", filesystem=fs if fs is not None else FileSystem()
+    )
+
+
+# ---------------------------------------------------------------- what a buffer holds
+
+
+class Entry(NamedTuple):
+    """One experience as seen from outside."""
+
+    id: int
+    answer: str
+    v_embed: bytes
+    priority: float
+    reward: float | None
+    retrieval_count: int
+    success_count: float
+
+
+State = tuple[Entry, ...]
+
+
+def embedding(serial: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The embedding of the experience with this serial number."""
+    return np.random.default_rng(serial).standard_normal(DIM).astype(np.float32)
+
+
+def experience(serial: int, reward: float | None, padding: int) -> Experience:
+    """An experience that is told from all others by its answer and its embedding."""
+    return Experience(
+        v_embed=embedding(serial),
+        q_embed=embedding(-serial % (1 << 31)),
+        question="?" * padding,
+        answer=f"answer {serial}",
+        rewards=reward,
+    )
+
+
+def state_of(buffer: ExperienceBuffer) -> State:
+    """Everything that a buffer holds, payloads included, in order."""
+    return tuple(
+        Entry(
+            id=item.id,
+            answer=item.answer,
+            v_embed=np.asarray(item.v_embed, np.float32).tobytes(),
+            priority=float(np.float32(item.priority)),
+            reward=item.total_reward,
+            retrieval_count=item.retrieval_count,
+            success_count=float(item.success_count),
+        )
+        for item in buffer
+    )
+
+
+def initial_priority(reward: float | None) -> float:
+    """What the scorer in use gives."""
+    return float(np.float32(abs(reward or 0.0) + 0.01))
+
+
+class Model:
+    """The same in plain Python."""
+
+    def __init__(self, entries: Sequence[Entry] = ()) -> None:
+        self.entries = {entry.id: entry for entry in entries}
+
+    def state(self) -> State:
+        """In order of ids, which is that of insertion."""
+        return tuple(self.entries[id_] for id_ in sorted(self.entries))
+
+    def add(self, entry: Entry) -> None:
+        """First in, first out."""
+        self.entries[entry.id] = entry
+        while len(self.entries) > MAX_SIZE:
+            del self.entries[min(self.entries)]
+
+    def change(self, id_: int, **values: Any) -> None:
+        """Nothing happens to what is gone."""
+        if id_ in self.entries:
+            self.entries[id_] = self.entries[id_]._replace(**values)
+
+
+# ---------------------------------------------------------------- programs
+
+
+class Story:
+    """A random program over a buffer, and what may be found after a crash at any point of it.
+
+    Steps are numbered; `states[i]` is what the buffer holds before step i. Step 0 opens it.
+
+    Args:
+        seed: Of the program.
+        steps: How many.
+        durability: Of the buffer.
+        base: What the folder holds already, if it is a buffer.
+        used: Ids that were seen before; none may be issued again.
+        start: Number of the first experience; each has its own, in all stories over one folder.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        steps: int,
+        *,
+        durability: str = "sync",
+        base: State | None = None,
+        used: int = -1,
+        start: int = 1,
+    ) -> None:
+        self.seed = seed
+        self.steps = steps
+        self.durability = durability
+        self.states: list[State] = [base or ()]
+        self.is_new = base is None
+        self.start = start
+        self.used_before = used
+        self.highest: list[int] = [used]  # highest id seen before step i
+        self.durable_steps: list[int] = []  # steps that make all before them durable
+        self.rebooted = True
+        self.rng = random.Random(f"{seed}/checks")
+        self.deep = 0
+
+    # -- running
+
+    def run(self, fs: RecordingFileSystem, folder: Path, ack: Acknowledge) -> None:
+        """The workload."""
+        rng = random.Random(self.seed)
+        model = Model(self.states[0])
+        serial = self.start
+        step = 0
+        buffer: ExperienceBuffer | None = None
+
+        def entry(id_: int, serial: int, reward: float | None, priority: float | None) -> Entry:
+            return Entry(
+                id=id_,
+                answer=f"answer {serial}",
+                v_embed=embedding(serial).tobytes(),
+                priority=initial_priority(reward) if priority is None else priority,
+                reward=reward,
+                retrieval_count=0,
+                success_count=0.0,
+            )
+
+        try:
+            for step in range(self.steps):
+                kind = "open" if step == 0 else self._kind(rng)
+                self.states.append(())  # a crash inside this step cannot see it yet
+                ack.start(step)
+                highest = self.highest[-1]
+                if kind == "open":
+                    buffer = open_buffer(folder, fs, durability=self.durability)
+                    self.durable_steps.append(step)
+                assert buffer is not None
+                ids = sorted(model.entries)
+                some = rng.sample(ids, min(len(ids), rng.randint(1, 5)))
+                rewards = [rng.randrange(-8, 9) / 4 for _ in some]
+                if kind == "add":
+                    reward = rng.choice([None, 0.5, -1.25])
+                    priority = rng.choice([None, 0.75, 2.5])
+                    item = experience(serial, reward, rng.choice((0, 30, 600)))
+                    highest = buffer.add(item, priority=priority)
+                    model.add(entry(highest, serial, reward, priority))
+                    serial += 1
+                elif kind == "add_many":
+                    n = rng.choice((2, 3, 7, MAX_SIZE + 3))
+                    given = [rng.choice([None, 1.5]) for _ in range(n)]
+                    batch = [
+                        experience(serial + i, reward, rng.choice((0, 90)))
+                        for i, reward in enumerate(given)
+                    ]
+                    new = [int(id_) for id_ in buffer.add_many(batch)]
+                    for i, id_ in enumerate(new):
+                        model.add(entry(id_, serial + i, given[i], None))
+                    highest = new[-1]
+                    serial += n
+                elif kind == "columns":
+                    n = rng.choice((1, 4, 9))
+                    serials = range(serial, serial + n)
+                    new = buffer.add_many(
+                        {
+                            "v_embed": np.stack([embedding(i) for i in serials]),
+                            "q_embed": np.stack([embedding(-i % (1 << 31)) for i in serials]),
+                            "answer": [f"answer {i}" for i in serials],
+                        }
+                    )
+                    for i, id_ in zip(serials, new, strict=True):
+                        model.add(entry(int(id_), i, None, None))
+                    highest = int(new[-1])
+                    serial += n
+                elif kind == "remove":
+                    buffer.remove(some)
+                    for id_ in some:
+                        del model.entries[id_]
+                elif kind == "priorities":
+                    buffer.update_priorities(some, [abs(x) for x in rewards])
+                    for id_, x in zip(some, rewards, strict=True):
+                        model.change(id_, priority=abs(x))
+                elif kind == "rewards":
+                    buffer.update_rewards(some, rewards)
+                    for id_, x in zip(some, rewards, strict=True):
+                        model.change(id_, reward=x, priority=initial_priority(x))
+                elif kind == "outcome":
+                    self._outcome(buffer, model, rng, some)
+                elif kind == "snapshot":
+                    buffer.save_snapshot()
+                    self.durable_steps.append(step)
+                elif kind == "sync":
+                    buffer.sync()
+                    self.durable_steps.append(step)
+                elif kind == "clear":
+                    buffer.clear()
+                    model.entries.clear()
+                elif kind == "reopen":
+                    buffer.close()
+                    buffer = open_buffer(folder, fs, durability=self.durability)
+                    self.durable_steps.append(step)
+                quiet(buffer)
+                found = state_of(buffer)
+                assert found == model.state(), f"step {step}, {kind}: without any crash"
+                assert highest >= self.highest[-1], f"id {highest} was issued before"
+                self.states[-1] = found
+                self.highest.append(highest)
+                ack(step)
+        finally:
+            if buffer is not None:
+                buffer.close()
+
+    @staticmethod
+    def _kind(rng: random.Random) -> str:
+        kinds = {
+            "add": 8,
+            "add_many": 2,
+            "columns": 1,
+            "remove": 3,
+            "priorities": 2,
+            "rewards": 2,
+            "outcome": 3,
+            "snapshot": 1.5,
+            "sync": 0.5,
+            "clear": 0.4,
+            "reopen": 1,
+        }
+        return rng.choices(list(kinds), list(kinds.values()))[0]
+
+    @staticmethod
+    def _outcome(
+        buffer: ExperienceBuffer, model: Model, rng: random.Random, some: list[int]
+    ) -> None:
+        success = rng.random() < 0.6
+        credit = 1.0
+        if rng.random() < 0.5 and model.entries:
+            found = buffer.search_index(v_embed=embedding(1), q_embed=embedding(2), k=3)
+            some = [int(id_) for id_ in found.ids]
+            buffer.record_outcome(found.receipt, success=success)
+            assert buffer.record_outcome(found.receipt, success=success) == 0
+        else:
+            buffer.record_outcome(some, success=success)
+        for id_ in some:
+            old = model.entries[id_]
+            model.change(
+                id_,
+                retrieval_count=old.retrieval_count + 1,
+                success_count=old.success_count + credit * success,
+            )
+
+    # -- checking
+
+    def settle(self, root: Path, state: CrashState) -> None:
+        """Make the control page look as it would: of this boot, or of another."""
+        self.rebooted = state.rebooted
+        for name in state.volatile:
+            age_control(root / name, rebooted=state.rebooted)
+
+    def allowed(self, acknowledged: Sequence[int], started: Sequence[int]) -> list[State]:
+        """States that recovery may find."""
+        least = len(acknowledged)
+        if self.rebooted and self.durability != "sync":
+            sure = [step for step in self.durable_steps if step < least]
+            least = max(sure) + 1 if sure else 0
+        # states[i] is what stands before step i, so states[i + 1] is what step i made.
+        return self.states[least : len(started) + 1]
+
+    def check(self, folder: Path, acknowledged: Sequence[int], started: Sequence[int]) -> None:
+        """The oracle."""
+        copy: Path | None = None
+        if self.deep > 0 and folder.exists() and self.rng.random() < 0.04:
+            copy = folder.with_name("copy")
+            shutil.copytree(folder, copy)
+        allowed = self.allowed(acknowledged, started)
+        seen = self.highest[len(acknowledged)]
+        with contextlib.closing(open_buffer(folder, durability=self.durability)) as buffer:
+            found = state_of(buffer)
+            assert found in allowed, explain(found, allowed)
+            check_search(buffer, found)
+            serial = 1_000_000 + len(self.states)
+            new = buffer.add(experience(serial, 0.25, 10))
+            assert new > seen, f"id {new} was issued before (up to {seen})"
+            assert all(new > entry.id for entry in found)
+            expected = Model(found)
+            expected.add(
+                Entry(
+                    new,
+                    f"answer {serial}",
+                    embedding(serial).tobytes(),
+                    initial_priority(0.25),
+                    0.25,
+                    0,
+                    0.0,
+                )
+            )
+            assert state_of(buffer) == expected.state()
+        with contextlib.closing(open_buffer(folder, durability=self.durability)) as buffer:
+            assert state_of(buffer) == expected.state(), "lost or changed by the next opening"
+            check_search(buffer, expected.state())
+        if copy is not None:
+            self.crash_again(copy, found, seen)
+            shutil.rmtree(copy)
+
+    def crash_again(self, folder: Path, found: State, used: int) -> None:
+        """Crash while it recovers and goes on."""
+        used = max([used, *(entry.id for entry in found)])
+        story = Story(
+            self.rng.randrange(1 << 30),
+            5,
+            durability=self.durability,
+            base=found,
+            used=used,
+            start=self.start + 10_000,
+        )
+        story.deep = self.deep - 1
+        result = explore(
+            story.run,
+            story.check,
+            states=30,
+            seed=self.seed,
+            initial=folder,
+            settle=story.settle,
+        )
+        result.raise_for_failures()
+
+
+def explain(found: State, allowed: Sequence[State]) -> str:
+    """How a state differs from the nearest that would be right."""
+
+    def distance(state: State) -> int:
+        return len(set(state) ^ set(found))
+
+    if not allowed:
+        return f"no state is allowed; found {found}"
+    nearest = min(allowed, key=distance)
+    extra = sorted(set(found) - set(nearest))
+    lacking = sorted(set(nearest) - set(found))
+    return f"{len(allowed)} states are allowed; the nearest lacks {extra}, and has {lacking}"
+
+
+def check_search(buffer: ExperienceBuffer, state: State) -> None:
+    """A search for more than there are finds exactly the live ids."""
+    found = buffer.search_index(v_embed=embedding(1), q_embed=embedding(2), k=MAX_SIZE + 5)
+    assert sorted(int(id_) for id_ in found.ids) == [entry.id for entry in state]
+    if state:
+        batch = buffer.sample(3)
+        assert {int(id_) for id_ in batch.ids} <= {entry.id for entry in state}
+
+
+def quiet(buffer: ExperienceBuffer) -> None:
+    """Wait for what runs behind a commit, so that a program does the same each time."""
+    keeper = getattr(getattr(buffer, "_session", None), "_keeper", None)
+    deadline = time.monotonic() + 10
+    while getattr(keeper, "_busy", False) and time.monotonic() < deadline:
+        time.sleep(1e-4)
+
+
+_BOOT, _INODE = 2 * 8, 6 * 8
+
+
+def age_control(path: Path, *, rebooted: bool) -> None:
+    """Patch a control page: its inode is that of the image; after a reboot, another boot's id."""
+    raw = bytearray(path.read_bytes())
+    if len(raw) < 64:
+        return
+    struct.pack_into("<Q", raw, _INODE, os.stat(path).st_ino)
+    if rebooted:
+        raw[_BOOT : _BOOT + 16] = bytes(16)
+    with open(path, "r+b") as file:
+        file.write(raw)
+
+
+def is_refused(folder: Path) -> ExpbufError | None:
+    """The error that an opening meets; None if it succeeds."""
+    try:
+        open_buffer(folder).close()
+    except ExpbufError as exc:
+        return exc
+    return None
