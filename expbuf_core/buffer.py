@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -350,7 +351,7 @@ class ExperienceBuffer:
             intake = session.intake(first.v_embed, first.q_embed)
             if intake is None:
                 raise InvalidExperience("an experience needs v_embed, q_embed, or both")
-            given = None if priorities is None else list(priorities)  # type: ignore[arg-type]
+            given: Any = None if priorities is None else list(priorities)  # type: ignore[arg-type]
             draft = intake.many(items, given)
         n = len(draft.content_crcs)
         if n == 0:
@@ -465,7 +466,7 @@ class ExperienceBuffer:
         intake = session.intake()
         if intake is None:
             return np.zeros(len(ids), np.float32)
-        now = _now()
+        now = time.time()
         with session.replica.lock:
             state = session.replica.state
             slots = state.find(ids)
@@ -533,10 +534,10 @@ class ExperienceBuffer:
         else:
             ids = receipt_or_ids
         session, array = self._known_ids(ids)
-        credits = _credits(credit, array)
+        shares = _credits(credit, array)
         if not len(array):
             return 0
-        outcome = OutcomeBody(token or bytes(16), lsn, bool(success), array, credits)
+        outcome = OutcomeBody(token or bytes(16), lsn, bool(success), array, shares)
         return session.commit(Draft(codec.encode_outcome(outcome), weight=0))[2]
 
     def add_to_index(self, ids: ArrayLike | Iterable[int]) -> int:
@@ -557,8 +558,7 @@ class ExperienceBuffer:
             return 0
         with session.replica.lock:
             live = array[session.replica.state.find(array) >= 0]
-            _, found = session.replica.tiers.vectors_of(np.unique(live))
-            if not found.all():
+            if not session.replica.tiers.holds(live).all():
                 session.replica.fill(intake.refuse)
         return len(live)
 
@@ -618,7 +618,7 @@ class ExperienceBuffer:
             except LogGone:
                 # Evicted and deleted since: look again at what there is.
                 slots = None
-                session.refresh()
+                session.catch_up_after_deletion(attempt)
                 if attempt == _PIN_TRIES - 1:
                     raise CorruptionError(
                         f"payloads of experiences {chosen.ids[:5].tolist()} are gone though they "
@@ -781,7 +781,7 @@ class ExperienceBuffer:
         session = self._live()
         beta = session.config.sampling.beta if beta is None else number(beta, "beta", 0.0, 1.0)
         session.refresh()
-        for _ in range(_PIN_TRIES):
+        for attempt in range(_PIN_TRIES):
             with session.replica.lock:
                 state, sampler = session.replica.state, session.replica.sampler
                 if state.count == 0:
@@ -799,7 +799,7 @@ class ExperienceBuffer:
                 chosen.pin(session.adapter.pin(chosen.ids, chosen.locations, chosen.lengths))
                 break
             except LogGone:
-                session.refresh()
+                session.catch_up_after_deletion(attempt)
         else:
             raise CorruptionError("payloads of live experiences are gone; run `expbuf verify`")
         return SampleBatch(
@@ -898,7 +898,8 @@ def _unpickled(arguments: dict[str, Any], uuid: bytes) -> ExperienceBuffer:
     registry = default_registry()
     if plugins:
         registry = registry.with_plugins(plugins)
-    complete = {**arguments, "lock": None, "filesystem": None, "mode": "a" if arguments["mode"] == "x" else arguments["mode"]}  # fmt: skip
+    mode = "a" if arguments["mode"] == "x" else arguments["mode"]
+    complete = {**arguments, "lock": None, "filesystem": None, "mode": mode}
     identity = folder.read_identity(arguments["path"])
     if identity is None or identity.uuid != uuid:
         raise BufferReplaced(f"{arguments['path']} no longer holds the buffer that was pickled")
@@ -920,9 +921,3 @@ def _credits(credit: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
             raise InvalidExperience(f"{len(items)} credits for {n} experiences")
         values = np.array([number(x, "credit", 0.0, 1.0) for x in items])
     return finite32(values.astype(np.float64), "credit")
-
-
-def _now() -> float:
-    import time
-
-    return time.time()

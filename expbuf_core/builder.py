@@ -12,36 +12,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from expbuf_core import control as c
-from expbuf_core.config_schema import BufferConfig
 from expbuf_core.errors import ExpbufError, LockTimeout
 
 _log = logging.getLogger("expbuf")
 _POLL_S = 0.05
-
-
-def command(path: Path | None, config: BufferConfig) -> list[str]:
-    """Command line of a builder for this buffer."""
-    index = config.index.model_dump(mode="json")
-    wanted = {
-        "index": {**index, "builder": "external"},
-        "snapshot": config.snapshot.model_dump(mode="json"),
-        "lock_timeout_s": config.lock_timeout_s,
-    }
-    return [
-        sys.executable,
-        "-m",
-        "expbuf_core",
-        "builder",
-        str(path),
-        "--config",
-        json.dumps(wanted),
-    ]
 
 
 class IndexBuilder:
@@ -49,7 +28,7 @@ class IndexBuilder:
 
     Args:
         path: Folder of the buffer.
-        config: As `command` passes it on: sections `index` and `snapshot`.
+        config: Sections `index` and `snapshot` of the configuration.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: dict[str, Any] | None = None) -> None:
@@ -59,7 +38,11 @@ class IndexBuilder:
         self._session = self.buffer._live()
 
     def run(self, *, idle_s: float) -> int:
-        """Build until nothing has been due for `idle_s`; the number of builds."""
+        """Build until nothing has been due for `idle_s`, or nobody else has the buffer open.
+
+        Returns:
+            The number of builds.
+        """
         session = self._session
         builds = 0
         idle_since = time.monotonic()
@@ -75,8 +58,10 @@ class IndexBuilder:
                     return builds  # another builder is at it
                 builds += 1
                 continue
-            if words[c.APPENDED] - words[c.SNAPSHOT_LSN] >= session.config.snapshot.every_ops:
-                session.snapshot()
+            if session.snapshot_is_due():
+                session.snapshot(if_due=True)
+            if session.is_alone():
+                return builds  # nobody is left to build for
             time.sleep(_POLL_S)
         return builds
 
@@ -107,6 +92,8 @@ def main(path: str, config: str | None, idle_s: float | None) -> int:
         idle = idle_s if idle_s is not None else float(builder.buffer.config.index.idle_s)
         builder.run(idle_s=idle)
     except Exception:
+        if not Path(path).exists():
+            return 0  # the buffer was deleted
         _log.exception("the index builder of %s ended with an error", path)
         return 1
     finally:

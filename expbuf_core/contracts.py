@@ -21,14 +21,20 @@ from pydantic import BaseModel
 from expbuf_core.errors import StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import MutableSequence
-
     from expbuf_core.filesystem import FileSystem
 
 API_VERSION = 1
 """Version of the contracts in this module; a provider states the one it was written for."""
 
 Buffer = bytes | bytearray | memoryview
+
+
+class Words(Protocol):
+    """64-bit words by number; a load or a store of one is never torn."""
+
+    def __getitem__(self, index: int, /) -> int: ...
+
+    def __setitem__(self, index: int, value: int, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -197,9 +203,9 @@ class IndexSegment(ABC):
         Args:
             queries: (m, dim) float32, C-contiguous.
             k: At least 1; may exceed what the segment holds.
-            allowed: None, or a bitmap with one bit a row in the order given to `build`, (ceil(n/8),)
-                uint8, least significant bit first; only set rows may be returned. Always None for
-                a backend without the capability "filter".
+            allowed: None, or (ceil(n/8),) uint8: a bitmap with one bit a row, in the order given
+                to `build`, least significant bit first; only set rows may be returned. Always None
+                for a backend without the capability "filter".
 
         Returns:
             ids (m, k) int64 as given to `build`, padded with -1; similarities (m, k) float32,
@@ -365,7 +371,7 @@ class PersistenceContext:
     path: Path | None
     uuid: bytes
     fs: FileSystem
-    words: MutableSequence[int]
+    words: Words
     writable: bool = True
 
 
@@ -504,7 +510,7 @@ class PersistenceAdapter(ABC):
 
     @abstractmethod
     def finish(self, last_lsn: int) -> None:
-        """Mark the log closed cleanly behind `last_lsn`, durable on return (open lock held alone)."""
+        """Mark the log closed cleanly behind `last_lsn`, durably (open lock held alone)."""
 
     @abstractmethod
     def close(self) -> None:

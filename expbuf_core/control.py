@@ -8,17 +8,18 @@ durable must be in the log, else the log is damaged.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import secrets
 import struct
-from collections.abc import MutableSequence
 from pathlib import Path
 from zlib import crc32
 
+from expbuf_core.contracts import Words
 from expbuf_core.filesystem import FileSystem, storage_errors
 
-_BYTES = 4096
+PAGE_BYTES = 4096
 _MAGIC = int.from_bytes(b"EXPBUFC1", "little")
 
 # Who writes a word: (o) the first opener alone, (a) under the append lock, (f) under the flush
@@ -64,7 +65,7 @@ def _pair(raw: bytes) -> tuple[int, int]:
     return first, second
 
 
-def _checksum(words: MutableSequence[int]) -> int:
+def _checksum(words: Words) -> int:
     fields = (words[APPENDED], words[NEXT_ID], words[UUID], words[UUID + 1])
     return crc32(struct.pack("<4Q", *fields)) | 1 << 32
 
@@ -72,7 +73,7 @@ def _checksum(words: MutableSequence[int]) -> int:
 class Control:
     """The words, by number: `control.words[DURABLE]`. One load or store each, never torn."""
 
-    def __init__(self, words: MutableSequence[int], mapped: mmap.mmap | None = None) -> None:
+    def __init__(self, words: Words, mapped: mmap.mmap | None = None) -> None:
         self.words = words
         self._map = mapped
 
@@ -88,12 +89,12 @@ class Control:
         with storage_errors("map", path):
             fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
             try:
-                if writable and os.fstat(fd).st_size < _BYTES:
+                if writable and os.fstat(fd).st_size < PAGE_BYTES:
                     # Written, not just extended: a hole would be filled at the first store, and
                     # a full disk would kill the process there.
-                    os.pwrite(fd, bytes(_BYTES), 0)
+                    os.pwrite(fd, bytes(PAGE_BYTES), 0)
                 access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-                mapped = mmap.mmap(fd, _BYTES, access=access)
+                mapped = mmap.mmap(fd, PAGE_BYTES, access=access)
             finally:
                 os.close(fd)
         return cls(memoryview(mapped).cast("Q"), mapped)
@@ -167,8 +168,6 @@ class Control:
             words, self.words = self.words, [0] * WORDS
             if isinstance(words, memoryview):
                 words.release()
-            try:
+            with contextlib.suppress(BufferError):
                 self._map.close()
-            except BufferError:
-                pass
             self._map = None

@@ -1,7 +1,7 @@
 """Every error that expbuf raises: one tree under `ExpbufError`.
 
-An error is also the builtin that callers would expect (`ValueError`, `KeyError`, `TimeoutError`, …).
-Its message says what, where, expected and found, and what to do; the same facts are attributes.
+An error is also the builtin that callers would expect (`ValueError`, `KeyError`, …). Its
+message says what, where, expected and found, and what to do; the same facts are attributes.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ def _search_block(
             values = exact_similarities(vectors, candidates, query, metric)
         else:
             if allowed is not None:
-                scores[~allowed] = -np.inf
+                np.copyto(scores, np.float32(-np.inf), where=~allowed)
             candidates = _at_least(scores, k)
             if allowed is not None:
                 candidates = candidates[allowed[candidates]]
@@ -253,7 +253,7 @@ def _near(
     error = lengths * np.float32((len(query) / 8 + 16) * np.finfo(np.float32).eps)
     upper = distance + error
     if allowed is not None:
-        upper[~allowed] = np.inf
+        np.copyto(upper, np.float32(np.inf), where=~allowed)
     if k < len(upper):
         kth: Any = np.partition(upper, k - 1)[k - 1]
         inside = distance - error <= kth

@@ -1,4 +1,4 @@
-"""All writing to a buffer's folder goes through `FileSystem`: one place to record, fail or count it.
+"""All writing to a buffer's folder goes through `FileSystem`: one place to record or fail it.
 
 Reading does not; it needs no order and no permission beyond the file's own.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import TracebackType
 
 from expbuf_core.errors import StorageError, StorageFull
 
@@ -19,17 +20,29 @@ _IOV_MAX = 512
 Buffer = bytes | bytearray | memoryview
 
 
-@contextlib.contextmanager
-def storage_errors(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
+class storage_errors:
     """Turn an OSError into a `StorageError` that says what was tried, on which file."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as exc:
-        kind = StorageFull if exc.errno in _FULL else StorageError
-        hint = "; free some room and try again" if kind is StorageFull else ""
-        error = kind(f"cannot {what} {os.fspath(path)}: {exc.strerror or exc}{hint}")
+
+    __slots__ = ("path", "what")
+
+    def __init__(self, what: str, path: str | os.PathLike[str]) -> None:
+        self.what = what
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not isinstance(exc, OSError) or isinstance(exc, StorageError):
+            return
+        wrapper = StorageFull if exc.errno in _FULL else StorageError
+        hint = "; free some room and try again" if wrapper is StorageFull else ""
+        error = wrapper(f"cannot {self.what} {os.fspath(self.path)}: {exc.strerror or exc}{hint}")
         error.errno = exc.errno
         raise error from exc
 

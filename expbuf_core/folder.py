@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from zlib import crc32
 
 from expbuf_core.errors import CorruptionError, FormatVersionError, StorageError
 from expbuf_core.filesystem import FileSystem, storage_errors
@@ -58,6 +60,8 @@ def read_identity(folder: Path) -> Identity | None:
     try:
         document = json.loads(raw)
         version = int(document["format"])
+        if document["crc"] != _checksum(document):
+            raise ValueError("checksum mismatch")
         identity = Identity(bytes.fromhex(document["uuid"]), str(document["backend"]))
         if len(identity.uuid) != 16:
             raise ValueError("the UUID is not 16 bytes long")
@@ -106,10 +110,16 @@ def check_new(folder: Path) -> None:
 
 def write_identity(folder: Path, backend: str, uuid: bytes, fs: FileSystem) -> None:
     """Make the folder a buffer; the last step of its creation."""
-    document = {"format": FORMAT, "uuid": uuid.hex(), "backend": backend}
+    document: dict[str, Any] = {"format": FORMAT, "uuid": uuid.hex(), "backend": backend}
+    document["crc"] = _checksum(document)
     with storage_errors("write", folder / IDENTITY):
         fs.write_atomically(folder / IDENTITY, [json.dumps(document, indent=1).encode()])
         fs.sync_folder(folder.parent)
+
+
+def _checksum(document: Mapping[str, Any]) -> int:
+    facts = [document[key] for key in ("format", "uuid", "backend")]
+    return crc32(json.dumps(facts).encode())
 
 
 def new_uuid() -> bytes:

@@ -89,7 +89,10 @@ def encode(
     operation = stamped.operation
     lengths = operation.lengths
     n = len(lengths)
-    if n:
+    if n == 1:
+        table_bytes = _START.pack(int(lengths[0]), int(operation.row_crcs[0]))
+        table_crc = crc32(table_bytes)
+    elif n:
         table = np.empty(n, TABLE_ENTRY)
         table["length"] = lengths
         table["crc"] = operation.row_crcs

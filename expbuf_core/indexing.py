@@ -8,7 +8,6 @@ writer waits for; killed at any instant it leaves the old set in place.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from expbuf_core.segments import Manifest, OpenSegment, SegmentInfo
 
 _log = logging.getLogger("expbuf")
 _CHUNK = 1 << 14
+_TRIES = 5
 _MAX_DEAD = 0.25
 
 
@@ -130,7 +130,19 @@ def load(
 
     Nothing is lost by that: the vectors are in the payloads, and searches stay exact.
     """
-    state = replica.state
+    for _ in range(_TRIES):
+        manifest, opened = _load_once(folder, replica, choice)
+        if manifest is None or len(opened) == len(manifest.segments):
+            return manifest, opened
+    return None, ()
+
+
+def _load_once(
+    folder: Path, replica: Replica, choice: IndexChoice
+) -> tuple[Manifest | None, tuple[OpenSegment, ...]]:
+    with replica.lock:
+        settings, live = replica.state.settings, replica.state.live_ids()
+    manifest = None
     try:
         manifest = segments.read_manifest(folder)
         if manifest is None:
@@ -139,11 +151,10 @@ def load(
             manifest.lsn > replica.control.published()
             or manifest.dim != choice.context.dim
             or manifest.metric != choice.context.metric
-            or manifest.representation != representation(state.settings)
+            or manifest.representation != representation(settings)
         )
         if stale:
             return None, ()
-        live = state.live_ids()
         opened = tuple(
             segments.open_segment(
                 folder,
@@ -160,7 +171,7 @@ def load(
         return None, ()
     except StorageError as exc:
         if isinstance(exc.__cause__, FileNotFoundError):
-            return None, ()  # the builder has replaced it meanwhile
+            return manifest, ()  # the builder has replaced it meanwhile: look again
         raise
     return manifest, opened
 
@@ -203,11 +214,13 @@ def build(
         end_id = replica.state.next_id
         kept, ids = plan(replica, growth)
         settings = representation(replica.state.settings)
-        vectors, found = replica.tiers.vectors_of(ids)
-    if not found.all():
-        raise StorageError(f"{folder}: {int((~found).sum())} live experiences have no vector")
+        missing = int(np.count_nonzero(~replica.tiers.holds(ids)))
+        gather = replica.tiers.gatherer(choice.context.dim)
+    if missing:
+        raise StorageError(f"{folder}: {missing} live experiences have no vector in any tier")
     previous = segments.read_manifest_or_none(folder)
-    generation = (previous.generation if previous else 0) + 1
+    published = replica.control.words[c.INDEX_GENERATION]
+    generation = max(previous.generation if previous else 0, published) + 1
     infos: list[SegmentInfo] = [segment.info for segment in kept]
     if len(ids):
         name = choice.chosen()
@@ -217,7 +230,7 @@ def build(
                 f"{generation:06d}",
                 uuid=uuid,
                 ids=ids,
-                vectors=_chunks(vectors),
+                vectors=(gather(ids[i : i + _CHUNK]) for i in range(0, len(ids), _CHUNK)),
                 dim=choice.context.dim,
                 end_id=end_id,
                 backend_name=name,
@@ -238,8 +251,3 @@ def build(
     replica.control.words[c.INDEX_GENERATION] = generation
     segments.drop_unlisted(folder, manifest, fs)
     return manifest
-
-
-def _chunks(vectors: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-    for start in range(0, len(vectors), _CHUNK):
-        yield vectors[start : start + _CHUNK]

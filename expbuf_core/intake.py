@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,7 +134,8 @@ def fuse(fusion: EmbeddingFusion, metric: str, v: Vectors, q: Vectors, dim: int)
         )
     if metric == "cosine":
         fused = normalised(fused)
-    if not math.isfinite(float(np.abs(fused).max(initial=0.0))):
+    flat = fused.reshape(-1)
+    if not math.isfinite(float(flat @ flat)) and not np.isfinite(fused).all():
         raise InvalidExperience("the fused embedding is not finite: its parts are too large")
     return np.ascontiguousarray(fused)
 
@@ -182,6 +183,15 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
+def _image(value: Any) -> str | bytes:
+    image = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(image, str | bytes):
+        raise InvalidExperience(
+            f"image: expected a path or encoded bytes, found a {type(value).__name__}"
+        )
+    return image
+
+
 def _tags(value: Any, name: str = "tags") -> list[str]:
     if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
         raise InvalidExperience(f"{name}: expected a sequence of strings, found {value!r}")
@@ -215,6 +225,24 @@ def as_ids(ids: Any) -> NDArray[np.int64]:
 
 
 # ---------------------------------------------------------------- experiences
+
+
+class _Checked(NamedTuple):
+    """An experience without its embeddings, checked; `fields` go into its payload."""
+
+    fields: dict[str, Any]
+    confidence: float
+    reward: float
+    timestamp: float
+    tags: list[str]
+    key: str | None
+
+
+def _labels(tags: list[list[str]], keys: list[str | None]) -> dict[str, list[Any]] | None:
+    """What replicas know experiences by; None where there is nothing."""
+    if not any(tags) and all(key is None for key in keys):
+        return None
+    return {"tags": tags, "keys": keys}
 
 
 class Intake:
@@ -308,11 +336,10 @@ class Intake:
         )
         with np.errstate(over="ignore"):
             scores = np.asarray(self.scorer(batch)).astype(np.float32)
-        if (
-            scores.shape != (len(batch),)
-            or not (scores >= 0).all()
-            or not np.isfinite(scores).all()
-        ):
+        fine = scores.shape == confidence.shape
+        if fine and len(scores):  # comparisons with NaN are false
+            fine = bool(scores.min() >= 0.0 and scores.max() < np.inf)
+        if not fine:
             raise PluginContractError(
                 f"scorer {type(self.scorer).__name__} returned {scores!r} for {len(batch)} "
                 "experiences; expected as many finite priorities, none below 0"
@@ -323,13 +350,29 @@ class Intake:
 
     def one(self, experience: Experience, priority: float | None) -> Draft:
         """One experience as an operation."""
-        return self.many([experience], None if priority is None else [priority])
+        now = time.time()
+        v = self._part(experience.v_embed, "v_embed", self.v_dim, rank=1)
+        q = self._part(experience.q_embed, "q_embed", self.q_dim, rank=1)
+        item = self._checked(experience, now)
+        row = bytearray(codec.encode_row(v, q, item.fields))
+        return self._draft(
+            v[np.newaxis],
+            q[np.newaxis],
+            row,
+            np.array([len(row)], np.uint32),
+            confidence=np.array([item.confidence], np.float32),
+            reward=np.array([item.reward], np.float64),
+            timestamp=np.array([item.timestamp], np.float64),
+            probabilities=[item.fields.get("probabilities")],
+            priorities=None if priority is None else [priority],
+            labels=_labels([item.tags], [item.key]),
+            now=now,
+        )
 
     def many(
         self, experiences: Sequence[Experience], priorities: Sequence[float | None] | None
     ) -> Draft:
         """Several experiences as one operation."""
-        n = len(experiences)
         now = time.time()
         for item in experiences:
             if not isinstance(item, Experience):
@@ -339,63 +382,61 @@ class Intake:
                 )
         v = self._stack([item.v_embed for item in experiences], "v_embed", self.v_dim)
         q = self._stack([item.q_embed for item in experiences], "q_embed", self.q_dim)
-        confidence = np.empty(n, np.float32)
-        reward = np.empty(n, np.float64)
-        timestamp = np.empty(n, np.float64)
-        probabilities: list[NDArray[np.float32] | None] = [None] * n
-        rows: list[bytes] = []
-        tags: list[list[str]] = []
-        keys: list[str | None] = []
-        for i, item in enumerate(experiences):
-            if item.id is not None:
-                raise InvalidExperience(
-                    f"this experience has id {item.id} already; to add a copy use "
-                    "dataclasses.replace(experience, id=None)"
-                )
-            confidence[i] = number(item.confidence, "confidence", 0.0, 1.0)
-            timestamp[i] = now if item.timestamp is None else number(item.timestamp, "timestamp")
-            fields: dict[str, Any] = {}
-            if item.question != "":
-                fields["question"] = _text(item.question, "question")
-            if item.answer is not None:
-                fields["answer"] = item.answer
-            if item.rewards is None:
-                reward[i] = math.nan
-            else:
-                reward[i], fields["rewards"] = rewards(item.rewards)
-            if item.trajectory is not None:
-                fields["trajectory"] = item.trajectory
-            if item.metadata is not None:
-                if not isinstance(item.metadata, Mapping):
-                    raise InvalidExperience("metadata: expected a mapping")
-                fields["metadata"] = item.metadata
-            if item.probabilities is not None:
-                probabilities[i] = fields["probabilities"] = _probabilities(item.probabilities)
-            if item.image is not None:
-                image = item.image
-                fields["image"] = os.fspath(image) if isinstance(image, os.PathLike) else image
-                if not isinstance(fields["image"], str | bytes):
-                    raise InvalidExperience("image: expected a path or encoded bytes")
-            item_tags = _tags(item.tags) if item.tags else []
-            tags.append(item_tags)
-            keys.append(None if item.key is None else _text(item.key, "key"))
-            if keys[-1] is not None:
-                fields["key"] = keys[-1]
-            rows.append(codec.encode_row(v[i], q[i], fields))
-        lengths = np.fromiter(map(len, rows), np.uint32, n)
-        labels = {"tags": tags, "keys": keys} if any(tags) or any(keys) else None
+        items = [self._checked(item, now) for item in experiences]
+        rows = [codec.encode_row(v[i], q[i], item.fields) for i, item in enumerate(items)]
         return self._draft(
             v,
             q,
             bytearray().join(rows),
-            lengths,
-            confidence=confidence,
-            reward=reward,
-            timestamp=timestamp,
-            probabilities=probabilities,
+            np.fromiter(map(len, rows), np.uint32, len(rows)),
+            confidence=np.array([item.confidence for item in items], np.float32),
+            reward=np.array([item.reward for item in items], np.float64),
+            timestamp=np.array([item.timestamp for item in items], np.float64),
+            probabilities=[item.fields.get("probabilities") for item in items],
             priorities=priorities,
-            labels=labels,
+            labels=_labels([item.tags for item in items], [item.key for item in items]),
             now=now,
+        )
+
+    def _checked(self, item: Experience, now: float) -> _Checked:
+        """Everything of an experience but its embeddings."""
+        if item.id is not None:
+            raise InvalidExperience(
+                f"this experience has id {item.id} already; to add a copy use "
+                "dataclasses.replace(experience, id=None)"
+            )
+        fields: dict[str, Any] = {}
+        if item.question != "":
+            fields["question"] = _text(item.question, "question")
+        if item.answer is not None:
+            fields["answer"] = item.answer
+        reward = math.nan
+        if item.rewards is not None:
+            reward, fields["rewards"] = rewards(item.rewards)
+        if item.trajectory is not None:
+            fields["trajectory"] = item.trajectory
+        if item.metadata is not None:
+            if not isinstance(item.metadata, Mapping):
+                raise InvalidExperience(
+                    f"metadata: expected a mapping, found a {type(item.metadata).__name__}"
+                )
+            fields["metadata"] = item.metadata
+        if item.probabilities is not None:
+            fields["probabilities"] = _probabilities(item.probabilities)
+        if item.image is not None:
+            fields["image"] = _image(item.image)
+        tags = _tags(item.tags) if item.tags != () else []
+        if tags:
+            fields["tags"] = tags
+        if item.key is not None:
+            fields["key"] = _text(item.key, "key")
+        return _Checked(
+            fields,
+            number(item.confidence, "confidence", 0.0, 1.0),
+            reward,
+            now if item.timestamp is None else number(item.timestamp, "timestamp"),
+            tags,
+            item.key,
         )
 
     def _stack(self, parts: list[Any], name: str, dim: int) -> Vectors:
@@ -445,10 +486,14 @@ class Intake:
             probabilities = list(lists["probabilities"])
         if components is not None:
             lists["rewards"] = components
-        tags = [_tags(t) for t in _list_column(columns.get("tags") or [()] * n, "tags", n)]
+        given_tags = columns.get("tags")
+        tags = [] if given_tags is None else _list_column(given_tags, "tags", n)
+        tags = [_tags(item) for item in tags] or [[]] * n
+        if any(tags):
+            lists["tags"] = tags
+        if "image" in lists:
+            lists["image"] = [None if image is None else _image(image) for image in lists["image"]]
         rows, lengths = _encode_columns(v, q, lists, n)
-        keys = lists.get("key", [None] * n)
-        labels = {"tags": tags, "keys": keys} if any(tags) or any(keys) else None
         return self._draft(
             v,
             q,
@@ -459,7 +504,7 @@ class Intake:
             timestamp=timestamp,
             probabilities=probabilities,
             priorities=priorities,
-            labels=labels,
+            labels=_labels(tags, lists.get("key", [None] * n)),
             now=now,
         )
 
@@ -491,23 +536,19 @@ class Intake:
                 f"is {self._max_commit:,}: add them in several parts"
             )
         vectors = fuse(self.fusion, self.metric, v, q, self.dim)
-        age = np.maximum(now - timestamp, 0.0).astype(np.float32)
-        priority = _priorities(priorities, n)
-        missing = np.isnan(priority)
-        if missing.any():
-            # Before scoring, so that a scorer never sees what an override makes pointless.
+        priority = None if priorities is None else _priorities(priorities, n)
+        if priority is None or np.isnan(priority).any():
+            age = np.maximum(now - timestamp, 0.0).astype(np.float32)
             scores = self.score(confidence, reward, probabilities, age)
-            priority = np.where(missing, scores, priority)
-        body = codec.encode_add(
-            AddBody(timestamp, reward, confidence, priority.astype(np.float32), vectors, labels)
-        )
+            priority = (
+                scores if priority is None else np.where(np.isnan(priority), scores, priority)
+            )
+        body = codec.encode_add(AddBody(timestamp, reward, confidence, priority, vectors, labels))
         return draft_rows(codec.ADD, body, rows, lengths, n)
 
 
 def _priorities(given: Any, n: int) -> NDArray[np.float32]:
     """(n,) float32, NaN where the scorer decides."""
-    if given is None:
-        return np.full(n, np.nan, np.float32)
     values = list(given)
     if len(values) != n:
         raise InvalidExperience(f"{len(values)} priorities for {n} experiences")
@@ -609,9 +650,6 @@ def _encode_columns(
     for value in lists.get("metadata", ()):
         if value is not None and not isinstance(value, Mapping):
             raise InvalidExperience("column 'metadata': expected mappings")
-    for value in lists.get("image", ()):
-        if value is not None and not isinstance(value, str | bytes):
-            raise InvalidExperience("column 'image': expected paths or encoded bytes")
     if not lists:
         return codec.encode_bare_rows(v, q, None)
     names = list(lists)

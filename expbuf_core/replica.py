@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core import codec, frames, segments, snapshots
+from expbuf_core import codec, frames, segments
 from expbuf_core.contracts import (
     Appended,
     LogFollower,
     LoggedOperation,
-    LogGone,
     PersistenceAdapter,
 )
 from expbuf_core.control import INDEX_GENERATION, Control
@@ -60,7 +59,6 @@ class Replica:
         self._own: dict[int, tuple[LoggedOperation, Appended]] = {}
         self.counts: dict[int, int] = {}  # of own operations, until their caller has read them
         self.evicted = 0  # since it was last told
-        self.reloads = 0
         self.reset(State())
 
     def reset(self, state: State) -> None:
@@ -79,14 +77,15 @@ class Replica:
         self._own[operation.lsn] = (operation, place)
 
     def refresh(self) -> None:
-        """Apply what has been published since; one comparison where that is nothing."""
+        """Apply what has been published since; one comparison where that is nothing.
+
+        Raises:
+            LogGone: This replica lags so far behind that it must start from the newest snapshot.
+        """
         if self.control.published() == self.state.lsn:
             return
         with self.lock:
-            try:
-                self._catch_up(self.control.published())
-            except LogGone:
-                self._reload()
+            self._catch_up(self.control.published())
 
     def follow_to(self, lsn: int) -> None:
         """Apply everything up to `lsn`, which is published, and nothing beyond (lock held)."""
@@ -102,7 +101,7 @@ class Replica:
                     self._follower.skip(operation.lsn, place.cursor)
                 else:
                     self._cursor = (operation.lsn, place.cursor)
-                self.counts[operation.lsn] = self.apply(operation).count
+                self.counts[operation.lsn] = self.apply(operation).applied
                 continue
             # Of the others; up to the next of our own, which is at hand.
             mine = [n for n in list(self._own) if state.lsn < n <= published]
@@ -112,13 +111,13 @@ class Replica:
                 own = self._own.pop(operation.lsn, None)
                 change = self.apply(operation)
                 if own is not None:
-                    self.counts[operation.lsn] = change.count
+                    self.counts[operation.lsn] = change.applied
             if state.lsn == before:
                 if until <= published and self._own.get(until) is not None:
                     # LSNs jump from here to our own operation.
                     operation, place = self._own.pop(until)
                     self._following().skip(operation.lsn, place.cursor)
-                    self.counts[operation.lsn] = self.apply(operation).count
+                    self.counts[operation.lsn] = self.apply(operation).applied
                     continue
                 raise CorruptionError(
                     f"operation {state.lsn + 1} was published and cannot be read from the log; run "
@@ -136,28 +135,6 @@ class Replica:
             if self._cursor is not None and self._cursor[0] == self.state.lsn:
                 self._follower.skip(*self._cursor)
         return self._follower
-
-    def _reload(self) -> None:
-        """Start anew from the newest snapshot: the log behind this replica is gone."""
-        self.reloads += 1
-        if self.folder is None:
-            raise CorruptionError("the log of a buffer in memory has a gap")
-        for attempt in range(10):
-            state, _ = snapshots.newest(self.folder, self.uuid)
-            if state is None:
-                break
-            old = self.tiers
-            self.reset(state)
-            self.tiers.generation = old.generation - 1  # have the manifest looked at again
-            try:
-                self._catch_up(self.control.published())
-                return
-            except LogGone:
-                if attempt == 9:
-                    raise
-        raise CorruptionError(
-            f"{self.folder}: the log has a gap and there is no snapshot behind it"
-        )
 
     # ------------------------------------------------------------ applying
 
@@ -188,8 +165,7 @@ class Replica:
     def uncovered(self) -> NDArray[np.int64]:
         """Live ids whose vectors are nowhere: behind the segments, before what was replayed."""
         ids = self.state.live_ids()
-        _, found = self.tiers.vectors_of(ids)
-        return ids[~found]
+        return ids[~self.tiers.holds(ids)]
 
     def fill(self, refuse: Refuse) -> int:
         """Fuse again, from the payloads, the vectors that no tier holds (lock held).

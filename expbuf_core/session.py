@@ -7,10 +7,11 @@ throws away and makes anew.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import queue
-import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -39,6 +40,7 @@ from expbuf_core.errors import (
     BufferReplaced,
     ConfigError,
     CorruptionError,
+    DimensionError,
     ExpbufError,
     LockTimeout,
     PluginContractError,
@@ -53,7 +55,9 @@ from expbuf_core.replica import Replica
 from expbuf_core.segments import Manifest, OpenSegment
 
 _log = logging.getLogger("expbuf")
-_FIXED = ("embedding.metric", "embedding.visual_dim", "embedding.question_dim")
+
+
+_NEW = {"lsn": 1, "snapshot_lsn": 0, "replayed": 0, "torn_bytes": 0, "clean": True, "first": True}
 
 
 @dataclass(frozen=True)
@@ -153,12 +157,15 @@ class Session:
         self._intake: Intake | None = None
         self._choice: indexing.IndexChoice | None = None
         self._keeper: _Keeper | None = None
-        self._builder: subprocess.Popen[bytes] | None = None
+        self._builder: int | None = None  # pid
         self._adopting = threading.Lock()
         self._snapshot_at = 0
         self._dropped_at = 0
         self._inode = 0
-        self._private_generation: int | None = None
+        self._control_path = "" if path is None else str(path / folder.CONTROL)
+        self._generation = 0
+        self._watched: Control | None = None
+        self.recovering = False
         self.closed = False
         self.fusion = self._make_plugin("fusion", config.fusion)
         self.scorer: PriorityScorer = self._make_plugin("priority", config.priority)
@@ -208,9 +215,7 @@ class Session:
         self.control.words[c.NEXT_LSN] = 1
         self._make_commit_log(ThreadLock(timeout), ThreadLock(timeout))
         self._write_first_settings()
-        self._report = {
-            "lsn": 1, "snapshot_lsn": 0, "replayed": 0, "torn_bytes": 0, "clean": True, "first": True,
-        }  # fmt: skip
+        self._report = dict(_NEW)
 
     def _make_adapter(self, name: str, path: Path | None) -> PersistenceAdapter:
         provider = self.registry.get("persistence", name)
@@ -255,7 +260,8 @@ class Session:
         with storage_errors("create", path):
             if path.exists() and not path.is_dir():
                 raise StorageError(f"{path} is a file; a buffer is a folder")
-            folder.read_identity(path) or folder.check_new(path)
+            if folder.read_identity(path) is None:
+                folder.check_new(path)
             self.fs.mkdir(path / folder.LOCKS)
         locks = path / folder.LOCKS
         timeout = self.config.lock_timeout_s
@@ -301,7 +307,10 @@ class Session:
                     self._open_lock.leave()
                 raise
         try:
-            self._after_opening()
+            self.recovering = first
+            self._reconcile()
+            self._load_index()
+            self.recovering = False
         except BaseException:
             self.close()
             raise
@@ -324,9 +333,7 @@ class Session:
         self._write_first_settings()
         self.commit_log.sync()
         folder.write_identity(path, backend, self.uuid, self.fs)
-        self._report = {
-            "lsn": 1, "snapshot_lsn": 0, "replayed": 0, "torn_bytes": 0, "clean": True, "first": True,
-        }  # fmt: skip
+        self._report = dict(_NEW)
 
     def _write_first_settings(self) -> None:
         config = self.config
@@ -471,19 +478,17 @@ class Session:
         self.adapter = self._make_adapter(identity.backend, path)
         self.replica = Replica(self.adapter, self.control, self.config.sampling, path, self.uuid)
         if live is not None:
+            self._generation = live.words[c.GENERATION]
             self.adapter.attach()
             snapshot_lsn = self._follow_from_snapshot(path)
             replayed = self.replica.state.lsn - snapshot_lsn
         else:
             # Nobody has it open: recover in private, and change nothing.
             witness = 0
-            control_path = path / folder.CONTROL
-            if control_path.exists() and control_path.stat().st_size >= 4096:
-                stored = Control.map(control_path, writable=False)
-                stored.note_inode(control_path)
-                witness = stored.witness(self.uuid)
-                self._private_generation = stored.words[c.GENERATION]
-                stored.close()
+            self._watched = _map_for_reading(path / folder.CONTROL)
+            if self._watched is not None:
+                self._generation = self._watched.words[c.GENERATION]
+                witness = self._watched.witness(self.uuid)
             with self._corruption_told():
                 snapshot_lsn, replayed, _ = self._load(self.replica, witness)
             self.control.words[c.PUBLISHED] = self.replica.state.lsn
@@ -500,11 +505,11 @@ class Session:
     def _live_control(self, path: Path) -> Control | None:
         """The control page if a process has the buffer open, else None."""
         lock = path / folder.LOCKS / "open"
-        if not lock.exists() or not (path / folder.CONTROL).exists():
+        if not lock.exists() or holder(lock) is None:
             return None
-        if holder(lock) is None:
+        control = _map_for_reading(path / folder.CONTROL)
+        if control is None:
             return None
-        control = Control.map(path / folder.CONTROL, writable=False)
         deadline = time.monotonic() + self.config.lock_timeout_s
         while control.words[c.GENERATION] == 0:  # being recovered right now
             if time.monotonic() > deadline or holder(lock) is None:
@@ -512,6 +517,19 @@ class Session:
                 return None
             time.sleep(0.005)
         return control
+
+    def _follow_writers(self) -> None:
+        """A reader without a share in the open lock notices that writers came, or came anew."""
+        assert self.path is not None
+        page = self._watched or self.control
+        generation = page.words[c.GENERATION]
+        if generation in (0, self._generation):
+            return  # nothing new; or being recovered: until then things are as they were
+        self._generation = generation
+        self._watched = None
+        self.control = self.replica.control = page
+        self.adapter.attach()
+        self._start_anew()
 
     @contextlib.contextmanager
     def _corruption_told(self) -> Any:
@@ -525,11 +543,6 @@ class Session:
                 error=str(exc),
             )
             raise
-
-    def _after_opening(self) -> None:
-        """What needs the buffer open: settings that differ, the index."""
-        self._reconcile()
-        self._load_index()
 
     def _reconcile(self) -> None:
         """Compare the configuration with what the folder was created with."""
@@ -582,7 +595,7 @@ class Session:
         """See that the folder is the one that was opened (append lock held)."""
         assert self.path is not None
         try:
-            inode = os.stat(self.path / folder.CONTROL).st_ino
+            inode = os.stat(self._control_path).st_ino
         except OSError as exc:
             raise BufferReplaced(
                 f"{self.path}: the folder was removed or replaced while it was open ({exc}); open "
@@ -597,9 +610,12 @@ class Session:
 
     def refresh(self) -> None:
         """See what has been published, and what the builder has swapped in."""
-        if self._private_generation is not None:
-            self._watch_for_writers()
-        self.replica.refresh()
+        if not self.writable:
+            self._follow_writers()
+        try:
+            self.replica.refresh()
+        except LogGone:
+            self._start_anew()
         if self.replica.evicted:
             evicted, self.replica.evicted = self.replica.evicted, 0
             self.registry.fire(
@@ -608,23 +624,21 @@ class Session:
                 lsn=self.replica.state.lsn,
                 count=evicted,
             )
-        if self.path is not None and self.replica.index_is_stale() and self._intake is not None:
+        if self.path is not None and self._intake is not None and self.replica.index_is_stale():
             self.adopt_later()
 
-    def _watch_for_writers(self) -> None:
-        """A private reader notices that somebody has opened the buffer for writing."""
+    def _start_anew(self) -> None:
+        """Load the newest snapshot and follow from there: the log behind this replica is gone."""
         assert self.path is not None
-        live = self._live_control(self.path)
-        if live is None:
-            return
-        if live.words[c.GENERATION] == self._private_generation:
-            live.close()
-            return
-        self._private_generation = None
-        self.control = self.replica.control = live
-        self.adapter.attach()
         with self.replica.lock:
             self._follow_from_snapshot(self.path)
+            self._load_index()
+
+    def catch_up_after_deletion(self, attempt: int) -> None:
+        """A payload that this replica believes in is deleted: see what has happened since."""
+        self.refresh()
+        if attempt and self.path is not None:
+            self._start_anew()
 
     def commit(self, draft: Draft) -> tuple[int, int, int]:
         """Write an operation and apply it here; (LSN, first id, experiences it applied to)."""
@@ -697,8 +711,7 @@ class Session:
     def _fix_dimensions(self, v: Any, q: Any) -> None:
         """The first add decides the dimensions, for all processes."""
         settings = dict(self.replica.state.settings)
-        found = {"v_dim": 0 if v is None else int(np.shape(v)[-1]),
-                 "q_dim": 0 if q is None else int(np.shape(q)[-1])}  # fmt: skip
+        found = {"v_dim": _last_dim(v), "q_dim": _last_dim(q)}
         for name, dim in found.items():
             if settings[name] is None:
                 settings[name] = dim
@@ -738,6 +751,8 @@ class Session:
                 words[c.INDEX_GENERATION] = max(words[c.INDEX_GENERATION], manifest.generation)
                 self.replica.tiers.generation = words[c.INDEX_GENERATION]
             self.replica.fill(intake.refuse)
+            if self.recovering:
+                self.control.words[c.ROWS_ADDED] = self.replica.tiers.tail_rows
 
     def _adopt(
         self, manifest: Manifest | None, opened: tuple[OpenSegment, ...], generation: int
@@ -787,7 +802,7 @@ class Session:
         """Build and publish segments now; False if another builder is at it or nothing is there."""
         if self.path is None or self.intake() is None or self._choice is None:
             return False
-        if not self.builder_lock.try_acquire():  # type: ignore[attr-defined]
+        if not self.builder_lock.try_acquire():
             return False
         try:
             words = self.control.words
@@ -815,13 +830,18 @@ class Session:
 
     # ------------------------------------------------------------ snapshots
 
-    def snapshot(self) -> int:
-        """Switch logs, write the columns as of the switch, drop what nobody needs; the LSN."""
+    def snapshot(self, *, if_due: bool = False) -> int:
+        """Switch logs, write the columns as of the switch, drop what nobody needs; the LSN.
+
+        `if_due`: do nothing if another process was faster.
+        """
         if self.path is None:
             with self.replica.lock:
                 self.replica.refresh()
                 return self.replica.state.lsn
         with self.maintenance:
+            if if_due and not self.snapshot_is_due():
+                return self.control.words[c.SNAPSHOT_LSN]
             self.commit_log.sync()
             lsn = self.commit_log.switch()
             self.commit_log.sync()
@@ -863,7 +883,7 @@ class Session:
                     self._dropped_at = state.lsn
                     self.adapter.drop_below(state.lsn, state.live_ids(), np.empty(0, np.int64))
             return
-        if self.adapter.needs_preparation() and self.maintenance.try_acquire():  # type: ignore[attr-defined]
+        if self.adapter.needs_preparation() and self.maintenance.try_acquire():
             try:
                 self.commit_log.prepare()
             finally:
@@ -874,8 +894,13 @@ class Session:
                 self.build_index()
             else:
                 self._start_builder()
-        if words[c.APPENDED] - words[c.SNAPSHOT_LSN] >= self.config.snapshot.every_ops:
-            self.snapshot()
+        if self.snapshot_is_due():
+            self.snapshot(if_due=True)
+
+    def snapshot_is_due(self) -> bool:
+        """Whether the log behind the newest snapshot has grown long."""
+        words = self.control.words
+        return words[c.APPENDED] - words[c.SNAPSHOT_LSN] >= self.config.snapshot.every_ops
 
     def build_is_due(self) -> bool:
         """Whether enough has changed since the last build began."""
@@ -884,34 +909,28 @@ class Session:
 
     def upkeep_is_due(self) -> bool:
         """Cheap test after each commit."""
-        words = self.control.words
         if self.path is None:
             return self.replica.state.lsn - self._dropped_at > 10_000
         return (
             (self.config.index.builder in ("process", "thread") and self.build_is_due())
-            or words[c.APPENDED] - words[c.SNAPSHOT_LSN] >= self.config.snapshot.every_ops
+            or self.snapshot_is_due()
             or self.adapter.needs_preparation()
         )
 
+    def is_alone(self) -> bool:
+        """Whether no other process has the buffer open for writing."""
+        return self.path is not None and holder(self.path / folder.LOCKS / "open") is None
+
     def _start_builder(self) -> None:
         """Start a builder process, unless one is there."""
-        if self._builder is not None and self._builder.poll() is None:
+        if self._builder is not None and not _ended(self._builder):
             return
-        if not self.builder_lock.try_acquire():  # type: ignore[attr-defined]
+        if not self.builder_lock.try_acquire():
             return
         self.builder_lock.release()
         words = self.control.words
         words[c.BUILT_ROWS] = words[c.ROWS_ADDED]
-        from expbuf_core.builder import command
-
-        self._builder = subprocess.Popen(
-            command(self.path, self.config),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=None,
-            start_new_session=True,
-            close_fds=True,
-        )
+        self._builder = _spawn(builder_command(self.path, self.config))
 
     # ------------------------------------------------------------ closing
 
@@ -969,6 +988,68 @@ class Session:
         if self._choice is not None:
             self._choice.after_fork()
         self.control.close()
+
+
+def builder_command(path: Path | None, config: BufferConfig) -> list[str]:
+    """Command line of an index builder for this buffer."""
+    index = config.index.model_dump(mode="json")
+    wanted = {
+        "index": {**index, "builder": "external"},
+        "snapshot": config.snapshot.model_dump(mode="json"),
+        "lock_timeout_s": config.lock_timeout_s,
+    }
+    folder_name = str(path)
+    return [
+        sys.executable,
+        "-m",
+        "expbuf_core",
+        "builder",
+        folder_name,
+        "--config",
+        json.dumps(wanted),
+    ]
+
+
+def _spawn(command: list[str]) -> int:
+    """Start a process that outlives this one, in a session of its own; its pid."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        actions = [(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, null, 1)]
+        return os.posix_spawn(command[0], command, os.environ, file_actions=actions, setsid=True)
+    finally:
+        os.close(null)
+
+
+def _ended(pid: int) -> bool:
+    """Whether a child has ended; reaps it."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True
+
+
+def _last_dim(embedding: Any) -> int:
+    """Dimension of an embedding of whatever kind; 0 where there is none."""
+    if embedding is None:
+        return 0
+    shape = getattr(embedding, "shape", None)
+    if shape is None:
+        shape = np.shape(embedding)
+    if not shape:
+        raise DimensionError("an embedding needs at least one dimension", found=())
+    return int(shape[-1])
+
+
+def _map_for_reading(path: Path) -> Control | None:
+    """The control page at `path`, or None where there is none."""
+    try:
+        if os.stat(path).st_size < c.PAGE_BYTES:
+            return None
+    except FileNotFoundError:
+        return None
+    control = Control.map(path, writable=False)
+    control.note_inode(path)
+    return control
 
 
 class _Keeper:

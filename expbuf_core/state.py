@@ -12,8 +12,8 @@ holds the same state, whatever its configuration.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,7 @@ class Change(NamedTuple):
     """What an operation did, for what is derived from the state.
 
     Attributes:
-        count: Experiences it applied to.
+        applied: Experiences it applied to.
         added: (first, end) ids that it added, or None.
         vectors: (n, dim) of the added ones, or None.
         removed: (n,) ids that it removed or evicted, or None; those just added may be among them.
@@ -55,7 +55,7 @@ class Change(NamedTuple):
         settings: The settings changed.
     """
 
-    count: int = 0
+    applied: int = 0
     added: tuple[int, int] | None = None
     vectors: NDArray[np.float32] | None = None
     removed: NDArray[np.int64] | None = None
@@ -105,7 +105,7 @@ class State:
     # ------------------------------------------------------------ the ring
 
     def _grow(self, capacity: int) -> None:
-        """Move the ring into larger columns; positions become 0, 1, 2, …"""
+        """Move the ring into larger columns; positions begin at 0 again."""
         order = self.slots()
         n = len(order)
         for name, dtype in COLUMNS.items():
@@ -398,7 +398,7 @@ class State:
         self.reserved_id, self.reserved_lsn = codec.decode_reserve(operation.body)
         return Change()
 
-    _HANDLERS = {
+    _HANDLERS: ClassVar[dict[int, Callable[[State, LoggedOperation], Change]]] = {
         codec.ADD: _add,
         codec.REMOVE: _remove,
         codec.PRIORITY: _priority,

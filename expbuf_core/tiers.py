@@ -7,6 +7,7 @@ no lock: rows of a view only ever go out (removed, evicted), and the buffer filt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -128,24 +129,36 @@ class IndexTiers:
         n = self._rows
         return View(self.segments, self._ids[:n], self._vectors[:n], self._live[:n], self._dead)
 
-    def vectors_of(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Vectors of rising ids from wherever they are, and which were found."""
-        dim = self._vectors.shape[1]
-        for segment in self.segments:
-            dim = segment.vectors.shape[1]
-        vectors = np.zeros((len(ids), dim), np.float32)
+    def holds(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """For which ids some tier has the vector."""
         found = np.zeros(len(ids), bool)
+        for here in (*(segment.ids for segment in self.segments), self._ids[: self._rows]):
+            if len(here):
+                found |= here[_rows_of(here, ids)] == ids
+        return found
+
+    def gatherer(self, dim: int) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
+        """A function from ids that some tier holds to their vectors, as of now, for any thread."""
         places = [(segment.ids, segment.vectors) for segment in self.segments]
         places.append((self._ids[: self._rows], self._vectors[: self._rows]))
-        for here, values in places:
-            if not len(here):
-                continue
-            rows = np.searchsorted(here, ids)
-            rows[rows == len(here)] = 0
-            hit = here[rows] == ids
-            vectors[hit] = values[rows[hit]]
-            found |= hit
-        return vectors, found
+
+        def gather(ids: NDArray[np.int64]) -> NDArray[np.float32]:
+            vectors = np.empty((len(ids), dim), np.float32)
+            for here, values in places:
+                if len(here):
+                    rows = _rows_of(here, ids)
+                    hit = here[rows] == ids
+                    vectors[hit] = values[rows[hit]]
+            return vectors
+
+        return gather
+
+
+def _rows_of(here: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Row of each id in rising `here`; any row for an id that is not there."""
+    rows = np.searchsorted(here, ids)
+    rows[rows == len(here)] = 0
+    return rows
 
 
 def search(

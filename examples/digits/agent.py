@@ -39,19 +39,21 @@ Array = NDArray[np.float32]
 
 
 class Eyes:
-    """Random Fourier features of the pixels: their inner product is about exp(-|x - y|² / 2σ²).
+    """Random features of the pixels, whose inner product is about exp(-|x - y|² / 2σ²).
 
-    Fixed before the first image is seen (Rahimi and Recht 2007).
+    Fixed before the first image is seen: orthogonal directions of random lengths (Yu et al. 2016).
     """
 
     def __init__(self, sigma: float = 2.0) -> None:
-        rng = np.random.default_rng(7)
-        self._directions = rng.standard_normal((64, DIM // 2), dtype=np.float32) / sigma
+        rng = np.random.default_rng(0)
+        half = DIM // 2
+        directions, _ = np.linalg.qr(rng.standard_normal((64, half)))
+        lengths = np.sqrt(rng.chisquare(64, half))
+        self._directions = (directions * lengths / sigma).astype(np.float32)
 
     def __call__(self, pixels: Array) -> Array:
         angles = pixels.ravel() @ self._directions
-        features = np.concatenate([np.cos(angles), np.sin(angles)])
-        return features / np.linalg.norm(features)
+        return np.concatenate([np.cos(angles), np.sin(angles)]) / np.float32(np.sqrt(DIM / 2))
 
 
 def hear(question: str) -> Array:

@@ -1,4 +1,4 @@
-"""A plain model of the buffer, random programs over both, and the oracle for what a crash leaves."""
+"""A plain model of the buffer, random programs over both, and the oracle for crash states."""
 
 from __future__ import annotations
 

@@ -20,10 +20,13 @@ class Plan:
         factory: A FAISS factory string, or "" for none: every vector is compared.
         rerank_limit: Candidates per wanted result up to which re-ranking is tried. An index that
             needs more to reach the target recall makes way for the next plan.
+        optional: Chosen by "auto": dropped where comparing every vector does as well; its lists
+            may be those of the plan before it.
     """
 
     factory: str
     rerank_limit: int = 40
+    optional: bool = False
 
 
 FLAT = Plan("")
@@ -62,7 +65,7 @@ def _automatic(settings: FaissSettings, rows: int, dim: int) -> list[Plan]:
     """
     if rows < settings.flat_below:
         return [FLAT]
-    lists = Plan(_lists(settings, rows, 4) + ",Flat")
+    lists = Plan(_lists(settings, rows, 4) + ",Flat", optional=True)
     if dim < _CODES_FROM_DIM:
         return [lists]
     codes = _lists(settings, rows, 1) + ",RaBitQ"
@@ -70,7 +73,11 @@ def _automatic(settings: FaissSettings, rows: int, dim: int) -> list[Plan]:
     # multiplication by a matrix, so it has to be needed. Beyond some size a Hadamard
     # transformation is cheaper, although it pads the dimension to a power of two.
     rotation = f"RR{dim}" if dim <= _MATRIX_UP_TO_DIM else "HR"
-    return [Plan(codes, rerank_limit=10), Plan(f"{rotation},{codes}"), lists]
+    return [
+        Plan(codes, rerank_limit=10, optional=True),
+        Plan(f"{rotation},{codes}", optional=True),
+        lists,
+    ]
 
 
 def _lists(settings: FaissSettings, rows: int, factor: int) -> str:

@@ -51,12 +51,14 @@ class _Writable:
     """The pair of files that appends go to."""
 
     number: int
+    data_path: Path
+    index_path: Path
     data_fd: int
     index_fd: int
     data_size: int
     index_size: int
     salt: bytes
-    index_salt: bytes
+    followed: bool = False  # the next pair is prepared
 
 
 @dataclass
@@ -82,7 +84,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
         self._fs = context.fs
         self._words = context.words
         self._writable: _Writable | None = None
-        self._sync_fds: dict[int, int] = {}
+        self._sync_fds: dict[int, tuple[int, Path]] = {}
         self._files: dict[tuple[str, int], LogFile] = {}
         self._files_mutex = threading.Lock()
         self._begins: dict[int, Begin] = {}
@@ -430,12 +432,13 @@ class FilePersistenceAdapter(PersistenceAdapter):
                 raise
             current = self._writable = _Writable(
                 number,
+                data.path,
+                index.path,
                 data_fd,
                 index_fd,
                 data.header.size,
                 index.header.size,
                 data.header.salt,
-                index.header.salt,
             )
         return current
 
@@ -458,11 +461,9 @@ class FilePersistenceAdapter(PersistenceAdapter):
             self._switch(stamped[0].lsn, durable_lsn, data_end - data_at, index_end - index_at)
             return self.append(stamped, durable_lsn)
         try:
-            with storage_errors("write", layout.path_of(self._folder, layout.DATA, current.number)):
+            with storage_errors("write", current.data_path):
                 self._fs.pwritev(current.data_fd, data, data_at)
-            with storage_errors(
-                "write", layout.path_of(self._folder, layout.INDEX, current.number)
-            ):
+            with storage_errors("write", current.index_path):
                 self._fs.pwritev(current.index_fd, index, index_at)
         except StorageError as exc:
             self._undo(current.data_fd, data_at, data_end, exc)
@@ -482,17 +483,19 @@ class FilePersistenceAdapter(PersistenceAdapter):
     def sync(self) -> None:
         current = self._words[_FILE]
         for number in range(max(1, self._words[_SYNCED]), current + 1):
-            path = layout.path_of(self._folder, layout.DATA, number)
+            known = self._sync_fds.get(number)
+            if known is None:
+                path = layout.path_of(self._folder, layout.DATA, number)
+                if number < current and not path.exists():
+                    continue  # a number that was never used, or a log that was given up
+                with storage_errors("open", path):
+                    known = self._sync_fds[number] = (self._fs.open(path), path)
+            fd, path = known
             with storage_errors("sync", path):
-                fd = self._sync_fds.get(number)
-                if fd is None:
-                    if number < current and not path.exists():
-                        continue  # a number that was never used, or a log that was given up
-                    fd = self._sync_fds[number] = self._fs.open(path)
                 self._fs.fdatasync(fd)
         self._words[_SYNCED] = current
         for number in [n for n in self._sync_fds if n < current]:
-            self._fs.close(self._sync_fds.pop(number))
+            self._fs.close(self._sync_fds.pop(number)[0])
 
     def switch(self, next_lsn: int, durable_lsn: int) -> None:
         self._switch(next_lsn, durable_lsn, 0, 0)
@@ -522,7 +525,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
             index_at,
         )
         try:
-            with storage_errors("write", layout.path_of(self._folder, layout.DATA, current.number)):
+            with storage_errors("write", current.data_path):
                 self._fs.pwritev(current.data_fd, old_data, data_at)
                 self._fs.pwritev(current.index_fd, old_index, index_at)
                 self._fs.truncate(current.index_fd, index_end)
@@ -555,9 +558,11 @@ class FilePersistenceAdapter(PersistenceAdapter):
 
     def needs_preparation(self) -> bool:
         current = self._writable
-        if current is None or self._words[_DATA_END] < current.data_size // 2:
+        if current is None or current.followed or self._words[_DATA_END] < current.data_size // 2:
             return False
-        return not layout.path_of(self._folder, layout.DATA, current.number + 1).exists()
+        following = layout.path_of(self._folder, layout.DATA, current.number + 1)
+        current.followed = following.exists()
+        return not current.followed
 
     def prepare(self) -> None:
         number = self._words[_FILE] + 1
@@ -740,7 +745,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
 
     def close(self) -> None:
         self._release()
-        for fd in self._sync_fds.values():
+        for fd, _ in self._sync_fds.values():
             self._fs.close(fd)
         self._sync_fds.clear()
         self._files.clear()

@@ -41,7 +41,7 @@ class FileFollower(LogFollower):
             self._file.forget()
         while self._lsn < until_lsn:
             file = self._file or self._open()
-            number, end = self._files[0]
+            _, end = self._files[0]
             limit = file.size() if file.header.log == 1 or end is None else end
             moved = False
             for found in file.frames(self._offset, limit, rows=False):

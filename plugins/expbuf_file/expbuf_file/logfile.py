@@ -42,7 +42,7 @@ class Frame(NamedTuple):
 
 
 class BadFrame(NamedTuple):
-    """Where the intact frames of a file end, and why. `offset`: of the frame, `at`: of the fault."""
+    """Where the intact frames of a file end, and why: `offset` of the frame, `at` of the fault."""
 
     offset: int
     at: int
@@ -142,9 +142,9 @@ class LogFile:
                 return BadFrame(offset, offset, "row lengths that contradict the header")
             if rows:
                 first = header.first_id or None
-                at = frames.check_rows(raw, bare, first, table)
-                if at is not None:
-                    return BadFrame(offset, offset + at, "checksum mismatch in a row")
+                wrong = frames.check_rows(raw, bare, first, table)
+                if wrong is not None:
+                    return BadFrame(offset, offset + wrong, "checksum mismatch in a row")
         if rows and any(raw[bare + header.rows_len : size]):
             return BadFrame(offset, offset + bare + header.rows_len, "padding that is not zero")
         return Frame(offset, header, bytes(body), lengths)

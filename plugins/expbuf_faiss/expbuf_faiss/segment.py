@@ -1,0 +1,151 @@
+"""Searching one immutable index."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expbuf_core.builtin.exact import ExactSegment
+from expbuf_core.contracts import IndexSegment
+from expbuf_core.exact_search import exact_rerank
+from expbuf_faiss import runtime
+from expbuf_faiss.calibration import CANDIDATES_FLOOR, NEIGHBOURS, Tuning
+from expbuf_faiss.parameters import most_effort, parameters
+
+_FEW = 1024  # so few allowed rows are compared one by one
+_WIDER = 8
+_KEPT = 16  # parameter objects kept for one filter
+
+
+class _Filter:
+    """A bitmap of allowed rows, and what was made of it."""
+
+    def __init__(self, faiss: Any, allowed: NDArray[np.uint8] | None, rows: int) -> None:
+        self.allowed = allowed
+        self.count = rows if allowed is None else count_allowed(allowed, rows)
+        # FAISS reads the array itself, during each search: this object keeps both alive.
+        self.selector = None if allowed is None else faiss.IDSelectorBitmap(allowed)
+        self.parameters: dict[int | None, Any] = {}
+
+
+class FaissSegment(IndexSegment):
+    """Searches an index that is never changed: FAISS allows that from any number of threads.
+
+    A subclass for another device overrides `search_index`, the only method that asks FAISS.
+    """
+
+    def __init__(
+        self,
+        index: Any,
+        ids: NDArray[np.int64],
+        vectors: NDArray[np.float32],
+        metric: str,
+        tuning: Tuning,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        faiss = runtime.load()
+        self._index = index
+        self._ids = np.asarray(ids)
+        self._vectors = np.asarray(vectors)
+        self._metric = metric
+        self._tuning = tuning
+        self._facts = dict(facts or {})
+        self._most = most_effort(faiss, index)
+        self._exact = ExactSegment(ids, vectors, metric)
+        self._everything = _Filter(faiss, None, len(self._ids))
+        self._filter = self._everything  # the one used last; searches mostly share theirs
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.uint8] | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """See `IndexSegment.search`. As many results as there are allowed rows, up to k."""
+        faiss = runtime.load()
+        chosen = self._everything if allowed is None else self._filter
+        if chosen.allowed is not allowed:
+            chosen = self._filter = _Filter(faiss, allowed, len(self._ids))
+        wanted = min(k, chosen.count)
+        if chosen.count <= _FEW or wanted * 4 > chosen.count:
+            return self._exact.search(queries, k, allowed)
+        ids = np.full((len(queries), k), -1, np.int64)
+        similarities = np.full((len(queries), k), -np.inf, np.float32)
+        effort = self._effort(wanted, chosen.count)
+        left = np.arange(len(queries))
+        while True:
+            rows, found = self._ranked(queries[left], wanted, effort, chosen)
+            whole = rows[:, -1] >= 0
+            ids[left[whole], :wanted] = self._ids[rows[whole]]
+            similarities[left[whole], :wanted] = found[whole]
+            left = left[~whole]
+            if not len(left):
+                return ids, similarities
+            if effort is None or self._most is None or effort >= self._most:
+                break
+            effort = min(effort * _WIDER, self._most)
+        ids[left], similarities[left] = self._exact.search(queries[left], k, allowed)
+        return ids, similarities
+
+    def candidates(
+        self, queries: NDArray[np.float32], k: int, effort: int | None
+    ) -> NDArray[np.int64]:
+        """(m, k) rows as the index ranks them, padded with -1; for calibration."""
+        return self.search_index(queries, k, effort, self._everything)[0]
+
+    def search_index(
+        self, queries: NDArray[np.float32], k: int, effort: int | None, chosen: _Filter
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Ask FAISS.
+
+        Args:
+            queries: (m, dim) float32, C-contiguous.
+            k: Results wanted, at most `chosen.count`.
+            effort: As in `Tuning`.
+            chosen: What may be returned: `allowed`, None or a bitmap, and `count` set bits.
+
+        Returns:
+            (m, k) rows, padded with -1, and FAISS's distances, best first.
+        """
+        found = chosen.parameters.get(effort)
+        if found is None:
+            if len(chosen.parameters) >= _KEPT:
+                chosen.parameters.clear()
+            found = parameters(runtime.load(), self._index, effort, chosen.selector)
+            chosen.parameters[effort] = found
+        distances, rows = self._index.search(queries, k, params=found)
+        return rows, distances
+
+    def info(self) -> dict[str, Any]:
+        """Facts worth showing."""
+        return {"rows": len(self._ids), **self._facts}
+
+    def _ranked(
+        self, queries: NDArray[np.float32], k: int, effort: int | None, chosen: _Filter
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        rerank = self._tuning.rerank
+        if not rerank:
+            rows, distances = self.search_index(queries, k, effort, chosen)
+            similarities = np.float32(0) - distances if self._metric == "l2" else distances
+            return rows, similarities
+        wanted = min(rerank * max(k, CANDIDATES_FLOOR), chosen.count)
+        rows, _ = self.search_index(queries, wanted, effort, chosen)
+        return exact_rerank(self._vectors, rows, queries, k, self._metric)
+
+    def _effort(self, k: int, count: int) -> int | None:
+        """The calibrated effort; more where neighbours lie further out than calibrated for."""
+        effort = self._tuning.effort
+        if effort is None or self._most is None:
+            return effort
+        factor = math.sqrt(max(1.0, k / NEIGHBOURS))
+        factor *= max(1.0, 0.75 * len(self._ids) / count)
+        return min(self._most, math.ceil(effort * factor))
+
+
+def count_allowed(allowed: NDArray[np.uint8], rows: int) -> int:
+    """Set bits among the first `rows`."""
+    whole = rows // 8
+    count = int(np.unpackbits(allowed[whole:], count=rows % 8, bitorder="little").sum())
+    if hasattr(np, "bitwise_count"):  # since numpy 2.0
+        return count + int(np.bitwise_count(allowed[:whole]).sum(dtype=np.int64))
+    return count + int(np.unpackbits(allowed[:whole]).sum(dtype=np.int64))

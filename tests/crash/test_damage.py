@@ -1,0 +1,201 @@
+"""Damage every byte of every file: it is detected, or provably does no harm."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from crash_model import (
+    LONG,
+    Model,
+    State,
+    age_control,
+    check_search,
+    experience,
+    is_refused,
+    open_buffer,
+    state_of,
+)
+
+from expbuf_core import ExperienceBuffer
+from expbuf_core.errors import CorruptionError, FormatVersionError
+from expbuf_core.testing.crash import scratch_folder
+
+STRIDE = 1 if LONG else 97
+KINDS = ("flip", "zero", "noise", "sector", "cut")
+
+
+class Scene(NamedTuple):
+    """A folder and what is in it."""
+
+    folder: Path
+    state: State
+    clean: bool
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Iterator[dict[str, Scene]]:
+    home = scratch_folder()
+    try:
+        yield {
+            "clean": make(home / "clean", snapshot=False),
+            "snapshot": make(home / "snapshot", snapshot=True),
+            "killed": killed(home),
+        }
+    finally:
+        shutil.rmtree(home)
+
+
+def make(folder: Path, *, snapshot: bool) -> Scene:
+    with contextlib.closing(open_buffer(folder)) as buffer:
+        write_some(buffer, snapshot=snapshot)
+        state = state_of(buffer)
+    return Scene(folder, state, clean=True)
+
+
+def killed(home: Path) -> Scene:
+    """As a kill leaves it: everything was acknowledged, nothing was closed."""
+    with contextlib.closing(open_buffer(home / "live")) as buffer:
+        write_some(buffer, snapshot=True)
+        state = state_of(buffer)
+        shutil.copytree(home / "live", home / "killed")
+    return Scene(home / "killed", state, clean=False)
+
+
+def write_some(buffer: ExperienceBuffer, *, snapshot: bool) -> None:
+    for serial in range(1, 19):
+        buffer.add(experience(serial, 0.5, 700))
+    buffer.update_rewards([3, 4], [1.0, -2.0])
+    if snapshot:
+        buffer.save_snapshot()
+    buffer.remove([5])
+    buffer.add_many([experience(serial, None, 300) for serial in range(19, 24)])
+    if snapshot:
+        buffer.save_snapshot()
+    buffer.update_priorities([7, 8], [3.0, 4.0])
+    buffer.record_outcome([9], success=True)
+    buffer.add(experience(24, 0.25, 40))
+
+
+def damaged(raw: bytes, at: int, kind: str, rng: random.Random) -> bytes:
+    data = bytearray(raw)
+    if kind == "flip":
+        data[at] ^= 1 << rng.randrange(8)
+    elif kind == "zero":
+        data[at] = 0
+    elif kind == "noise":
+        length = min(rng.choice((1, 4, 8, 100)), len(data) - at)
+        data[at : at + length] = rng.randbytes(length)
+    elif kind == "sector":
+        begin = at - at % 512
+        data[begin : begin + 512] = bytes(len(data[begin : begin + 512]))
+    else:
+        del data[at:]
+    return bytes(data)
+
+
+def positions(raw: bytes, stride: int, rng: random.Random) -> list[int]:
+    """Every stride-th byte, all of the first header, and all where something stands first."""
+    chosen = set(range(rng.randrange(stride), len(raw), stride))
+    chosen.update(range(min(len(raw), 96)))
+    for page in range(0, len(raw), 4096):  # the first frame behind each page's beginning
+        if raw[page : page + 8].strip(b"\0"):
+            chosen.update(range(page, min(len(raw), page + 88), 1 if LONG else 5))
+    chosen.add(len(raw) - 1)
+    return sorted(at for at in chosen if 0 <= at < len(raw))
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and path.parent.name != "locks"
+    )
+
+
+def use(folder: Path, scene: Scene) -> None:
+    """Read all, write more, reopen."""
+    with contextlib.closing(open_buffer(folder)) as buffer:
+        found = state_of(buffer)
+        assert found == scene.state, "silently another state"
+        check_search(buffer, found)
+        new = buffer.add(experience(1000, 0.5, 20))
+        assert new > max(entry.id for entry in found)
+        expected = Model(found)
+        expected.add(next(entry for entry in state_of(buffer) if entry.id == new))
+    with contextlib.closing(open_buffer(folder)) as buffer:
+        assert state_of(buffer) == expected.state(), "changed by the next opening"
+
+
+def attempt(folder: Path, scene: Scene, path: Path, raw: bytes) -> str:
+    """What comes of using a folder in which `path` is damaged."""
+    refusal = is_refused(folder)
+    if refusal is None:
+        try:
+            use(folder, scene)
+        except (CorruptionError, FormatVersionError) as exc:
+            refusal = exc
+        else:
+            return "harmless"
+    else:
+        # Nothing was made worse: with the right bytes in place again, all is there.
+        (folder / path).write_bytes(raw)
+        use(folder, scene)
+    assert isinstance(refusal, CorruptionError | FormatVersionError), repr(refusal)
+    if isinstance(refusal, CorruptionError):
+        assert refusal.path is not None, f"no path: {refusal}"
+        assert refusal.offset is not None, f"no offset: {refusal}"
+        assert Path(refusal.path).name in str(refusal)
+    return "detected"
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """An absurd length that is believed shows as a MemoryError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("name", ["clean", "snapshot", "killed"])
+def test_every_byte(scenes: dict[str, Scene], name: str, tmp_path: Path) -> None:
+    scene = scenes[name]
+    rng = random.Random(name)
+    home = scratch_folder()
+    outcomes: Counter[tuple[str, str]] = Counter()
+    failures: list[str] = []
+    try:
+        for path in files(scene.folder):
+            raw = (scene.folder / path).read_bytes()
+            for at in positions(raw, STRIDE, rng):
+                for kind in KINDS if LONG else (rng.choice(KINDS),):
+                    folder = home / "image"
+                    shutil.copytree(scene.folder, folder)
+                    age_control(folder / "control", rebooted=False)
+                    right = (folder / path).read_bytes()
+                    (folder / path).write_bytes(damaged(right, at, kind, rng))
+                    try:
+                        outcome = attempt(folder, scene, path, right)
+                    except Exception as exc:
+                        outcome = "failure"
+                        reason = str(exc).partition("\n")[0]
+                        failures.append(f"{path}, {kind} at {at}: {type(exc).__name__}: {reason}")
+                    outcomes[path.name, outcome] += 1
+                    shutil.rmtree(folder)
+    finally:
+        shutil.rmtree(home)
+    assert not failures, f"{len(failures)} failures:\n" + "\n".join(failures[:20])
+    assert any(outcome == "detected" for _, outcome in outcomes)

@@ -1,0 +1,158 @@
+"""Kill writers and readers of one folder again and again; nothing acknowledged may be missing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from storm_worker import open_buffer
+
+LONG = os.environ.get("EXPBUF_LONG", "") not in ("", "0")
+ROUNDS = 60 if LONG else 4
+ROUND_S = 8.0 if LONG else 3.5
+
+
+class Storm:
+    """Processes on one folder, through one parent that forks and kills them."""
+
+    def __init__(self, folder: Path, reports: Path) -> None:
+        self.folder = folder
+        self.reports = reports
+        self._parent = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("storm_worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._names = 0
+
+    def ask(self, **command: Any) -> int:
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._parent.stdin.write(json.dumps(command) + "\n")
+        self._parent.stdin.flush()
+        return int(self._parent.stdout.readline())
+
+    def start(self, role: str, durability: str, seed: int) -> int:
+        self._names += 1
+        name = f"{role}-{self._names}"
+        return self.ask(
+            role=role,
+            name=name,
+            seed=seed,
+            durability=durability,
+            folder=str(self.folder),
+            report=str(self.reports / f"{name}.jsonl"),
+        )
+
+    def kill(self, pid: int) -> None:
+        self.ask(kill=pid)
+
+    def close(self) -> None:
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._parent.stdin.close()
+        self._parent.wait(30)
+        self._parent.stdout.close()
+
+
+class Ledger:
+    """What all reports say."""
+
+    def __init__(self, reports: Path) -> None:
+        self.started: set[str] = set()
+        self.acknowledged: dict[int, str] = {}
+        self.removals: set[int] = set()
+        self.removed: set[int] = set()
+        self.rewards: dict[int, list[float | None]] = {}  # what may stand there
+        self.reads = 0
+        for path in sorted(reports.glob("*.jsonl")):
+            for line in path.read_text().splitlines():
+                facts = json.loads(line)
+                match facts["what"]:
+                    case "add":
+                        self.started.update(facts["answers"])
+                    case "added":
+                        for id_, answer in zip(facts["ids"], facts["answers"], strict=True):
+                            # An id never names another experience.
+                            assert self.acknowledged.setdefault(id_, answer) == answer
+                    case "remove":
+                        self.removals.update(facts["ids"])
+                    case "removed":
+                        self.removed.update(facts["ids"])
+                    case "reward":
+                        self.rewards.setdefault(facts["ids"][0], [None]).append(facts["reward"])
+                    case "rewarded":
+                        self.rewards[facts["ids"][0]] = [facts["reward"]]
+                    case "read":
+                        self.reads += 1
+                    case "error":
+                        raise AssertionError(f"{path.stem} failed:\n{facts['trace']}")
+
+    def check(self, folder: Path) -> int:
+        with contextlib.closing(open_buffer(folder, "sync")) as buffer:
+            found = {item.id: item for item in buffer}
+            ids = [item.id for item in buffer]
+            assert ids == sorted(set(ids))
+            lost = set(self.acknowledged) - set(found) - self.removals
+            assert not lost, f"acknowledged and lost: {sorted(lost)[:10]}"
+            back = self.removed & set(found)
+            assert not back, f"removed and back: {sorted(back)[:10]}"
+            answers = Counter(item.answer for item in found.values())
+            assert set(answers) <= self.started, "something that nobody wrote"
+            assert max(answers.values(), default=1) == 1, answers.most_common(3)
+            for id_, item in found.items():
+                assert self.acknowledged.get(id_, item.answer) == item.answer
+            for id_, allowed in self.rewards.items():
+                if id_ in found:
+                    assert found[id_].total_reward in allowed
+            hits = buffer.search_index(v_embed=[0.5] * 8, q_embed=[0.5] * 8, k=len(found) + 10)
+            assert sorted(int(id_) for id_ in hits.ids) == ids
+            return len(found)
+
+
+@pytest.fixture
+def storm(tmp_path: Path) -> Iterator[Storm]:
+    reports = tmp_path / "reports"
+    reports.mkdir()
+    storm = Storm(tmp_path / "buffer", reports)
+    try:
+        yield storm
+    finally:
+        storm.close()
+
+
+@pytest.mark.parametrize("durability", ["sync", "group", "os"])
+def test_kill_storm(storm: Storm, durability: str) -> None:
+    rng = random.Random(durability)
+    kills = count = 0
+    for _ in range(ROUNDS):
+        roles = ["writer", "writer", "writer", "reader"]
+        living = {storm.start(role, durability, rng.randrange(1 << 30)): role for role in roles}
+        deadline = time.monotonic() + ROUND_S
+        while time.monotonic() < deadline:
+            time.sleep(rng.choice((0.003, 0.03, 0.15, 0.4)))
+            victims = rng.sample(sorted(living), 1 if rng.random() < 0.9 else len(living))
+            for pid in victims:
+                role = living.pop(pid)
+                storm.kill(pid)
+                kills += 1
+                living[storm.start(role, durability, rng.randrange(1 << 30))] = role
+        for pid in living:
+            storm.kill(pid)
+        count = Ledger(storm.reports).check(storm.folder)
+    ledger = Ledger(storm.reports)
+    assert kills > 10 * ROUNDS
+    assert count > 0
+    assert ledger.acknowledged
+    assert ledger.reads
