@@ -44,8 +44,8 @@ from expbuf_core.errors import (
 from expbuf_core.experience import Experience
 from expbuf_core.hookspecs import hookimpl
 from expbuf_core.inference import Consensus, TemporalEnsemble
+from expbuf_core.recovery import RecoveryReport
 from expbuf_core.results import Hit, Receipt, SampleBatch, SearchBatch, SearchResult
-from expbuf_core.session import RecoveryReport
 
 __all__ = [
     "API_VERSION",

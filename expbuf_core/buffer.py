@@ -37,6 +37,7 @@ from expbuf_core.experience import Experience
 from expbuf_core.filesystem import FileSystem
 from expbuf_core.intake import as_ids, checked_priorities, finite32, number, rewards
 from expbuf_core.plugins import PluginRegistry, default_registry
+from expbuf_core.recovery import RecoveryReport
 from expbuf_core.results import (
     PinnedExperiences,
     Receipt,
@@ -45,7 +46,7 @@ from expbuf_core.results import (
     SearchResult,
 )
 from expbuf_core.sampling import importance_weights, restore_rng, rng_state, success_rate
-from expbuf_core.session import RecoveryReport, Session
+from expbuf_core.session import Session
 from expbuf_core.tiers import search
 
 _PIN_TRIES = 5
@@ -822,7 +823,7 @@ class ExperienceBuffer:
         Returns:
             The LSN it stands for.
         """
-        return self._live().snapshot()
+        return self._live().upkeep.snapshot()
 
     def rebuild_index(self) -> bool:
         """Build the index now, in this process; searches go on meanwhile.
@@ -830,7 +831,7 @@ class ExperienceBuffer:
         Returns:
             False if there is nothing to build, or another builder is at it.
         """
-        return self._live().build_index()
+        return self._live().upkeep.build_index()
 
     def stats(self) -> dict[str, Any]:
         """Facts worth showing, JSON-like."""

@@ -54,13 +54,13 @@ class IndexBuilder:
                 session.refresh()
                 idle_since = time.monotonic()
             if self.due():
-                if not session.build_index():
+                if not session.upkeep.build_index():
                     return builds  # another builder is at it
                 builds += 1
                 continue
-            if session.snapshot_is_due():
-                session.snapshot(if_due=True)
-            if session.is_alone():
+            if session.upkeep.snapshot_is_due():
+                session.upkeep.snapshot(if_due=True)
+            if session.upkeep.is_alone():
                 return builds  # nobody is left to build for
             time.sleep(_POLL_S)
         return builds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ def _plugins(options: argparse.Namespace) -> int:
 
     found = default_registry().plugins()
     if options.json:
-        print(json.dumps([plugin._asdict() for plugin in found], default=lambda x: x._asdict()))
+        print(json.dumps([dataclasses.asdict(plugin) for plugin in found]))
         return 0
     for plugin in found:
         offers = ", ".join(f"{p.kind}:{p.name}" for p in plugin.providers) or "nothing"

@@ -14,6 +14,7 @@ import os
 import secrets
 import struct
 from pathlib import Path
+from typing import cast
 from zlib import crc32
 
 from expbuf_core.contracts import Words
@@ -73,9 +74,10 @@ def _checksum(words: Words) -> int:
 class Control:
     """The words, by number: `control.words[DURABLE]`. One load or store each, never torn."""
 
-    def __init__(self, words: Words, mapped: mmap.mmap | None = None) -> None:
+    def __init__(self, words: Words, mapped: mmap.mmap | None = None, inode: int = 0) -> None:
         self.words = words
         self._map = mapped
+        self._inode = inode
 
     @classmethod
     def private(cls) -> Control:
@@ -95,9 +97,24 @@ class Control:
                     os.pwrite(fd, bytes(PAGE_BYTES), 0)
                 access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
                 mapped = mmap.mmap(fd, PAGE_BYTES, access=access)
+                inode = os.fstat(fd).st_ino
             finally:
                 os.close(fd)
-        return cls(memoryview(mapped).cast("Q"), mapped)
+        return cls(cast("Words", memoryview(mapped).cast("Q")), mapped, inode)
+
+    @classmethod
+    def map_existing(cls, path: Path) -> Control | None:
+        """Map the page read-only; None where there is none."""
+        try:
+            if os.stat(path).st_size < PAGE_BYTES:
+                return None
+        except FileNotFoundError:
+            return None
+        return cls.map(path, writable=False)
+
+    def is_mapped(self) -> bool:
+        """Whether other processes can see these words."""
+        return self._map is not None
 
     def witness(self, uuid: bytes) -> int:
         """Highest LSN that this page, as found, proves durable; 0 if it proves nothing."""
@@ -107,7 +124,7 @@ class Control:
         if words[CLEAN] and words[CLEAN] == _checksum(words):
             return words[APPENDED]
         same_boot = (words[BOOT], words[BOOT + 1]) == _pair(boot_id())
-        return words[DURABLE] if same_boot and words[INODE] == self._inode() else 0
+        return words[DURABLE] if same_boot and words[INODE] == self._inode else 0
 
     def closed_cleanly(self, uuid: bytes) -> bool:
         """True if the last to close the buffer did so in order."""
@@ -119,15 +136,6 @@ class Control:
             and words[CLEAN] == _checksum(words)
         )
 
-    def _inode(self) -> int:
-        return self._inode_number
-
-    _inode_number = 0
-
-    def note_inode(self, path: Path) -> None:
-        """Remember which file this page is."""
-        self._inode_number = os.stat(path).st_ino
-
     def reset(self, uuid: bytes) -> None:
         """Set the page anew (open lock held alone); `activate` makes it valid."""
         words = self.words
@@ -138,7 +146,7 @@ class Control:
                 words[i] = 0
         words[UUID], words[UUID + 1] = _pair(uuid)
         words[BOOT], words[BOOT + 1] = _pair(boot_id())
-        words[INODE] = self._inode()
+        words[INODE] = self._inode
         words[MAGIC] = _MAGIC
 
     def activate(self) -> None:

@@ -206,3 +206,30 @@ class OpenLock:
         self._file.sharers = max(0, self._file.sharers - 1)
         if self._file.sharers == 0:
             fcntl.lockf(self._file.fd, fcntl.LOCK_UN)
+
+
+class ThreadLock:
+    """`ProcessLock` for a buffer that only this process can see."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._lock = threading.Lock()
+        self.timeout_s = timeout_s
+
+    def acquire(self, timeout_s: float | None = None) -> None:
+        """Take the lock, or raise `LockTimeout`."""
+        if not self._lock.acquire(timeout=self.timeout_s if timeout_s is None else timeout_s):
+            raise LockTimeout("another thread has held the lock for too long", pid=os.getpid())
+
+    def try_acquire(self) -> bool:
+        """Take the lock if it is free."""
+        return self._lock.acquire(blocking=False)
+
+    def release(self) -> None:
+        """Let go."""
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()

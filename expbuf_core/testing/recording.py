@@ -319,6 +319,9 @@ class RecordingFileSystem(FileSystem):
         with self._lock:
             if (known := self._descriptors.get(fd)) is not None:
                 self._log(Synced(known[0], upto, known[1], failed))
+            else:
+                # What a volatile file is synced for is worth knowing; it may not stay for long.
+                self._watch(len(self.recording.events))
 
     def _show(self, path: Path) -> str:
         return os.path.relpath(os.path.realpath(path), self.root)

@@ -6,7 +6,7 @@ Importing this package does not import FAISS. A plugin for another device subcla
 
 from expbuf_faiss.backend import FaissBackend
 from expbuf_faiss.plans import Plan
-from expbuf_faiss.segment import FaissSegment
+from expbuf_faiss.segment import FaissSegment, RowFilter
 from expbuf_faiss.settings import FaissSettings
 
-__all__ = ["FaissBackend", "FaissSegment", "FaissSettings", "Plan"]
+__all__ = ["FaissBackend", "FaissSegment", "FaissSettings", "Plan", "RowFilter"]

@@ -60,7 +60,7 @@ class Building:
         built = None
         for plan in plans:
             built = self._build(plan)
-            if built is None or built.tuning.reached or self._settings.nprobe is not None:
+            if built is None or built.tuning.reached or self._settings.probes is not None:
                 break
             logger.info(
                 "index %s reaches recall %.3f of %.3f on %d rows",
@@ -115,7 +115,7 @@ class Building:
         else:
             rerank = tuple(step for step in RERANK_STEPS if step <= plan.rerank_limit)
         choice = Range(
-            effort=min(settings.nprobe, most) if settings.nprobe and most and ivf else None,
+            effort=min(settings.probes, most) if settings.probes and most and ivf else None,
             most=most,
             exact_at_most=exact and ivf,
             graph=most is not None and not ivf,

@@ -81,7 +81,7 @@ def _automatic(settings: FaissSettings, rows: int, dim: int) -> list[Plan]:
 
 
 def _lists(settings: FaissSettings, rows: int, factor: int) -> str:
-    return f"IVF{settings.nlist or nearest_power_of_two(factor * math.sqrt(rows))}"
+    return f"IVF{settings.lists or nearest_power_of_two(factor * math.sqrt(rows))}"
 
 
 def sub_vectors(settings: FaissSettings, dim: int) -> int:

@@ -20,8 +20,16 @@ _WIDER = 8
 _KEPT = 16  # parameter objects kept for one filter
 
 
-class _Filter:
-    """A bitmap of allowed rows, and what was made of it."""
+class RowFilter:
+    """A bitmap of allowed rows, and what was made of it.
+
+    Attributes:
+        allowed: The bitmap, or None where every row is allowed.
+        count: Set bits when the bitmap was first seen. It may have changed since: whoever trusts
+            this number looks at the results, too.
+        selector: FAISS's view of the bitmap, or None.
+        parameters: By effort, search parameters that carry the selector.
+    """
 
     def __init__(self, faiss: Any, allowed: NDArray[np.uint8] | None, rows: int) -> None:
         self.allowed = allowed
@@ -55,7 +63,7 @@ class FaissSegment(IndexSegment):
         self._facts = dict(facts or {})
         self._most = most_effort(faiss, index)
         self._exact = ExactSegment(ids, vectors, metric)
-        self._everything = _Filter(faiss, None, len(self._ids))
+        self._everything = RowFilter(faiss, None, len(self._ids))
         self._filter = self._everything  # the one used last; searches mostly share theirs
 
     def search(
@@ -65,7 +73,7 @@ class FaissSegment(IndexSegment):
         faiss = runtime.load()
         chosen = self._everything if allowed is None else self._filter
         if chosen.allowed is not allowed:
-            chosen = self._filter = _Filter(faiss, allowed, len(self._ids))
+            chosen = self._filter = RowFilter(faiss, allowed, len(self._ids))
         wanted = min(k, chosen.count)
         if chosen.count <= _FEW or wanted * 4 > chosen.count:
             return self._exact.search(queries, k, allowed)
@@ -94,7 +102,7 @@ class FaissSegment(IndexSegment):
         return self.search_index(queries, k, effort, self._everything)[0]
 
     def search_index(
-        self, queries: NDArray[np.float32], k: int, effort: int | None, chosen: _Filter
+        self, queries: NDArray[np.float32], k: int, effort: int | None, chosen: RowFilter
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ask FAISS.
 
@@ -121,7 +129,7 @@ class FaissSegment(IndexSegment):
         return {"rows": len(self._ids), **self._facts}
 
     def _ranked(
-        self, queries: NDArray[np.float32], k: int, effort: int | None, chosen: _Filter
+        self, queries: NDArray[np.float32], k: int, effort: int | None, chosen: RowFilter
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         rerank = self._tuning.rerank
         if not rerank:

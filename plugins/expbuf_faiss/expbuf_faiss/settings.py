@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class FaissSettings(BaseModel):
@@ -13,7 +18,9 @@ class FaissSettings(BaseModel):
             take `nlist`, `m` and `nbits` from here; anything else is a FAISS factory string, taken
             as given as soon as there are enough rows to train it.
         nlist: Lists of an inverted file; None: by the number of rows.
+        n_lists: The same as `nlist`.
         nprobe: Lists that a query looks at; None: calibrated after each build.
+        n_probes: The same as `nprobe`.
         m: Sub-vectors of IVFPQ, must divide the dimension; None: about an eighth of it.
         nbits: Bits a sub-vector of IVFPQ.
         rerank: Candidates per wanted result whose similarity is computed anew from the raw
@@ -28,10 +35,10 @@ class FaissSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     index: str = Field(default="auto", min_length=1)
-    nlist: int | None = Field(default=None, ge=1, validation_alias=AliasChoices("nlist", "n_lists"))
-    nprobe: int | None = Field(
-        default=None, ge=1, validation_alias=AliasChoices("nprobe", "n_probes")
-    )
+    nlist: int | None = Field(default=None, ge=1)
+    n_lists: int | None = Field(default=None, ge=1)
+    nprobe: int | None = Field(default=None, ge=1)
+    n_probes: int | None = Field(default=None, ge=1)
     m: int | None = Field(default=None, ge=1)
     nbits: int = Field(default=8, ge=1, le=12)
     rerank: int | None = Field(default=None, ge=0)
@@ -40,3 +47,21 @@ class FaissSettings(BaseModel):
     flat_below: int = Field(default=20_000, ge=1)
     calibration_rows: int = Field(default=256, ge=16)
     mmap: bool = True
+
+    @model_validator(mode="after")
+    def _one_value_each(self) -> Self:
+        for a, b in (("nlist", "n_lists"), ("nprobe", "n_probes")):
+            values = {getattr(self, a), getattr(self, b)} - {None}
+            if len(values) > 1:
+                raise ValueError(f"{a} and {b} are the same setting, with two values here")
+        return self
+
+    @property
+    def lists(self) -> int | None:
+        """`nlist` or `n_lists`."""
+        return self.nlist or self.n_lists
+
+    @property
+    def probes(self) -> int | None:
+        """`nprobe` or `n_probes`."""
+        return self.nprobe or self.n_probes

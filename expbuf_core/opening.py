@@ -1,0 +1,366 @@
+"""Opening a buffer: in memory, new, first after everybody left, joining others, or to read only.
+
+Who opens first recovers, alone under the open lock; whoever has the buffer open holds that lock
+shared. All of it happens under the opening lock, so that "the lock is held shared" means "somebody
+who is alive has seen the recovery through".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expbuf_core import codec, folder, recovery
+from expbuf_core import control as c
+from expbuf_core.commit import CommitLog, Draft, Lock
+from expbuf_core.contracts import PersistenceAdapter, PersistenceContext
+from expbuf_core.control import Control
+from expbuf_core.errors import ConfigError, CorruptionError, PluginContractError, StorageError
+from expbuf_core.filesystem import storage_errors
+from expbuf_core.locks import OpenLock, ProcessLock, ThreadLock, holder
+from expbuf_core.recovery import Loaded, RecoveryReport
+from expbuf_core.replica import Replica
+
+if TYPE_CHECKING:
+    from expbuf_core.session import Session
+
+_POLL_S = 0.005
+
+
+def open_session(session: Session) -> RecoveryReport:
+    """Create, recover or join the buffer; what was found."""
+    started = time.monotonic()
+    clean = first = True
+    if session.path is None:
+        loaded = _in_memory(session)
+    elif session.mode == "r":
+        loaded, first = _to_read(session, session.path)
+        clean = False
+    else:
+        loaded, first, clean = _to_write(session, session.path)
+    state = session.replica.state
+    return RecoveryReport(
+        lsn=state.lsn,
+        experiences=state.count,
+        snapshot_lsn=loaded.snapshot_lsn,
+        replayed=loaded.replayed,
+        torn_bytes=loaded.torn_bytes,
+        clean=clean,
+        first=first,
+        seconds=time.monotonic() - started,
+        warnings=loaded.warnings,
+    )
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _make_replica(session: Session, backend: str) -> Replica:
+    """Adapter and replica, both empty."""
+    registry, config = session.registry, session.config
+    provider = registry.get("persistence", backend)
+    settings = registry.settings("persistence", backend, config.persistence.section(backend))
+    words = session.control.words
+    own = words[c.ADAPTER : c.ADAPTER + 8] if isinstance(words, memoryview) else [0] * 8
+    adapter = provider.factory(
+        settings,
+        PersistenceContext(
+            path=session.path,
+            uuid=session.uuid,
+            fs=session.fs,
+            words=own,
+            writable=session.writable,
+        ),
+    )
+    if not isinstance(adapter, PersistenceAdapter):
+        raise PluginContractError(
+            f"the persistence backend {backend!r} made a {type(adapter).__name__}; expected a "
+            "PersistenceAdapter"
+        )
+    session.adapter = adapter
+    session.replica = Replica(adapter, session.control, config.sampling, session.path, session.uuid)
+    return session.replica
+
+
+def _make_commit_log(session: Session, append_lock: Lock, flush_lock: Lock) -> None:
+    in_memory = session.path is None
+    session.commit_log = CommitLog(
+        session.adapter,
+        session.control,
+        append_lock=append_lock,
+        flush_lock=flush_lock,
+        durability="os" if in_memory else session.config.durability,
+        group_interval_s=session.config.group_interval_ms / 1000,
+        written=session.replica.written,
+        outer=session.outer_lock,
+        check=session.check_folder,
+        reserves=not in_memory,
+    )
+
+
+def _write_settings(session: Session, settings: Mapping[str, Any]) -> None:
+    session.commit(Draft(codec.encode_settings(settings), weight=0))
+
+
+def _first_settings(session: Session) -> dict[str, Any]:
+    config = session.config
+    return {
+        "v_dim": config.embedding.visual_dim,
+        "q_dim": config.embedding.question_dim,
+        "metric": config.embedding.metric,
+        "fusion": session.fusion_settings(),
+        "representation": 0,
+        "max_size": config.max_size,
+        "receipts_kept": config.receipts_kept,
+    }
+
+
+@contextlib.contextmanager
+def _corruption_told(session: Session) -> Iterator[None]:
+    try:
+        yield
+    except CorruptionError as exc:
+        session.registry.fire(
+            "expbuf_on_corruption",
+            path=exc.path or str(session.path),
+            offset=-1 if exc.offset is None else exc.offset,
+            error=str(exc),
+        )
+        raise
+
+
+# ---------------------------------------------------------------- in memory
+
+
+def _in_memory(session: Session) -> Loaded:
+    timeout = session.config.lock_timeout_s
+    session.uuid = folder.new_uuid()
+    session.control = Control.private()
+    session.maintenance, session.builder_lock = ThreadLock(timeout), ThreadLock(timeout)
+    _make_replica(session, "memory")
+    session.adapter.create(1)
+    session.control.words[c.NEXT_LSN] = 1
+    _make_commit_log(session, ThreadLock(timeout), ThreadLock(timeout))
+    _write_settings(session, _first_settings(session))
+    return Loaded()
+
+
+# ---------------------------------------------------------------- to write
+
+
+def _to_write(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
+    """(what was loaded, whether this process is the first, whether the last closed cleanly)."""
+    if path.exists() and not path.is_dir():
+        raise StorageError(f"{path} is a file; a buffer is a folder")
+    if folder.read_identity(path) is None:
+        folder.check_new(path)
+    locks = path / folder.LOCKS
+    with storage_errors("create", locks):
+        session.fs.mkdir(locks)
+    timeout = session.config.lock_timeout_s
+    session.opening_lock = ProcessLock(locks / "opening", timeout)
+    session.maintenance = ProcessLock(locks / "maintenance", timeout)
+    session.builder_lock = ProcessLock(locks / "builder", timeout)
+    with session.opening_lock:
+        open_lock = session.open_lock = OpenLock(locks / "open")
+        first = open_lock.is_first()
+        try:
+            loaded, clean = _enter(session, path, first)
+            if first:
+                session.control.activate()
+            open_lock.share()
+        except BaseException:
+            if first:
+                open_lock.leave()
+            raise
+    try:
+        _reconcile(session)
+        session.load_index()
+        if first:
+            # What no segment holds yet counts as added since the last build.
+            session.control.words[c.ROWS_ADDED] = session.replica.tiers.tail_rows
+    except BaseException:
+        session.close()
+        raise
+    return loaded, first, clean
+
+
+def _enter(session: Session, path: Path, first: bool) -> tuple[Loaded, bool]:
+    """Create, recover or join (opening lock held; open lock held alone if `first`)."""
+    if not first and not folder.shared_memory_is_coherent(path):
+        raise StorageError(
+            f"{path} lies on a network file system ({folder.file_system(path)}), where several "
+            "processes cannot share a buffer, and another process has it open"
+        )
+    identity = folder.read_identity(path)
+    if identity is not None and session.mode == "x":
+        raise StorageError(f"{path} holds a buffer already; mode 'x' creates a new one")
+    timeout = session.config.lock_timeout_s
+    append_lock = ProcessLock(path / folder.LOCKS / "append", timeout)
+    flush_lock = ProcessLock(path / folder.LOCKS / "flush", timeout)
+    if identity is None:
+        folder.check_new(path)
+        session.uuid, backend = folder.new_uuid(), session.config.persistence.backend
+    else:
+        _check_backend(session, identity.backend)
+        session.uuid, backend = identity.uuid, identity.backend
+    session.map_control(path)
+    control = session.control
+    if identity is None:
+        control.reset(session.uuid)
+        _make_replica(session, backend)
+        session.adapter.create(1)
+        control.words[c.NEXT_LSN] = 1
+        _make_commit_log(session, append_lock, flush_lock)
+        _write_settings(session, _first_settings(session))
+        session.commit_log.sync()
+        folder.write_identity(path, backend, session.uuid, session.fs)
+        return Loaded(), True
+    if first:
+        witness, clean = control.witness(session.uuid), control.closed_cleanly(session.uuid)
+        replica = _make_replica(session, backend)
+        with _corruption_told(session):
+            loaded = recovery.recover(replica, path, witness)
+        _begin_anew(session, loaded, clean=clean)
+    else:
+        clean = False
+        replica = _make_replica(session, backend)
+        session.adapter.attach()
+        loaded = recovery.follow_from_snapshot(replica, path)
+    _make_commit_log(session, append_lock, flush_lock)
+    return loaded, clean
+
+
+def _check_backend(session: Session, stored: str) -> None:
+    wanted = session.config.persistence.backend
+    if wanted != stored and "persistence.backend" in session.config.explicit:
+        raise ConfigError(
+            f"persistence.backend = {wanted!r}, but {session.path} was created with {stored!r}; to "
+            f"move it: expbuf migrate {session.path} TARGET --persistence {wanted}",
+            key="persistence.backend",
+        )
+
+
+def _begin_anew(session: Session, loaded: Loaded, *, clean: bool) -> None:
+    """Set the control page and begin a new log behind what was recovered."""
+    state, control = session.replica.state, session.control
+    next_id, next_lsn = state.next_id, state.lsn + 1
+    if not clean:
+        # Ids and LSNs that were seen and then lost with the power must not come again.
+        next_id = max(next_id, state.reserved_id)
+        next_lsn = max(next_lsn, state.reserved_lsn)
+    control.reset(session.uuid)
+    words = control.words
+    words[c.APPENDED] = words[c.PUBLISHED] = words[c.DURABLE] = state.lsn
+    words[c.NEXT_LSN], words[c.NEXT_ID] = next_lsn, next_id
+    words[c.RESERVED_ID], words[c.RESERVED_LSN] = state.reserved_id, state.reserved_lsn
+    words[c.SNAPSHOT_LSN] = loaded.snapshot_lsn
+    session.adapter.start(next_lsn, state.lsn)
+
+
+# ---------------------------------------------------------------- to read
+
+
+def _to_read(session: Session, path: Path) -> tuple[Loaded, bool]:
+    identity = folder.read_identity(path)
+    if identity is None:
+        raise StorageError(f"{path} is no buffer: it has no {folder.IDENTITY}")
+    session.uuid = identity.uuid
+    _check_backend(session, identity.backend)
+    session.maintenance = session.builder_lock = ThreadLock(session.config.lock_timeout_s)
+    live = _live_control(path, session.config.lock_timeout_s)
+    session.control = live or Control.private()
+    replica = _make_replica(session, identity.backend)
+    if live is not None:
+        session.generation = live.words[c.GENERATION]
+        session.adapter.attach()
+        loaded = recovery.follow_from_snapshot(replica, path)
+    else:
+        # Nobody has it open: recover in private, and change nothing.
+        witness = 0
+        page = session.watched = Control.map_existing(path / folder.CONTROL)
+        if page is not None:
+            session.generation = page.words[c.GENERATION]
+            witness = page.witness(session.uuid)
+        with _corruption_told(session):
+            loaded = recovery.recover(replica, path, witness)
+        session.control.words[c.PUBLISHED] = replica.state.lsn
+    _reconcile(session)
+    session.load_index()
+    return loaded, live is None
+
+
+def _live_control(path: Path, timeout_s: float) -> Control | None:
+    """The control page if a process has the buffer open for writing, else None."""
+    lock = path / folder.LOCKS / "open"
+    if not lock.exists() or holder(lock) is None:
+        return None
+    control = Control.map_existing(path / folder.CONTROL)
+    if control is None:
+        return None
+    deadline = time.monotonic() + timeout_s
+    while control.words[c.GENERATION] == 0:  # being recovered right now
+        if time.monotonic() > deadline or holder(lock) is None:
+            control.close()
+            return None
+        time.sleep(_POLL_S)
+    return control
+
+
+# ---------------------------------------------------------------- configuration against folder
+
+_DIMS = (("visual_dim", "v_dim"), ("question_dim", "q_dim"))
+
+
+def _reconcile(session: Session) -> None:
+    """Compare the configuration with what the folder was created with.
+
+    What may change is changed by a logged operation, for all processes; the rest is an error.
+    """
+    stored = session.replica.state.settings
+    config, explicit = session.config, session.config.explicit
+    for key, name in (("metric", "metric"), *_DIMS):
+        wanted = getattr(config.embedding, key)
+        dotted = f"embedding.{key}"
+        if dotted in explicit and wanted is not None and stored[name] not in (None, wanted):
+            raise ConfigError(
+                f"{dotted} = {wanted!r}, but {session.path} was created with {stored[name]!r}; "
+                "open it without that key, or change the buffer by `expbuf reindex`",
+                key=dotted,
+            )
+    _reconcile_fusion(session, stored["fusion"])
+    if not session.writable:
+        return
+    changed = dict(stored)
+    for key in ("max_size", "receipts_kept"):
+        if key in explicit:
+            changed[key] = getattr(config, key)
+    for key, name in _DIMS:
+        if stored[name] is None:
+            changed[name] = getattr(config.embedding, key)
+    if changed != stored:
+        _write_settings(session, changed)
+
+
+def _reconcile_fusion(session: Session, stored: Mapping[str, Any]) -> None:
+    wanted = session.fusion_settings()
+    if wanted == stored:
+        return
+    if any(key == "fusion" or key.startswith("fusion.") for key in session.config.explicit):
+        raise ConfigError(
+            f"fusion: configured {wanted}, but {session.path} was created with {stored}; open it "
+            "without that key, or change the buffer by `expbuf reindex`",
+            key="fusion",
+        )
+    name = stored["name"]
+    provider = session.registry.get("fusion", name)
+    session.fusion = provider.factory(session.registry.settings("fusion", name, stored["settings"]))
+    if int(session.fusion.version) != stored["version"]:
+        raise ConfigError(
+            f"the fusion {name!r} of {session.path} has version {stored['version']}, the installed "
+            f"one {session.fusion.version}; change the buffer by `expbuf reindex`",
+            key="fusion",
+        )

@@ -1,0 +1,120 @@
+"""Loading a buffer's state: the newest intact snapshot, and the log behind it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from expbuf_core import snapshots
+from expbuf_core.contracts import LogGone
+from expbuf_core.errors import CorruptionError
+from expbuf_core.replica import Replica
+
+_log = logging.getLogger("expbuf")
+_TRIES = 10
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """What opening found.
+
+    Attributes:
+        lsn: Last operation.
+        experiences: In the buffer.
+        snapshot_lsn: Of the snapshot that was loaded; 0: none.
+        replayed: Operations applied from the log.
+        torn_bytes: Bytes of an unfinished last write, left out: nothing of it was acknowledged.
+        clean: The last process closed the buffer in order.
+        first: This process was the first to open it, and recovered it.
+        seconds: What it took.
+        warnings: What was passed over (damaged snapshots).
+    """
+
+    lsn: int
+    experiences: int
+    snapshot_lsn: int
+    replayed: int
+    torn_bytes: int
+    clean: bool
+    first: bool
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        how = "clean" if self.clean else "recovered" if self.first else "joined"
+        if self.lsn <= 1:
+            how = "new"
+        text = (
+            f"{how}: {self.experiences} experiences at lsn {self.lsn} "
+            f"({self.replayed} operations replayed in {self.seconds:.3f} s"
+        )
+        torn = f"; a torn tail of {self.torn_bytes} bytes left out" if self.torn_bytes else ""
+        return text + torn + ")"
+
+
+class Loaded(NamedTuple):
+    """How a replica came to its state."""
+
+    snapshot_lsn: int = 0
+    replayed: int = 0
+    torn_bytes: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+def recover(replica: Replica, path: Path, witness: int) -> Loaded:
+    """Load what is on disk, verifying all that is newer than the snapshot (open lock held alone).
+
+    Args:
+        replica: To be loaded.
+        path: Folder of the buffer.
+        witness: An LSN that is known to have been durable.
+
+    Raises:
+        CorruptionError: Something that was durable is damaged or missing.
+    """
+    state, errors = snapshots.newest(path, replica.uuid)
+    if state is not None:
+        replica.reset(state)
+    snapshot_lsn = replica.state.lsn
+    replayed = 0
+    try:
+        for operation in replica.adapter.recover(snapshot_lsn, witness):
+            replica.apply(operation)
+            replayed += 1
+        if not replica.state.settings:
+            raise CorruptionError(
+                f"{path}: neither a snapshot nor the beginning of the log can be read",
+                path=path,
+                offset=0,
+            )
+    except CorruptionError:
+        if errors:  # the log that would replace the damaged snapshot is gone, too
+            raise errors[0] from None
+        raise
+    for error in errors:
+        _log.warning("%s", error)
+    replica.evicted = 0
+    return Loaded(snapshot_lsn, replayed, replica.adapter.torn()[0], tuple(map(str, errors)))
+
+
+def follow_from_snapshot(replica: Replica, path: Path) -> Loaded:
+    """Load the newest snapshot and follow the log that live processes write."""
+    for attempt in range(_TRIES):
+        state, errors = snapshots.newest(path, replica.uuid)
+        with replica.lock:
+            if state is not None:
+                replica.reset(state)
+            lsn = replica.state.lsn
+            try:
+                replica.follow_to(replica.control.published())
+            except LogGone:  # a newer snapshot has replaced that part of the log meanwhile
+                if attempt + 1 < _TRIES:
+                    continue
+                gap = CorruptionError(
+                    f"{path}: the log has a gap and no snapshot covers it", path=path
+                )
+                raise (errors[0] if errors else gap) from None
+            return Loaded(lsn, replica.state.lsn - lsn)
+    raise AssertionError("unreachable")

@@ -1,0 +1,305 @@
+"""What commits make due: index builds, snapshots, the next log; in a thread or another process.
+
+Nothing here is waited for by a reader or a writer, and nothing here happens by the clock.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from expbuf_core import control as c
+from expbuf_core import folder, indexing, snapshots
+from expbuf_core.config_schema import BufferConfig
+from expbuf_core.errors import ExpbufError
+from expbuf_core.locks import holder
+
+if TYPE_CHECKING:
+    from expbuf_core.session import Session
+
+_log = logging.getLogger("expbuf")
+_RETRY_S = 1.0  # pause after a failure, so that a full disk is not met at every commit
+_MEMORY_OPERATIONS = 10_000  # kept of a buffer in memory before the dead ones are dropped
+CLOSING_OPERATIONS = 10_000  # so many behind the newest snapshot make one worth while at closing
+
+
+class Upkeep:
+    """The upkeep of one session. A thread starts with the first need."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._busy = False
+        self._failed_at = 0.0
+        self._builder: int | None = None  # pid
+        self._adopting = threading.Lock()
+        self._dropped_at = 0
+
+    # ------------------------------------------------------------ the thread
+
+    def after_commit(self) -> None:
+        """See whether anything is due; almost always a few comparisons."""
+        if self._busy or not self._is_due():
+            return
+        if self._failed_at and time.monotonic() - self._failed_at < _RETRY_S:
+            return
+        self._busy = True
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="expbuf-upkeep", daemon=True)
+            self._thread.start()
+        self._wanted.put(True)
+
+    def _run(self) -> None:
+        while self._wanted.get():
+            try:
+                self._do()
+                self._failed_at = 0.0
+            except Exception as exc:
+                if not self._session.closed:
+                    where = self._session.path or "the buffer in memory"
+                    _log.warning("upkeep of %s failed and will be tried again: %s", where, exc)
+                self._failed_at = time.monotonic()
+            finally:
+                self._busy = False
+
+    def stop(self) -> None:
+        """Let the task under way end, and no other begin."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._wanted.put(False)
+            self._thread.join(timeout=60)
+
+    def _is_due(self) -> bool:
+        session = self._session
+        if session.path is None:
+            return session.replica.state.lsn - self._dropped_at > _MEMORY_OPERATIONS
+        return (
+            (self._builds_here() and self.build_is_due())
+            or self.snapshot_is_due()
+            or session.adapter.needs_preparation()
+        )
+
+    def _do(self) -> None:
+        session = self._session
+        if session.closed:
+            return
+        if session.path is None:
+            replica = session.replica
+            with replica.lock:
+                self._dropped_at = replica.state.lsn
+                nowhere = np.empty(0, np.int64)
+                session.adapter.drop_below(self._dropped_at, replica.state.live_ids(), nowhere)
+            return
+        if session.adapter.needs_preparation() and session.maintenance.try_acquire():
+            try:
+                session.commit_log.prepare()
+            finally:
+                session.maintenance.release()
+        if self._builds_here() and self.build_is_due():
+            if session.config.index.builder == "thread":
+                self.build_index()
+            else:
+                self._start_builder()
+        if self.snapshot_is_due():
+            self.snapshot(if_due=True)
+
+    # ------------------------------------------------------------ index
+
+    def _builds_here(self) -> bool:
+        return self._session.config.index.builder in ("process", "thread")
+
+    def build_is_due(self) -> bool:
+        """Whether enough has changed since the last build began."""
+        words = self._session.control.words
+        changed = words[c.ROWS_ADDED] - words[c.BUILT_ROWS]
+        return changed >= self._session.config.index.rebuild_every
+
+    def build_index(self) -> bool:
+        """Build and publish segments now; False if another builder is at it or nothing is there."""
+        session = self._session
+        if session.path is None or session.intake() is None or session.choice is None:
+            return False
+        if not session.builder_lock.try_acquire():
+            return False
+        try:
+            words = session.control.words
+            words[c.BUILT_ROWS] = words[c.ROWS_ADDED]
+            session.refresh()
+            # Nothing derived is written before the log is durable up to it.
+            session.commit_log.sync()
+            indexing.build(
+                session.path,
+                session.replica,
+                session.choice,
+                session.fs,
+                session.uuid,
+                session.config.index.growth,
+            )
+        except Exception as exc:
+            session.control.words[c.BUILDER_FAILURES] += 1
+            _log.error("the index builder failed; searches stay exact: %s", exc)
+            session.registry.fire(
+                "expbuf_on_builder_failed", path=str(session.path), error=str(exc)
+            )
+            raise
+        finally:
+            session.builder_lock.release()
+        self.adopt_now()
+        return True
+
+    def adopt_later(self) -> None:
+        """Open newly published segments aside, in the background, and then change over."""
+        if self._adopting.acquire(blocking=False):
+            threading.Thread(target=self._adopt_aside, name="expbuf-adopt", daemon=True).start()
+
+    def _adopt_aside(self) -> None:
+        try:
+            self.adopt_now()
+        except (ExpbufError, OSError, ValueError) as exc:
+            if not self._session.closed:
+                _log.warning("the new index could not be opened; searches stay exact: %s", exc)
+        finally:
+            self._adopting.release()
+
+    def adopt_now(self) -> None:
+        """Open what the builder has published last, and search it from now on."""
+        session = self._session
+        intake, choice = session.intake(), session.choice
+        if session.closed or session.path is None or intake is None or choice is None:
+            return
+        generation = session.control.words[c.INDEX_GENERATION]
+        manifest, opened = indexing.load(session.path, session.replica, choice)
+        replica = session.replica
+        with replica.lock:
+            if session.closed:
+                return
+            if manifest is None and replica.tiers.segments:
+                replica.tiers.generation = generation  # keep what is there
+                return
+            if manifest is not None and replica.state.lsn < manifest.lsn:
+                replica.refresh()  # a replica adopts segments only once it is as far as they are
+            replica.adopt(manifest, opened, generation)
+            replica.fill(intake.refuse)
+        session.registry.fire(
+            "expbuf_on_index_swapped",
+            path=str(session.path),
+            lsn=manifest.lsn if manifest else 0,
+            segments=len(opened),
+        )
+
+    def _start_builder(self) -> None:
+        """Start a builder process, unless one is there."""
+        session = self._session
+        if self._builder is not None and not _ended(self._builder):
+            return
+        if not session.builder_lock.try_acquire():
+            return
+        session.builder_lock.release()
+        words = session.control.words
+        words[c.BUILT_ROWS] = words[c.ROWS_ADDED]
+        self._builder = _spawn(builder_command(session.path, session.config))
+
+    def is_alone(self) -> bool:
+        """Whether no other process has the buffer open for writing."""
+        path = self._session.path
+        return path is not None and holder(path / folder.LOCKS / "open") is None
+
+    # ------------------------------------------------------------ snapshots
+
+    def snapshot_is_due(self) -> bool:
+        """Whether the log behind the newest snapshot has grown long."""
+        session = self._session
+        behind = session.control.words[c.APPENDED] - session.control.words[c.SNAPSHOT_LSN]
+        return behind >= session.config.snapshot.every_ops
+
+    def snapshot(self, *, if_due: bool = False) -> int:
+        """Switch logs, write the columns as of the switch, drop what nobody needs; the LSN.
+
+        `if_due`: do nothing if another process was faster.
+        """
+        session = self._session
+        if session.path is None:
+            session.refresh()
+            return session.replica.state.lsn
+        with session.maintenance:
+            if if_due and not self.snapshot_is_due():
+                return session.control.words[c.SNAPSHOT_LSN]
+            session.commit_log.sync()
+            session.commit_log.switch()
+            session.commit_log.sync()
+            session.refresh()
+            lsn = self._write_snapshot()
+            self._drop_logs()
+        return lsn
+
+    def closing_snapshot(self) -> None:
+        """At a clean close: spare the next opening a long replay (open lock held alone)."""
+        session = self._session
+        behind = session.replica.state.lsn - session.control.words[c.SNAPSHOT_LSN]
+        if behind > CLOSING_OPERATIONS:
+            self._write_snapshot()
+
+    def _write_snapshot(self) -> int:
+        session = self._session
+        assert session.path is not None
+        with session.replica.lock:
+            tree, columns = session.replica.state.dump()
+        lsn = int(tree["lsn"])
+        session.commit_log.flush(lsn)  # a snapshot is never ahead of the disk
+        snapshots.write(session.path, session.uuid, tree, columns, session.fs)
+        session.control.words[c.SNAPSHOT_LSN] = lsn
+        return lsn
+
+    def _drop_logs(self) -> None:
+        """Delete logs that neither of the kept snapshots needs (maintenance lock held)."""
+        session = self._session
+        assert session.path is not None
+        oldest = snapshots.drop_old(session.path, session.fs)
+        if len(snapshots.available(session.path)) < snapshots.KEPT:
+            return  # one snapshot alone is no reason to trust it with everything
+        with session.replica.lock:
+            state = session.replica.state
+            slots = state.live_slots()
+            ids, locations = state.id[slots], state.location[slots]
+        session.adapter.drop_below(oldest, ids, locations)
+
+
+# ---------------------------------------------------------------- the builder's process
+
+
+def builder_command(path: Path | None, config: BufferConfig) -> list[str]:
+    """Command line of an index builder for this buffer."""
+    wanted = {
+        "index": {**config.index.model_dump(mode="json"), "builder": "external"},
+        "snapshot": config.snapshot.model_dump(mode="json"),
+        "lock_timeout_s": config.lock_timeout_s,
+    }
+    program = [sys.executable, "-m", "expbuf_core", "builder", str(path)]
+    return [*program, "--config", json.dumps(wanted)]
+
+
+def _spawn(command: list[str]) -> int:
+    """Start a process that outlives this one, in a session of its own; its pid."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        actions = [(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, null, 1)]
+        return os.posix_spawn(command[0], command, os.environ, file_actions=actions, setsid=True)
+    finally:
+        os.close(null)
+
+
+def _ended(pid: int) -> bool:
+    """Whether a child has ended; reaps it."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True
