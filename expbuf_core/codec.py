@@ -35,7 +35,20 @@ KIND_NAMES = {
     RELOG: "relog",
 }
 
+UNDECODABLE = (
+    ValueError,
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    struct.error,
+)
+"""What decoding raises over bytes that are intact and that nothing here has encoded."""
+
 MAX_DEPTH = 100
+MAX_INTEGER = 1 << 8192  # Python parses no decimal number of more than 4300 digits
 _NO_ROWS = np.empty(0, np.uint32)
 
 
@@ -53,7 +66,11 @@ def pack_tree(tree: Any, attachments: list[bytes], where: str) -> Any:
 
 def _pack(tree: Any, attachments: list[bytes], where: str, depth: int) -> Any:
     kind = type(tree)
-    if tree is None or kind is str or kind is bool or kind is float or kind is int:
+    if tree is None or kind is str or kind is bool or kind is float:
+        return tree
+    if kind is int:
+        if not -MAX_INTEGER < tree < MAX_INTEGER:
+            raise InvalidExperience(f"{where}: an integer of {tree.bit_length()} bits is too large")
         return tree
     if depth > MAX_DEPTH:
         raise InvalidExperience(f"{where}: nested deeper than {MAX_DEPTH} levels")
@@ -78,18 +95,18 @@ def _pack(tree: Any, attachments: list[bytes], where: str, depth: int) -> Any:
         attachments.append(bytes(tree))
         return {"$bytes": len(attachments) - 1}
     if isinstance(tree, str):
-        return str(tree)
-    if isinstance(tree, bool | int | float):  # subclasses: enums and the like
-        return tree + 0
+        return str.__str__(tree)
+    if isinstance(tree, int | float):  # subclasses: enums and the like
+        plain = float(tree) if isinstance(tree, float) else int(tree)
+        return _pack(plain, attachments, where, depth)
     if isinstance(tree, list):
         return [_pack(item, attachments, where, depth + 1) for item in tree]
     array = to_numpy(tree)
-    if array is None or array.dtype.hasobject:
+    if array is None or array.dtype.hasobject or array.dtype.kind == "V":
         raise InvalidExperience(
             f"{where}: cannot store a {type(tree).__name__}; use None, bool, int, float, str, "
             "bytes, list, tuple, dict with string keys, or numeric arrays"
         )
-    array = np.ascontiguousarray(array)
     attachments.append(array.tobytes())
     return {"$nd": len(attachments) - 1, "dtype": array.dtype.str, "shape": list(array.shape)}
 
@@ -203,6 +220,8 @@ def encode_bare_rows(
     """
     n, v_dim = v.shape
     q_dim = q.shape[1]
+    if not n:
+        return bytearray(), np.empty(0, np.uint32)
     fixed = _FIXED + 4 * (v_dim + q_dim)
     texts = texts or [b"{}"] * n
     block = np.zeros((n, fixed), np.uint8)

@@ -20,6 +20,8 @@ from expbuf_core.experience import Experience
 
 Vectors = NDArray[np.float32]
 
+_OLDEST = 1e30  # seconds; finite in float32
+
 COLUMNS = (
     "v_embed",
     "q_embed",
@@ -150,11 +152,11 @@ def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf
         InvalidExperience: It is not.
     """
     if type(value) is not float:
-        if isinstance(value, str | bytes | bool) or value is None:
+        if isinstance(value, str | bytes | bool | np.bool_) or value is None:
             raise InvalidExperience(f"{name}: expected a number, found {value!r}")
         try:
             value = float(value)
-        except (TypeError, ValueError) as exc:
+        except (TypeError, ValueError, OverflowError) as exc:
             raise InvalidExperience(f"{name}: expected a number, found {value!r}") from exc
     if not low <= value <= high or math.isinf(value):
         bounds = "" if math.isinf(low) else f" in [{low:g}, {high:g}]"
@@ -172,7 +174,11 @@ def rewards(value: Any, where: str = "rewards") -> tuple[float, dict[str, float]
             if not isinstance(name, str):
                 raise InvalidExperience(f"{where}: component names must be strings, found {name!r}")
             components[name] = number(part, f"{where}[{name!r}]")
-        return number(math.fsum(components.values()), where), components
+        try:
+            total = math.fsum(components.values())
+        except OverflowError:
+            total = math.inf
+        return number(total, where), components
     total = number(value, where)
     return total, {"reward": total}
 
@@ -206,6 +212,20 @@ def _probabilities(value: Any, name: str = "probabilities") -> NDArray[np.float3
     return array
 
 
+def listed(values: Any, name: str) -> list[Any]:
+    """The entries of whatever can be iterated over.
+
+    Raises:
+        InvalidExperience: It cannot.
+    """
+    try:
+        return list(values)
+    except TypeError as exc:
+        raise InvalidExperience(
+            f"{name}: expected several, found a {type(values).__name__}"
+        ) from exc
+
+
 def as_ids(ids: Any) -> NDArray[np.int64]:
     """(n,) int64 of whatever holds ids.
 
@@ -214,7 +234,7 @@ def as_ids(ids: Any) -> NDArray[np.int64]:
     """
     array = codec.to_numpy(ids)
     if array is None:
-        array = np.asarray(list(ids) if not isinstance(ids, int) else [ids])
+        array = np.asarray([ids] if isinstance(ids, int) else listed(ids, "ids"))
     if array.size == 0:
         return np.empty(0, np.int64)
     if array.dtype.kind not in "iu":
@@ -327,19 +347,20 @@ class Intake:
     ) -> NDArray[np.float32]:
         """Initial priorities, checked."""
         known = ~np.isnan(reward)
-        batch = ScoringBatch(
-            confidence=confidence,
-            total_reward=np.where(known, reward, 0.0).astype(np.float32),
-            reward_known=known,
-            probabilities=probabilities,
-            age=age,
-        )
         with np.errstate(over="ignore"):
+            batch = ScoringBatch(
+                confidence=confidence,
+                total_reward=np.where(known, reward, 0.0).astype(np.float32),
+                reward_known=known,
+                probabilities=probabilities,
+                age=age,
+            )
             scores = np.asarray(self.scorer(batch)).astype(np.float32)
         fine = scores.shape == confidence.shape
         if fine and len(scores):  # comparisons with NaN are false
             fine = bool(scores.min() >= 0.0 and scores.max() < np.inf)
         if not fine:
+            finite32(reward[known], "rewards")  # too large a reward is not the scorer's fault
             raise PluginContractError(
                 f"scorer {type(self.scorer).__name__} returned {scores!r} for {len(batch)} "
                 "experiences; expected as many finite priorities, none below 0"
@@ -461,7 +482,7 @@ class Intake:
         )
         if given is None:
             raise InvalidExperience("the columns need v_embed, q_embed, or both")
-        n = len(given)
+        n = _length(given)
         v = self._part(columns.get("v_embed"), "v_embed", self.v_dim, rank=2, n=n)
         q = self._part(columns.get("q_embed"), "q_embed", self.q_dim, rank=2, n=n)
         for name, values in (("v_embed", v), ("q_embed", q)):
@@ -538,7 +559,7 @@ class Intake:
         vectors = fuse(self.fusion, self.metric, v, q, self.dim)
         priority = None if priorities is None else _priorities(priorities, n)
         if priority is None or np.isnan(priority).any():
-            age = np.maximum(now - timestamp, 0.0).astype(np.float32)
+            age = ages(now, timestamp)
             scores = self.score(confidence, reward, probabilities, age)
             priority = (
                 scores if priority is None else np.where(np.isnan(priority), scores, priority)
@@ -547,13 +568,27 @@ class Intake:
         return draft_rows(codec.ADD, body, rows, lengths, n)
 
 
+def _length(column: Any) -> int:
+    try:
+        return len(column)
+    except TypeError as exc:
+        raise InvalidExperience(
+            f"columns hold several entries each, found a {type(column).__name__}"
+        ) from exc
+
+
 def _priorities(given: Any, n: int) -> NDArray[np.float32]:
     """(n,) float32, NaN where the scorer decides."""
-    values = list(given)
+    values = listed(given, "priorities")
     if len(values) != n:
         raise InvalidExperience(f"{len(values)} priorities for {n} experiences")
     checked = [math.nan if x is None else number(x, "priority", 0.0) for x in values]
     return finite32(np.array(checked, np.float64), "priority", nan=True)
+
+
+def ages(now: float, timestamp: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(n,) seconds since these times; 0 where clocks disagree."""
+    return np.minimum(np.maximum(now - timestamp, 0.0), _OLDEST).astype(np.float32)
 
 
 def finite32(values: NDArray[np.float64], name: str, *, nan: bool = False) -> NDArray[np.float32]:
@@ -572,9 +607,10 @@ def checked_priorities(values: Any, n: int) -> NDArray[np.float32]:
     """(n,) float32 priorities, finite and not negative."""
     array = codec.to_numpy(values)
     if array is None:
-        array = np.asarray(list(values) if not isinstance(values, int | float) else [values])
+        single = isinstance(values, int | float)
+        array = np.asarray([values] if single else listed(values, "priorities"))
     array = np.atleast_1d(array)
-    if array.shape != (n,) or (n and array.dtype.kind not in "fiub"):
+    if array.shape != (n,) or (n and array.dtype.kind not in "fiu"):
         raise InvalidExperience(
             f"expected {n} priorities, found {array.dtype} of shape {array.shape}"
         )
@@ -589,7 +625,7 @@ def _float_column(value: Any, name: str, n: int, default: float) -> NDArray[np.f
         return np.full(n, default)
     array = codec.to_numpy(value)
     if array is None:
-        array = np.array([number(x, name) for x in value])
+        array = np.array([number(x, name) for x in listed(value, name)])
     if array.shape != (n,) or array.dtype.kind not in "fiu":
         raise InvalidExperience(
             f"column {name!r}: expected {n} numbers, found {array.dtype} of shape {array.shape}"
@@ -602,8 +638,11 @@ def _float_column(value: Any, name: str, n: int, default: float) -> NDArray[np.f
 
 def _list_column(value: Any, name: str, n: int, *, rows: bool = False) -> list[Any]:
     array = codec.to_numpy(value)
-    values = list(array if rows else array.tolist()) if array is not None else list(value)
-    if isinstance(value, str) or len(values) != n:
+    if array is not None and array.ndim:
+        values = list(array) if rows else array.tolist()
+    else:
+        values = listed(value, f"column {name!r}")
+    if isinstance(value, str | bytes) or len(values) != n:
         raise InvalidExperience(f"column {name!r}: expected {n} entries, found {len(values)}")
     return values
 

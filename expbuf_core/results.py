@@ -145,7 +145,7 @@ class PinnedExperiences(Sequence[Experience]):
             )
         try:
             return codec.decode_row(raw)
-        except (ValueError, KeyError, TypeError, RecursionError) as exc:
+        except codec.UNDECODABLE as exc:
             raise CorruptionError(f"experience {wanted} cannot be decoded: {exc}") from exc
 
     def _experience(self, i: int) -> Experience:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from expbuf_core import codec
 from expbuf_core.contracts import LoggedOperation
-from expbuf_core.errors import CorruptionError, FormatVersionError
+from expbuf_core.errors import FormatVersionError
 
 COLUMNS: dict[str, Any] = {
     "id": np.int64,
@@ -200,9 +200,7 @@ class State:
             ) from None
         try:
             change = handler(self, operation)
-        except (ValueError, IndexError, KeyError, TypeError) as exc:
-            if isinstance(exc, CorruptionError | FormatVersionError):
-                raise
+        except codec.UNDECODABLE as exc:
             raise codec.corrupt_body(operation.lsn, operation.kind, exc) from exc
         self.lsn = operation.lsn
         return change
@@ -241,7 +239,8 @@ class State:
             self.priority[at] = body.priority
         self.retrieval_count[at] = 0
         self.success_count[at] = 0
-        self.tags[at] = self._tag_column(body.labels, n) if body.labels else 0
+        tags = self._tag_column(body.labels, n) if body.labels else None
+        self.tags[at] = 0 if tags is None else tags if n > 1 else tags[0]
         self.flags[at] = 0
         self.live[at] = True
         total = self.total_added

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import shutil
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from expbuf_core import Experience, ExperienceBuffer
-from expbuf_core.errors import ExpbufError
+from expbuf_core import Experience, ExperienceBuffer, locks
+from expbuf_core.errors import ExpbufError, StorageError
 from expbuf_core.filesystem import FileSystem
 from expbuf_core.testing.crash import Acknowledge, CrashState, explore
+from expbuf_core.testing.faults import FaultyFileSystem
 from expbuf_core.testing.recording import RecordingFileSystem
 
 LONG = os.environ.get("EXPBUF_LONG", "") not in ("", "0")
@@ -82,7 +84,7 @@ def state_of(buffer: ExperienceBuffer) -> State:
     """Everything that a buffer holds, payloads included, in order."""
     return tuple(
         Entry(
-            id=item.id,
+            id=-1 if item.id is None else item.id,
             answer=item.answer,
             v_embed=np.asarray(item.v_embed, np.float32).tobytes(),
             priority=float(np.float32(item.priority)),
@@ -121,7 +123,54 @@ class Model:
             self.entries[id_] = self.entries[id_]._replace(**values)
 
 
+def entry(id_: int, serial: int, reward: float | None, priority: float | None) -> Entry:
+    """What an add makes."""
+    return Entry(
+        id=id_,
+        answer=f"answer {serial}",
+        v_embed=embedding(serial).tobytes(),
+        priority=initial_priority(reward) if priority is None else priority,
+        reward=reward,
+        retrieval_count=0,
+        success_count=0.0,
+    )
+
+
+FUTURE = 1 << 40
+"""From here on stand ids that nobody knows yet."""
+
+
+def with_future_ids(state: State, known: State) -> State:
+    """The same, with `FUTURE`, `FUTURE + 1` and so on for ids that are not in `known`."""
+    ids = {entry.id for entry in known}
+    new = iter(range(FUTURE, 2 * FUTURE))
+    return tuple(item if item.id in ids else item._replace(id=next(new)) for item in state)
+
+
+def _none(_: object) -> list[int]:
+    return []
+
+
+def set_fault(fs: FaultyFileSystem, rng: random.Random) -> None:
+    """Let something fail soon."""
+    match rng.randrange(5):
+        case 0:
+            fs.fail_sync(rng.choice((1, 1, 2)), drop=rng.random() < 0.5)
+        case 1:
+            fs.fail_write(rng.choice((1, 1, 2, 3)), partial=rng.random())
+        case 2:
+            fs.fail(error=errno.EIO, nth=rng.randint(1, 12))
+        case 3:
+            fs.fail_from(rng.randint(1, 8), error=rng.choice((errno.EIO, errno.EROFS)))
+        case _:
+            fs.limit(rng.choice((0, 3000, 20_000)))
+
+
 # ---------------------------------------------------------------- programs
+
+
+Call = Callable[[], list[int]]
+Effect = Callable[["Model", Sequence[int]], None]
 
 
 class Story:
@@ -134,8 +183,9 @@ class Story:
         steps: How many.
         durability: Of the buffer.
         base: What the folder holds already, if it is a buffer.
-        used: Ids that were seen before; none may be issued again.
+        used: Ids up to here were seen before; none may be issued again.
         start: Number of the first experience; each has its own, in all stories over one folder.
+        faults: Calls fail now and then; what was not acknowledged is undone, or its fate is open.
     """
 
     def __init__(
@@ -147,124 +197,185 @@ class Story:
         base: State | None = None,
         used: int = -1,
         start: int = 1,
+        faults: bool = False,
     ) -> None:
         self.seed = seed
         self.steps = steps
         self.durability = durability
         self.states: list[State] = [base or ()]
-        self.is_new = base is None
         self.start = start
-        self.used_before = used
+        self.faults = faults
         self.highest: list[int] = [used]  # highest id seen before step i
         self.durable_steps: list[int] = []  # steps that make all before them durable
+        self.failed: dict[int, State] = {}  # what a step that failed would have made
         self.rebooted = True
         self.rng = random.Random(f"{seed}/checks")
         self.deep = 0
 
     # -- running
 
-    def run(self, fs: RecordingFileSystem, folder: Path, ack: Acknowledge) -> None:
+    def run(self, recorder: RecordingFileSystem, folder: Path, ack: Acknowledge) -> None:
         """The workload."""
         rng = random.Random(self.seed)
-        model = Model(self.states[0])
-        serial = self.start
-        step = 0
+        fs = FaultyFileSystem(recorder) if self.faults else None
+        self._serial = self.start
         buffer: ExperienceBuffer | None = None
-
-        def entry(id_: int, serial: int, reward: float | None, priority: float | None) -> Entry:
-            return Entry(
-                id=id_,
-                answer=f"answer {serial}",
-                v_embed=embedding(serial).tobytes(),
-                priority=initial_priority(reward) if priority is None else priority,
-                reward=reward,
-                retrieval_count=0,
-                success_count=0.0,
-            )
-
         try:
             for step in range(self.steps):
-                kind = "open" if step == 0 else self._kind(rng)
-                self.states.append(())  # a crash inside this step cannot see it yet
+                before = self.states[step]
+                self.states.append(before)
+                self.highest.append(self.highest[-1])
                 ack.start(step)
-                highest = self.highest[-1]
-                if kind == "open":
-                    buffer = open_buffer(folder, fs, durability=self.durability)
+                kind = "open" if step == 0 else self._kind(rng)
+                if kind in ("open", "reopen"):
+                    if fs is not None and buffer is not None and rng.random() < 0.3:
+                        set_fault(fs, rng)
+                    if buffer is not None:
+                        with contextlib.suppress(StorageError):
+                            buffer.close()
+                    if fs is not None:
+                        fs.clear()
+                    buffer = open_buffer(folder, fs or recorder, durability=self.durability)
                     self.durable_steps.append(step)
-                assert buffer is not None
-                ids = sorted(model.entries)
-                some = rng.sample(ids, min(len(ids), rng.randint(1, 5)))
-                rewards = [rng.randrange(-8, 9) / 4 for _ in some]
-                if kind == "add":
-                    reward = rng.choice([None, 0.5, -1.25])
-                    priority = rng.choice([None, 0.75, 2.5])
-                    item = experience(serial, reward, rng.choice((0, 30, 600)))
-                    highest = buffer.add(item, priority=priority)
-                    model.add(entry(highest, serial, reward, priority))
-                    serial += 1
-                elif kind == "add_many":
-                    n = rng.choice((2, 3, 7, MAX_SIZE + 3))
-                    given = [rng.choice([None, 1.5]) for _ in range(n)]
-                    batch = [
-                        experience(serial + i, reward, rng.choice((0, 90)))
-                        for i, reward in enumerate(given)
-                    ]
-                    new = [int(id_) for id_ in buffer.add_many(batch)]
-                    for i, id_ in enumerate(new):
-                        model.add(entry(id_, serial + i, given[i], None))
-                    highest = new[-1]
-                    serial += n
-                elif kind == "columns":
-                    n = rng.choice((1, 4, 9))
-                    serials = range(serial, serial + n)
-                    new = buffer.add_many(
-                        {
-                            "v_embed": np.stack([embedding(i) for i in serials]),
-                            "q_embed": np.stack([embedding(-i % (1 << 31)) for i in serials]),
-                            "answer": [f"answer {i}" for i in serials],
-                        }
-                    )
-                    for i, id_ in zip(serials, new, strict=True):
-                        model.add(entry(int(id_), i, None, None))
-                    highest = int(new[-1])
-                    serial += n
-                elif kind == "remove":
-                    buffer.remove(some)
-                    for id_ in some:
-                        del model.entries[id_]
-                elif kind == "priorities":
-                    buffer.update_priorities(some, [abs(x) for x in rewards])
-                    for id_, x in zip(some, rewards, strict=True):
-                        model.change(id_, priority=abs(x))
-                elif kind == "rewards":
-                    buffer.update_rewards(some, rewards)
-                    for id_, x in zip(some, rewards, strict=True):
-                        model.change(id_, reward=x, priority=initial_priority(x))
-                elif kind == "outcome":
-                    self._outcome(buffer, model, rng, some)
-                elif kind == "snapshot":
-                    buffer.save_snapshot()
-                    self.durable_steps.append(step)
-                elif kind == "sync":
-                    buffer.sync()
-                    self.durable_steps.append(step)
-                elif kind == "clear":
-                    buffer.clear()
-                    model.entries.clear()
-                elif kind == "reopen":
-                    buffer.close()
-                    buffer = open_buffer(folder, fs, durability=self.durability)
-                    self.durable_steps.append(step)
+                else:
+                    assert buffer is not None
+                    self._step(buffer, fs, rng, step, kind)
                 quiet(buffer)
                 found = state_of(buffer)
-                assert found == model.state(), f"step {step}, {kind}: without any crash"
-                assert highest >= self.highest[-1], f"id {highest} was issued before"
-                self.states[-1] = found
-                self.highest.append(highest)
+                assert found == self.states[-1], (
+                    f"step {step}, {kind}, without any crash: " + explain(found, [self.states[-1]])
+                )
                 ack(step)
         finally:
+            if fs is not None:
+                fs.clear()
             if buffer is not None:
                 buffer.close()
+            forget_locks(folder)
+
+    def _step(
+        self,
+        buffer: ExperienceBuffer,
+        fs: FaultyFileSystem | None,
+        rng: random.Random,
+        step: int,
+        kind: str,
+    ) -> None:
+        before = self.states[step]
+        call, effect, new = self._plan(buffer, rng, kind, [entry.id for entry in before])
+        if fs is not None and rng.random() < 0.3:
+            set_fault(fs, rng)
+        after = Model(before)
+        try:
+            ids = call()
+        except StorageError:
+            assert fs is not None
+            effect(after, [FUTURE + i for i in range(new)])
+            self.failed[step] = after.state()
+        else:
+            effect(after, ids)
+            assert all(id_ > self.highest[-1] for id_ in ids), f"{ids} were issued before"
+            self.states[-1] = after.state()
+            self.highest[-1] = max([self.highest[-1], *ids])
+            if kind in ("snapshot", "sync"):
+                self.durable_steps.append(step)
+        finally:
+            if fs is not None:
+                fs.clear()
+
+    def _plan(
+        self, buffer: ExperienceBuffer, rng: random.Random, kind: str, ids: list[int]
+    ) -> tuple[Call, Effect, int]:
+        """A call, what it does to the model when it succeeds, how many ids it takes."""
+        some = rng.sample(ids, min(len(ids), rng.randint(1, 5)))
+        rewards = [rng.randrange(-8, 9) / 4 for _ in some]
+        serial = self._serial
+
+        def nothing(model: Model, new: Sequence[int]) -> None:
+            pass
+
+        if kind == "add":
+            reward = rng.choice([None, 0.5, -1.25])
+            priority = rng.choice([None, 0.75, 2.5])
+            item = experience(serial, reward, rng.choice((0, 30, 600)))
+            self._serial += 1
+
+            def add(model: Model, new: Sequence[int]) -> None:
+                model.add(entry(new[0], serial, reward, priority))
+
+            return lambda: [buffer.add(item, priority=priority)], add, 1
+        if kind in ("add_many", "columns"):
+            n = rng.choice((2, 3, 7, MAX_SIZE + 3))
+            given = [rng.choice([None, 1.5]) for _ in range(n)]
+            serials = range(serial, serial + n)
+            batch: Any = [
+                experience(serial, reward, rng.choice((0, 90)))
+                for serial, reward in zip(serials, given, strict=True)
+            ]
+            if kind == "columns":
+                batch = {
+                    "v_embed": np.stack([embedding(i) for i in serials]),
+                    "q_embed": np.stack([embedding(-i % (1 << 31)) for i in serials]),
+                    "answer": [f"answer {i}" for i in serials],
+                    "rewards": np.array([np.nan if x is None else x for x in given]),
+                }
+            self._serial += n
+
+            def add_all(model: Model, new: Sequence[int]) -> None:
+                for id_, serial, reward in zip(new, serials, given, strict=True):
+                    model.add(entry(id_, serial, reward, None))
+
+            return lambda: [int(id_) for id_ in buffer.add_many(batch)], add_all, n
+        if kind == "remove":
+
+            def remove(model: Model, new: Sequence[int]) -> None:
+                for id_ in some:
+                    del model.entries[id_]
+
+            return lambda: _none(buffer.remove(some)), remove, 0
+        if kind == "priorities":
+            values = [abs(x) for x in rewards]
+
+            def prioritise(model: Model, new: Sequence[int]) -> None:
+                for id_, x in zip(some, values, strict=True):
+                    model.change(id_, priority=x)
+
+            return lambda: _none(buffer.update_priorities(some, values)), prioritise, 0
+        if kind == "rewards":
+
+            def reward_all(model: Model, new: Sequence[int]) -> None:
+                for id_, x in zip(some, rewards, strict=True):
+                    model.change(id_, reward=x, priority=initial_priority(x))
+
+            return lambda: _none(buffer.update_rewards(some, rewards)), reward_all, 0
+        if kind == "outcome":
+            success = rng.random() < 0.6
+            receipt: Any = some
+            if rng.random() < 0.5 and ids:
+                found = buffer.search_index(v_embed=embedding(1), q_embed=embedding(2), k=3)
+                some = [int(id_) for id_ in found.ids]
+                receipt = found.receipt
+
+            def count(model: Model, new: Sequence[int]) -> None:
+                for id_ in some:
+                    old = model.entries[id_]
+                    model.change(
+                        id_,
+                        retrieval_count=old.retrieval_count + 1,
+                        success_count=old.success_count + success,
+                    )
+
+            return lambda: _none(buffer.record_outcome(receipt, success=success)), count, 0
+        if kind == "clear":
+
+            def clear(model: Model, new: Sequence[int]) -> None:
+                model.entries.clear()
+
+            return lambda: _none(buffer.clear()), clear, 0
+        if kind == "snapshot":
+            return lambda: _none(buffer.save_snapshot()), nothing, 0
+        assert kind == "sync"
+        return lambda: _none(buffer.sync()), nothing, 0
 
     @staticmethod
     def _kind(rng: random.Random) -> str:
@@ -283,27 +394,6 @@ class Story:
         }
         return rng.choices(list(kinds), list(kinds.values()))[0]
 
-    @staticmethod
-    def _outcome(
-        buffer: ExperienceBuffer, model: Model, rng: random.Random, some: list[int]
-    ) -> None:
-        success = rng.random() < 0.6
-        credit = 1.0
-        if rng.random() < 0.5 and model.entries:
-            found = buffer.search_index(v_embed=embedding(1), q_embed=embedding(2), k=3)
-            some = [int(id_) for id_ in found.ids]
-            buffer.record_outcome(found.receipt, success=success)
-            assert buffer.record_outcome(found.receipt, success=success) == 0
-        else:
-            buffer.record_outcome(some, success=success)
-        for id_ in some:
-            old = model.entries[id_]
-            model.change(
-                id_,
-                retrieval_count=old.retrieval_count + 1,
-                success_count=old.success_count + credit * success,
-            )
-
     # -- checking
 
     def settle(self, root: Path, state: CrashState) -> None:
@@ -321,34 +411,42 @@ class Story:
         # states[i] is what stands before step i, so states[i + 1] is what step i made.
         return self.states[least : len(started) + 1]
 
+    def undecided(self, acknowledged: Sequence[int], started: Sequence[int]) -> list[int]:
+        """Steps that failed and may nonetheless be found done: nothing was written since."""
+        return [
+            step
+            for step in self.failed
+            if step < len(started)
+            and set(self.states[step : len(acknowledged) + 1]) <= {self.states[step]}
+        ]
+
     def check(self, folder: Path, acknowledged: Sequence[int], started: Sequence[int]) -> None:
         """The oracle."""
+        try:
+            self._check(folder, acknowledged, started)
+        finally:
+            forget_locks(folder)
+
+    def _check(self, folder: Path, acknowledged: Sequence[int], started: Sequence[int]) -> None:
         copy: Path | None = None
         if self.deep > 0 and folder.exists() and self.rng.random() < 0.04:
             copy = folder.with_name("copy")
             shutil.copytree(folder, copy)
         allowed = self.allowed(acknowledged, started)
+        undecided = self.undecided(acknowledged, started)
         seen = self.highest[len(acknowledged)]
         with contextlib.closing(open_buffer(folder, durability=self.durability)) as buffer:
             found = state_of(buffer)
-            assert found in allowed, explain(found, allowed)
+            assert found in allowed or any(
+                with_future_ids(found, self.states[step]) == self.failed[step] for step in undecided
+            ), explain(found, allowed)
             check_search(buffer, found)
             serial = 1_000_000 + len(self.states)
             new = buffer.add(experience(serial, 0.25, 10))
             assert new > seen, f"id {new} was issued before (up to {seen})"
-            assert all(new > entry.id for entry in found)
+            assert all(new > item.id for item in found)
             expected = Model(found)
-            expected.add(
-                Entry(
-                    new,
-                    f"answer {serial}",
-                    embedding(serial).tobytes(),
-                    initial_priority(0.25),
-                    0.25,
-                    0,
-                    0.0,
-                )
-            )
+            expected.add(entry(new, serial, 0.25, None))
             assert state_of(buffer) == expected.state()
         with contextlib.closing(open_buffer(folder, durability=self.durability)) as buffer:
             assert state_of(buffer) == expected.state(), "lost or changed by the next opening"
@@ -359,7 +457,7 @@ class Story:
 
     def crash_again(self, folder: Path, found: State, used: int) -> None:
         """Crash while it recovers and goes on."""
-        used = max([used, *(entry.id for entry in found)])
+        used = max([used, *(item.id for item in found)])
         story = Story(
             self.rng.randrange(1 << 30),
             5,
@@ -424,6 +522,15 @@ def age_control(path: Path, *, rebooted: bool) -> None:
         raw[_BOOT : _BOOT + 16] = bytes(16)
     with open(path, "r+b") as file:
         file.write(raw)
+
+
+def forget_locks(folder: Path) -> None:
+    """Close the lock files of a folder that goes; thousands of them would exhaust descriptors."""
+    files: dict[Any, Any] = getattr(locks, "_files", {})
+    for key, file in list(files.items()):
+        if file.path.is_relative_to(folder) and not file.sharers:
+            del files[key]
+            os.close(file.fd)
 
 
 def is_refused(folder: Path) -> ExpbufError | None:

@@ -116,12 +116,14 @@ def read(buffer: ExperienceBuffer, rng: random.Random, report: Report) -> None:
             assert item.id == hit.id
             assert known.setdefault(hit.id, item.answer) == item.answer, hit.id
         for count, item in enumerate(buffer):
+            assert item.id is not None
             assert known.setdefault(item.id, item.answer) == item.answer, item.id
             newest = max(newest, item.id)
             if count > 20:
                 break
         if len(buffer):
             for item in buffer.sample(4):
+                assert item.id is not None
                 assert known.setdefault(item.id, item.answer) == item.answer, item.id
         report("read", count=len(buffer), newest=newest)
 

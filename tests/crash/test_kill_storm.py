@@ -101,8 +101,8 @@ class Ledger:
 
     def check(self, folder: Path) -> int:
         with contextlib.closing(open_buffer(folder, "sync")) as buffer:
-            found = {item.id: item for item in buffer}
-            ids = [item.id for item in buffer]
+            found = {int(item.id or 0): item for item in buffer}
+            ids = list(found)
             assert ids == sorted(set(ids))
             lost = set(self.acknowledged) - set(found) - self.removals
             assert not lost, f"acknowledged and lost: {sorted(lost)[:10]}"

@@ -25,9 +25,6 @@ def parameters(faiss: Any, index: Any, effort: int | None, selector: Any = None)
     if isinstance(index, faiss.IndexPreTransform):
         inner = parameters(faiss, index.index, effort, selector)
         return faiss.SearchParametersPreTransform(index_params=inner)
-    if isinstance(index, faiss.IndexRefine):
-        inner = parameters(faiss, index.base_index, effort, selector)
-        return faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=inner)
     if isinstance(index, faiss.IndexIVF):
         arguments["nprobe"] = index.nprobe if effort is None else effort
         if isinstance(index, _types(faiss, "IndexIVFRaBitQ", "IndexIVFRaBitQFastScan")):
@@ -50,8 +47,6 @@ def most_effort(faiss: Any, index: Any) -> int | None:
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
         return most_effort(faiss, index.index)
-    if isinstance(index, faiss.IndexRefine):
-        return most_effort(faiss, index.base_index)
     if isinstance(index, faiss.IndexIVF):
         return int(index.nlist)
     if isinstance(index, faiss.IndexHNSW):

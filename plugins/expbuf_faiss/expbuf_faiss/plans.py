@@ -53,7 +53,8 @@ def plans(settings: FaissSettings, rows: int, dim: int) -> list[Plan]:
         # "np": no polysemous training, which takes minutes and is of use to another kind of search.
         m = sub_vectors(settings, dim)
         return [Plan(f"{_lists(settings, rows, 4)},PQ{m}x{settings.nbits}np")]
-    return [Plan(settings.index)]
+    # Refining is what we do anyway, from the raw vectors instead of a copy of them.
+    return [Plan(settings.index.removesuffix(",RFlat"))]
 
 
 def _automatic(settings: FaissSettings, rows: int, dim: int) -> list[Plan]:

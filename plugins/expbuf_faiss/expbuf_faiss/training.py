@@ -30,9 +30,15 @@ def make(faiss: Any, plan: Plan, dim: int, metric: str, settings: FaissSettings,
             f"index: FAISS makes no index {plan.factory!r} of dimension {dim} and metric "
             f"{metric}: {str(exc).splitlines()[-1]}"
         ) from exc
-    if isinstance(faiss.downcast_index(index), (faiss.IndexIDMap, faiss.IndexIDMap2)):
+    outer = faiss.downcast_index(index)
+    if isinstance(outer, (faiss.IndexIDMap, faiss.IndexIDMap2)):
         raise ConfigError(
             f"index: {plan.factory!r} keeps ids of its own; expbuf keeps them, leave out the IDMap"
+        )
+    if isinstance(outer, faiss.IndexRefine):
+        raise ConfigError(
+            f"index: {plan.factory!r} refines from a copy of the vectors; "
+            "leave that out, and see the setting `rerank`"
         )
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:

@@ -1,0 +1,211 @@
+"""The log files of one folder: making them, opening them, and which of them make up the log."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from expbuf_core.contracts import Buffer, Stamped
+from expbuf_core.filesystem import FileSystem, storage_errors
+from expbuf_file import layout
+from expbuf_file.logfile import Begin, LogFile
+from expbuf_file.writing import begin_frame, lay_out, pages
+
+_ZEROS = bytes(1 << 20)
+_MAX_HANDLES = 256
+INDEX_SLACK = 1 << 16
+
+
+class LogFolder:
+    """The log files in a buffer's folder.
+
+    Args:
+        path: The folder.
+        uuid: Of the buffer.
+        fs: Writes.
+        initial_bytes: Size of a file that begins a log.
+
+    Attributes:
+        begins: How each data log continues another, as far as it was looked at.
+    """
+
+    def __init__(self, path: Path, uuid: bytes, fs: FileSystem, initial_bytes: int) -> None:
+        self.path = path
+        self.uuid = uuid
+        self.fs = fs
+        self.initial_bytes = initial_bytes
+        self.begins: dict[int, Begin] = {}
+        self._files: dict[tuple[str, int], LogFile] = {}
+        self._files_mutex = threading.Lock()
+
+    def forget_all(self) -> None:
+        """Close what is open; what others still hold stays readable for them."""
+        self._files_mutex = threading.Lock()
+        self._files.clear()
+        self.begins.clear()
+
+    def unlink(self, log: str, number: int) -> None:
+        self.fs.unlink(layout.path_of(self.path, log, number))
+        self._forget(log, number)
+        if log == layout.DATA:
+            self.begins.pop(number, None)
+
+    def trim(self, number: int, end: int) -> None:
+        """Give back the room behind the end of a recovered file."""
+        path = layout.path_of(self.path, layout.DATA, number)
+        with contextlib.suppress(OSError):  # room only; the file is right as it is
+            fd = self.fs.open(path)
+            try:
+                if os.fstat(fd).st_size > end:
+                    self.fs.truncate(fd, end)
+            finally:
+                self.fs.close(fd)
+
+    def chain(self) -> list[int]:
+        """Numbers of the data logs that make up the log, oldest first.
+
+        A file names its predecessor; files that were skipped that way were given up.
+        """
+        numbers = layout.numbers(self.path, layout.DATA)
+        chain: list[int] = []
+        wanted: int | None = None
+        for number in reversed(numbers):
+            if wanted is not None and number > wanted:
+                continue
+            if wanted is not None and number < wanted:
+                break  # a gap: older files hold payloads only
+            begin = self.begin(number)
+            if begin is None:
+                if wanted is None:
+                    continue  # prepared, never used
+                break
+            chain.append(number)
+            wanted = begin.previous
+        return chain[::-1]
+
+    def begin(self, number: int) -> Begin | None:
+        begin = self.begins.get(number)
+        if begin is None:
+            begin = self.open(layout.DATA, number).begin()
+            if begin is not None:
+                self.begins[number] = begin
+        return begin
+
+    def open(self, log: str, number: int) -> LogFile:
+        """A log file for one reader: what it reads ahead belongs to one thread."""
+        with storage_errors("open", layout.path_of(self.path, log, number)):
+            return LogFile(self.path, log, number, self.uuid)
+
+    def shared(self, log: str, number: int) -> LogFile:
+        """A log file that is or was in use, shared by all threads for reading at given places."""
+        file = self._files.get((log, number))
+        if file is None:
+            file = self.open(log, number)
+            with self._files_mutex:
+                if len(self._files) >= _MAX_HANDLES:
+                    del self._files[next(iter(self._files))]
+                self._files[log, number] = file
+        return file
+
+    def _forget(self, log: str, number: int) -> None:
+        with self._files_mutex:
+            self._files.pop((log, number), None)
+
+    def _make(
+        self,
+        log: str,
+        number: int,
+        size: int,
+        salt: bytes,
+        first: Sequence[Buffer],
+        suffix: str,
+    ) -> Path:
+        """Write a log file aside, complete and synced, under a temporary name."""
+        path = layout.path_of(self.path, log, number)
+        temporary = path.with_name(f"{path.name}.{suffix}.tmp")
+        header = layout.FileHeader(
+            (layout.DATA, layout.INDEX).index(log),
+            number,
+            size,
+            self.uuid,
+            salt,
+            layout.BORN_IN_USE if first else 0,
+        )
+        with storage_errors("create", path):
+            fd = self.fs.open(temporary, create=True)
+            try:
+                self.fs.truncate(fd, 0)
+                if log == layout.DATA:
+                    # Written zeros, not just reserved blocks: a later fsync then has no metadata
+                    # to write.
+                    for at in range(0, size, len(_ZEROS)):
+                        self.fs.pwrite(fd, memoryview(_ZEROS)[: size - at], at)
+                else:
+                    self.fs.allocate(fd, size)
+                self.fs.pwrite(fd, layout.encode_header(header), 0)
+                if first:
+                    self.fs.pwritev(fd, list(first), layout.HEADER_BYTES)
+                if log == layout.DATA:
+                    self.fs.fsync(fd)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self.fs.unlink(temporary)
+                raise
+            finally:
+                self.fs.close(fd)
+        return temporary
+
+    def make_pair(self, number: int, size: int, index_size: int, suffix: str) -> tuple[Path, Path]:
+        salt = secrets.token_bytes(16)
+        index_tmp = self._make(layout.INDEX, number, index_size, salt, (), suffix)
+        return index_tmp, self._make(layout.DATA, number, size, salt, (), suffix)
+
+    def begin_file(
+        self,
+        number: int,
+        lsn: int,
+        *,
+        previous: tuple[int, int, int],
+        durable: int,
+        again: Sequence[Stamped] = (),
+    ) -> tuple[int, int]:
+        """Make a pair of log files that is in use from birth, and durable.
+
+        Args:
+            number: Of the files.
+            lsn: Of the next operation.
+            previous: File, end offset and last LSN of the log that it continues.
+            durable: Highest durable LSN.
+            again: Operations to repeat before that.
+
+        Returns:
+            Where the data log and the index log go on.
+        """
+        stamped = [begin_frame(again[0].lsn if again else lsn, previous)]
+        if again:
+            stamped += [*again, begin_frame(lsn, previous)]
+        salt = secrets.token_bytes(16)
+        data, index, _, data_end, index_end = lay_out(
+            stamped, number, salt, durable, layout.HEADER_BYTES, layout.HEADER_BYTES
+        )
+        size = max(self.initial_bytes, data_end + layout.HEADER_BYTES)
+        index_size = max(size // 2, index_end) + INDEX_SLACK
+        suffix = str(os.getpid())
+        index_tmp = self._make(layout.INDEX, number, pages(index_size), salt, index, suffix)
+        data_tmp = self._make(layout.DATA, number, pages(size), salt, data, suffix)
+        self.publish(number, index_tmp, data_tmp)
+        return data_end, index_end
+
+    def publish(self, number: int, index_tmp: Path, data_tmp: Path) -> None:
+        for log, temporary in ((layout.INDEX, index_tmp), (layout.DATA, data_tmp)):
+            path = layout.path_of(self.path, log, number)
+            with storage_errors("create", path):
+                self.fs.replace(temporary, path)
+            self._forget(log, number)
+        self.begins.pop(number, None)
+        with storage_errors("sync", self.path):
+            self.fs.sync_folder(self.path)

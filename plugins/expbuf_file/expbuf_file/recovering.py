@@ -1,0 +1,135 @@
+"""Reading the log after a crash: what is intact, what is a torn tail, what is damage."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+from expbuf_core import frames
+from expbuf_core.contracts import LoggedOperation
+from expbuf_core.errors import CorruptionError
+from expbuf_file import layout
+from expbuf_file.logfile import BadFrame, Begin, LogFile
+from expbuf_file.logfolder import LogFolder
+
+
+class LogReader:
+    """One pass over the log.
+
+    Attributes:
+        last_lsn: Of the last intact operation.
+        number: File that it stands in.
+        end: Where it ends there.
+        torn_bytes: Behind it, and left out.
+        scanned: Files that were read.
+    """
+
+    def __init__(self, logs: LogFolder) -> None:
+        self._logs = logs
+        self.last_lsn = 0
+        self.number = 0
+        self.end = 0
+        self.torn_bytes = 0
+        self.scanned: list[int] = []
+
+    def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
+        """See `PersistenceAdapter.recover`."""
+        self._logs.begins.clear()
+        chain = self._logs.chain()
+        while len(chain) > 1 and self._logs.begins[chain[1]].previous_lsn <= after_lsn:
+            chain.pop(0)
+        if not chain or self._logs.begins[chain[0]].previous_lsn > after_lsn:
+            first = f"begins at lsn {self._logs.begins[chain[0]].lsn}" if chain else "is missing"
+            raise CorruptionError(
+                f"{self._logs.path}: the log {first}, but operations from lsn {after_lsn + 1} on "
+                "are needed: log files were deleted or damaged. Run `expbuf verify`",
+                path=layout.path_of(self._logs.path, layout.DATA, chain[0] if chain else 1),
+                lsn=after_lsn + 1,
+            )
+        self.last_lsn = after_lsn
+        for number, following in zip(chain, [*chain[1:], 0], strict=True):
+            successor = self._logs.begins[following] if following else None
+            intact = yield from self._recover_file(number, successor, durable_lsn)
+            if not intact:
+                return
+        # Nothing is torn; is anything missing behind the end?
+        lsn = self.last_lsn + 1
+        proof = max(durable_lsn, self._proof_behind(chain[-1]))
+        if proof >= lsn:
+            missing = BadFrame(self.end, self.end, f"lsn {proof} was durable and is missing")
+            raise self._logs.shared(layout.DATA, self.number).corrupt(missing, lsn)
+
+    def _recover_file(
+        self, number: int, successor: Begin | None, durable_lsn: int
+    ) -> Generator[LoggedOperation, None, bool]:
+        """Yield a file's operations; return whether it ends where it should."""
+        file = self._logs.open(layout.DATA, number)
+        begin = self._logs.begins[number]
+        self.scanned.append(number)
+        self.number, self.end = number, begin.end
+        size = file.size()
+        limit = successor.previous_end if successor else size
+        lsn = begin.lsn
+        bad: BadFrame | None = None
+        sealed = False
+        for found in file.frames(begin.end, limit, rows=True):
+            if isinstance(found, BadFrame):
+                bad = found
+                break
+            header = found.header
+            if header.kind == frames.LOG_END:
+                sealed = True
+                (following,) = layout.END_BODY.unpack(found.body)
+                if (
+                    following
+                    and not layout.path_of(self._logs.path, layout.DATA, following).exists()
+                ):
+                    raise file.corrupt(
+                        BadFrame(found.offset, found.offset, f"log file {following} is missing"),
+                        lsn,
+                    )
+                break
+            if header.kind == frames.LOG_BEGIN:
+                lsn = header.lsn  # LSNs jump where a log was given up
+            elif header.lsn != lsn:
+                bad = BadFrame(found.offset, found.offset, f"lsn {header.lsn} out of order")
+                break
+            else:
+                lsn += 1
+                if header.lsn > self.last_lsn:
+                    self.last_lsn = header.lsn
+                    self.end = found.offset + header.data_bytes
+                    yield file.operation(found)
+            self.end = found.offset + header.data_bytes
+        if size < (limit if successor else file.header.size) and not sealed:
+            # Sizes are made durable before a file is used: this is no torn tail.
+            raise file.corrupt(BadFrame(self.end, size, "the file was cut"), lsn)
+        if bad is not None:
+            self._judge(file, bad, lsn, min(limit, size), durable_lsn)
+            return False
+        if successor and successor.previous_lsn not in (lsn - 1, self.last_lsn):
+            raise file.corrupt(BadFrame(limit, limit, "operations are missing"), lsn)
+        return True
+
+    def _judge(self, file: LogFile, bad: BadFrame, lsn: int, limit: int, durable_lsn: int) -> None:
+        """Return if the operations from `lsn` on are a torn tail; raise if they are damaged.
+
+        A flush of several pages may leave holes, so valid frames behind a bad one prove nothing
+        by themselves; what counts is whether anything says that this LSN had been durable.
+        """
+        proof = max(durable_lsn, file.proof(bad.offset + 8, limit), self._proof_behind(file.number))
+        if proof >= lsn:
+            raise file.corrupt(bad, lsn)
+        end = file.last_nonzero(bad.offset, limit)
+        self.torn_bytes = end - bad.offset
+
+    def _proof_behind(self, number: int) -> int:
+        """The highest LSN that any later file says was durable."""
+        proof = 0
+        for later in layout.numbers(self._logs.path, layout.DATA):
+            if later > number:
+                file = self._logs.open(layout.DATA, later)
+                if file.header.flags & layout.BORN_IN_USE and self._logs.begin(later) is None:
+                    at = layout.HEADER_BYTES
+                    raise file.corrupt(BadFrame(at, at, "the first frame is damaged"), 0)
+                proof = max(proof, file.proof(layout.HEADER_BYTES, file.size()))
+        return proof
