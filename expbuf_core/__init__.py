@@ -2,6 +2,7 @@
 
 from expbuf_core._version import __version__
 from expbuf_core.buffer import ExperienceBuffer
+from expbuf_core.conditions import LiveColumns
 from expbuf_core.contracts import (
     API_VERSION,
     EmbeddingFusion,
@@ -69,6 +70,7 @@ __all__ = [
     "IndexProvider",
     "IndexSegment",
     "InvalidExperience",
+    "LiveColumns",
     "LockTimeout",
     "NotEnoughExperiences",
     "PersistenceAdapter",

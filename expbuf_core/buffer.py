@@ -20,6 +20,7 @@ from expbuf_core import codec, folder
 from expbuf_core import control as c
 from expbuf_core.codec import OutcomeBody
 from expbuf_core.commit import Draft
+from expbuf_core.conditions import Condition, matching_slots
 from expbuf_core.config_schema import BufferConfig, load_config
 from expbuf_core.contracts import LogGone
 from expbuf_core.errors import (
@@ -29,13 +30,24 @@ from expbuf_core.errors import (
     CorruptionError,
     InvalidExperience,
     NotEnoughExperiences,
+    ReadOnlyBuffer,
     ReceiptExpired,
     StorageError,
     UnknownExperienceError,
 )
 from expbuf_core.experience import Experience
 from expbuf_core.filesystem import FileSystem
-from expbuf_core.intake import as_ids, checked_priorities, finite32, number, rewards
+from expbuf_core.intake import (
+    Intake,
+    ages,
+    as_ids,
+    as_vectors,
+    checked_priorities,
+    finite32,
+    listed,
+    number,
+    rewards,
+)
 from expbuf_core.plugins import PluginRegistry, default_registry
 from expbuf_core.recovery import RecoveryReport
 from expbuf_core.results import (
@@ -45,11 +57,19 @@ from expbuf_core.results import (
     SearchBatch,
     SearchResult,
 )
-from expbuf_core.sampling import importance_weights, restore_rng, rng_state, success_rate
+from expbuf_core.sampling import (
+    Draw,
+    importance_weights,
+    restore_rng,
+    rng_state,
+    success_rate,
+)
 from expbuf_core.session import Session
+from expbuf_core.state import State
 from expbuf_core.tiers import search
 
 _PIN_TRIES = 5
+_SEARCH_TRIES = 3
 _fork_count = 0
 _open_buffers: weakref.WeakSet[ExperienceBuffer] = weakref.WeakSet()
 
@@ -204,11 +224,22 @@ class ExperienceBuffer:
             raise BufferClosed("the buffer is closed; open it again")
         return session
 
+    def _writer(self) -> Session:
+        """The session of this process, which may write."""
+        session = self._live()
+        if not session.writable:
+            raise ReadOnlyBuffer(
+                f"{session.path} is open in mode 'r'; open it in mode 'a' to write"
+            )
+        return session
+
     def _reopen_in_child(self) -> Session:
         with self._mutex:
             if self._forks == _fork_count:
                 return self._session
             parent = self._session
+            if parent.closed:
+                return parent
             self._submitter = None
             # The child must not repeat its parent's draws.
             self._rng = np.random.default_rng()
@@ -267,7 +298,8 @@ class ExperienceBuffer:
         session = self._live()
         session.refresh()
         with session.replica.lock:
-            return session.replica.state.find_one(int(id_)) >= 0
+            state = session.replica.state
+            return 0 <= id_ < state.next_id and state.find_one(int(id_)) >= 0
 
     def ids(self) -> NDArray[np.int64]:
         """(n,) int64, oldest first."""
@@ -308,10 +340,13 @@ class ExperienceBuffer:
         """
         if not isinstance(experience, Experience):
             raise InvalidExperience(f"expected an Experience, found a {type(experience).__name__}")
-        session = self._live()
-        intake = session.intake(experience.v_embed, experience.q_embed)
+        session = self._writer()
+        intake = session.intake()
         if intake is None:
-            raise InvalidExperience("an experience needs v_embed, q_embed, or both")
+            v, q = experience.v_embed, experience.q_embed
+            _first_intake(session, v, q, rank=1).one(experience, priority)
+            intake = session.intake(v, q)
+            assert intake is not None
         return session.commit(intake.one(experience, priority))[1]
 
     def add_many(
@@ -336,24 +371,28 @@ class ExperienceBuffer:
             InvalidExperience: Something in one of them cannot be stored; nothing was written.
             StorageError: None was stored.
         """
-        session = self._live()
+        session = self._writer()
+        given: Any = None if priorities is None else listed(priorities, "priorities")
         if isinstance(experiences, Mapping):
-            intake = session.intake(experiences.get("v_embed"), experiences.get("q_embed"))
-            if intake is None:
-                raise InvalidExperience("the columns need v_embed, q_embed, or both")
-            draft = intake.columns(experiences, priorities)
+            rank, v, q = 2, experiences.get("v_embed"), experiences.get("q_embed")
         else:
-            items = list(experiences)
-            if not items:
+            if isinstance(experiences, Experience):
+                raise InvalidExperience("add_many takes several experiences; give one to add")
+            experiences = listed(experiences, "experiences")
+            if not experiences:
                 return np.empty(0, np.int64)
-            first = items[0]
+            first = experiences[0]
             if not isinstance(first, Experience):
                 raise InvalidExperience(f"expected an Experience, found a {type(first).__name__}")
-            intake = session.intake(first.v_embed, first.q_embed)
-            if intake is None:
-                raise InvalidExperience("an experience needs v_embed, q_embed, or both")
-            given: Any = None if priorities is None else list(priorities)  # type: ignore[arg-type]
-            draft = intake.many(items, given)
+            rank, v, q = 1, first.v_embed, first.q_embed
+        intake = session.intake()
+        if intake is None:
+            draft = _draft_many(_first_intake(session, v, q, rank=rank), experiences, given)
+            if not draft.content_crcs:
+                return np.empty(0, np.int64)
+            intake = session.intake(v, q)
+            assert intake is not None
+        draft = _draft_many(intake, experiences, given)
         n = len(draft.content_crcs)
         if n == 0:
             return np.empty(0, np.int64)
@@ -367,7 +406,7 @@ class ExperienceBuffer:
             A future of its id, resolved when the add is acknowledged; submissions that wait
             together share one flush. `asyncio.wrap_future` makes it awaitable.
         """
-        self._live()
+        self._writer()
         with self._mutex:
             if self._submitter is None:
                 self._submitter = concurrent.futures.ThreadPoolExecutor(
@@ -381,7 +420,7 @@ class ExperienceBuffer:
         Returns:
             The LSN up to which all is on disk.
         """
-        return self._live().commit_log.sync()
+        return self._writer().commit_log.sync()
 
     def remove(self, ids: ArrayLike | Iterable[int]) -> int:
         """Remove experiences from store and index.
@@ -392,6 +431,7 @@ class ExperienceBuffer:
         Raises:
             UnknownExperienceError: One of the ids was never issued; nothing was removed.
         """
+        self._writer()
         session, array = self._known_ids(ids)
         if not len(array):
             return 0
@@ -399,8 +439,7 @@ class ExperienceBuffer:
 
     def clear(self) -> int:
         """Remove everything; ids go on where they were. Returns how many there were."""
-        session = self._live()
-        return session.commit(Draft(codec.encode_clear()))[2]
+        return self._writer().commit(Draft(codec.encode_clear()))[2]
 
     def update_priorities(self, ids: ArrayLike | Iterable[int], priorities: ArrayLike) -> int:
         """Set priorities; of an id that is given twice, the last counts.
@@ -416,6 +455,7 @@ class ExperienceBuffer:
             UnknownExperienceError: One of the ids was never issued; nothing was changed.
             InvalidExperience: A priority is negative, NaN or infinite; nothing was changed.
         """
+        self._writer()
         session, array = self._known_ids(ids)
         values = checked_priorities(priorities, len(array))
         if not len(array):
@@ -440,13 +480,17 @@ class ExperienceBuffer:
             UnknownExperienceError: One of the ids was never issued; nothing was changed.
             InvalidExperience: A reward is not a finite number; nothing was changed.
         """
+        self._writer()
         session, array = self._known_ids(ids)
         as_array = codec.to_numpy(values)
-        items = list(as_array.tolist() if as_array is not None else values)  # type: ignore[arg-type]
+        items = listed(values if as_array is None else as_array.tolist(), "rewards")
         if len(items) != len(array):
             raise InvalidExperience(f"{len(items)} rewards for {len(array)} ids")
         if not len(array):
             return 0
+        last = {id_: i for i, id_ in enumerate(array.tolist())}
+        if len(last) != len(array):  # of an id that is given twice, the last counts
+            array, items = array[list(last.values())], [items[i] for i in last.values()]
         parsed = [rewards(item) for item in items]
         totals = np.array([total for total, _ in parsed], np.float64)
         if np.isnan(totals).any():
@@ -473,7 +517,7 @@ class ExperienceBuffer:
             slots = state.find(ids)
             live = slots >= 0
             confidence = np.where(live, state.confidence[slots], 0.0).astype(np.float32)
-            age = np.where(live, np.maximum(now - state.timestamp[slots], 0.0), 0.0)
+            age = np.where(live, ages(now, state.timestamp[slots]), np.float32(0))
         probabilities: list[NDArray[np.float32] | None] = [None] * len(ids)
         experiences = self._pinned(ids[live], missing="skip")
         stored = {
@@ -482,7 +526,7 @@ class ExperienceBuffer:
         }
         for i, id_ in enumerate(ids.tolist()):
             probabilities[i] = stored.get(id_)
-        return intake.score(confidence, totals, probabilities, age.astype(np.float32))
+        return intake.score(confidence, totals, probabilities, age)
 
     def record_outcome(
         self,
@@ -511,6 +555,7 @@ class ExperienceBuffer:
             UnknownExperienceError: An id was never issued.
             InvalidExperience: The receipt is another buffer's, or a credit is out of bounds.
         """
+        self._writer()
         token, lsn = b"", 0
         if isinstance(receipt_or_ids, str):
             receipt_or_ids = Receipt.parse(receipt_or_ids)
@@ -571,9 +616,7 @@ class ExperienceBuffer:
             next_id = session.replica.state.next_id
             bad = array[(array < 0) | (array >= next_id)]
             if len(bad):
-                raise UnknownExperienceError(
-                    f"id {bad[0]} was never issued; ids so far are below {next_id}", id=int(bad[0])
-                )
+                raise _never_issued(int(bad[0]), next_id)
         return session, array
 
     # ------------------------------------------------------------ reading
@@ -587,7 +630,10 @@ class ExperienceBuffer:
         """
         if isinstance(id_, bool) or not isinstance(id_, int | np.integer):
             raise InvalidExperience(f"an id is an integer, not {id_!r}")
-        self._known_ids([int(id_)])
+        session = self._live()
+        session.refresh()
+        if not 0 <= id_ < session.replica.state.next_id:
+            raise _never_issued(int(id_), session.replica.state.next_id)
         return self._pinned(np.array([id_], np.int64), missing="raise")[0]
 
     def __getitem__(self, id_: int) -> Experience:
@@ -635,6 +681,7 @@ class ExperienceBuffer:
         q_embed: Any = None,
         hybrid_embed: Any = None,
         k: int | None = None,
+        where: Condition | None = None,
         exclude: ArrayLike | Iterable[int] = (),
     ) -> SearchResult:
         """Find the k most similar experiences. Sees everything that was acknowledged before.
@@ -644,6 +691,8 @@ class ExperienceBuffer:
             q_embed: (q_dim,); likewise.
             hybrid_embed: (dim,) a fused vector, instead of both.
             k: At least 1; default: `inference.k` of the configuration.
+            where: A condition on columns, as in `lambda c: c.reward > 0`; see `LiveColumns`.
+                Still k hits when k match; costs a pass over the columns.
             exclude: Ids to leave out.
 
         Returns:
@@ -655,7 +704,12 @@ class ExperienceBuffer:
         session = self._live()
         session.refresh()
         k = self._checked_k(k)
-        ids, similarities = self._search(session, v_embed, q_embed, hybrid_embed, k, exclude, 1)
+        intake = session.intake()
+        if intake is None:  # nothing was ever added
+            ids, similarities = np.empty((1, 0), np.int64), np.empty((1, 0), np.float32)
+        else:
+            queries = intake.query(v_embed, q_embed, hybrid_embed, rank=1)
+            ids, similarities = self._search(session, queries, k, where, exclude)
         found = ids[0] >= 0
         chosen = self._pinned(ids[0][found], missing="skip")
         values = similarities[0][found]
@@ -679,6 +733,7 @@ class ExperienceBuffer:
         q_embed: Any = None,
         hybrid_embed: Any = None,
         k: int | None = None,
+        where: Condition | None = None,
         exclude: ArrayLike | Iterable[int] = (),
     ) -> SearchBatch:
         """Find the k most similar experiences for each of n queries.
@@ -688,6 +743,7 @@ class ExperienceBuffer:
             q_embed: (n, q_dim)
             hybrid_embed: (n, dim) instead of both.
             k: As for `search_index`.
+            where: As for `search_index`.
             exclude: As for `search_index`, for all queries.
 
         Returns:
@@ -697,7 +753,16 @@ class ExperienceBuffer:
         session = self._live()
         session.refresh()
         k = self._checked_k(k)
-        ids, similarities = self._search(session, v_embed, q_embed, hybrid_embed, k, exclude, 2)
+        intake = session.intake()
+        if intake is None:  # nothing was ever added
+            given = next((x for x in (v_embed, q_embed, hybrid_embed) if x is not None), ())
+            ids, similarities = np.empty((len(given), 0), np.int64), np.empty((len(given), 0))
+        else:
+            queries = intake.query(v_embed, q_embed, hybrid_embed, rank=2)
+            ids, similarities = self._search(session, queries, k, where, exclude)
+        missing = ((0, 0), (0, k - ids.shape[1]))
+        ids = np.pad(ids, missing, constant_values=-1)
+        similarities = np.pad(similarities.astype(np.float32), missing, constant_values=-np.inf)
         prefix, lsn = session.uuid[:8].hex(), session.replica.state.lsn
         receipts = [
             Receipt.new(prefix, lsn, tuple(id_ for id_ in row if id_ >= 0)) for row in ids.tolist()
@@ -712,35 +777,36 @@ class ExperienceBuffer:
         return int(k)
 
     def _search(
-        self, session: Session, v: Any, q: Any, hybrid: Any, k: int, exclude: Any, rank: int
+        self,
+        session: Session,
+        queries: NDArray[np.float32],
+        k: int,
+        where: Condition | None,
+        exclude: ArrayLike | Iterable[int],
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        intake = session.intake()
-        if intake is None:  # nothing was ever added
-            m = 1
-            for value in (v, q, hybrid):
-                if value is not None and rank == 2:
-                    m = len(value)
-            return np.full((m, k), -1, np.int64), np.full((m, k), -np.inf, np.float32)
-        queries = intake.query(v, q, hybrid, rank=rank)
-        replica = session.replica
-        with replica.lock:
-            view, count = replica.tiers.view(), replica.state.count
-        left_out = as_ids(exclude)
-        wanted = min(k + len(left_out), max(count, 1))
-        ids, similarities = search(view, intake.metric, queries, wanted)
+        """Ids and similarities, (m, up to k), of what is live, padded with -1 and -inf."""
+        replica, left_out = session.replica, as_ids(exclude)
+        for _ in range(_SEARCH_TRIES):
+            with replica.lock:
+                state = replica.state
+                view, count, metric = replica.tiers.view(), state.count, replica.tiers.metric
+                allowed = None
+                if where is not None:
+                    slots = matching_slots(where, state, session.config.sampling)
+                    allowed = state.id[slots]
+                    count = len(allowed)
+            wanted = min(k + len(left_out), max(count, 1))
+            ids, similarities = search(view, metric, queries, wanted, allowed)
+            with replica.lock:  # the last filter: what is live now
+                gone = replica.state.find(ids.reshape(-1)).reshape(ids.shape) < 0
+            if not (gone & (ids >= 0)).any():
+                break  # else something was removed meanwhile, and others may take its place
         if len(left_out):
-            similarities = np.where(np.isin(ids, left_out), -np.inf, similarities)
-        with replica.lock:  # the last filter: what is live now
-            gone = replica.state.find(ids.reshape(-1)).reshape(ids.shape) < 0
-        similarities = np.where(gone | (ids < 0), -np.inf, similarities)
+            gone |= np.isin(ids, left_out)
+        similarities = np.where(gone, np.float32(-np.inf), similarities)
         order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
-        ids = np.take_along_axis(ids, order, 1)
         similarities = np.take_along_axis(similarities, order, 1)
-        ids = np.where(np.isneginf(similarities), -1, ids)
-        if ids.shape[1] < k:
-            pad = ((0, 0), (0, k - ids.shape[1]))
-            ids = np.pad(ids, pad, constant_values=-1)
-            similarities = np.pad(similarities, pad, constant_values=-np.inf)
+        ids = np.where(np.isneginf(similarities), -1, np.take_along_axis(ids, order, 1))
         return ids, similarities
 
     # ------------------------------------------------------------ sampling
@@ -751,6 +817,7 @@ class ExperienceBuffer:
         *,
         beta: float | None = None,
         rng: np.random.Generator | None = None,
+        where: Condition | None = None,
         replace: bool = True,
         uniform: bool = False,
     ) -> SampleBatch:
@@ -764,7 +831,8 @@ class ExperienceBuffer:
             batch_size: At least 1.
             beta: In [0, 1]; 0 turns the correction off. Default: the configured value.
             rng: A stream of the caller's; default: the buffer's own (see `seed` of `open`).
-            replace: False: no experience twice.
+            where: Draw only from what meets a condition on columns; see `search_index`.
+            replace: False: no experience twice. Not together with `where`.
             uniform: Without regard to priorities.
 
         Returns:
@@ -772,13 +840,16 @@ class ExperienceBuffer:
             experiences.
 
         Raises:
-            NotEnoughExperiences: The buffer is empty, or too small for `replace=False`.
+            NotEnoughExperiences: The buffer is empty, or too small for `replace=False`, or nothing
+                meets the condition.
             InvalidExperience: batch_size < 1, or beta is out of bounds.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
             raise InvalidExperience(f"batch_size must be an integer, not {batch_size!r}")
         if batch_size < 1:
             raise InvalidExperience(f"batch_size must be at least 1, not {batch_size}")
+        if (where is not None) + uniform + (not replace) > 1:
+            raise InvalidExperience("where, uniform=True and replace=False exclude each other")
         session = self._live()
         beta = session.config.sampling.beta if beta is None else number(beta, "beta", 0.0, 1.0)
         session.refresh()
@@ -790,6 +861,8 @@ class ExperienceBuffer:
                 stream = self._rng if rng is None else rng
                 if uniform and replace:
                     draw = sampler.uniform(int(batch_size), rng=stream)
+                elif uniform:
+                    draw = _uniform_without_replacement(state, int(batch_size), stream)
                 elif not replace:
                     draw = sampler.draw_without_replacement(int(batch_size), rng=stream)
                 else:
@@ -823,7 +896,7 @@ class ExperienceBuffer:
         Returns:
             The LSN it stands for.
         """
-        return self._live().upkeep.snapshot()
+        return self._writer().upkeep.snapshot()
 
     def rebuild_index(self) -> bool:
         """Build the index now, in this process; searches go on meanwhile.
@@ -831,7 +904,7 @@ class ExperienceBuffer:
         Returns:
             False if there is nothing to build, or another builder is at it.
         """
-        return self._live().upkeep.build_index()
+        return self._writer().upkeep.build_index()
 
     def stats(self) -> dict[str, Any]:
         """Facts worth showing, JSON-like."""
@@ -907,6 +980,54 @@ def _unpickled(arguments: dict[str, Any], uuid: bytes) -> ExperienceBuffer:
     return ExperienceBuffer(_open_session(complete, registry), complete)
 
 
+def _first_intake(session: Session, v: Any, q: Any, *, rank: int) -> Intake:
+    """Checks the first experiences as if the buffer had their dimensions.
+
+    Only when they are found good are their dimensions logged as the buffer's.
+    """
+    if v is None and q is None:
+        raise InvalidExperience("an experience needs v_embed, q_embed, or both")
+    settings = session.replica.state.settings
+    dims = []
+    for name, dim, value in (("v_embed", settings["v_dim"], v), ("q_embed", settings["q_dim"], q)):
+        if dim is None and value is not None:
+            dim = as_vectors(value, name, rank=rank, dim=None).shape[-1]
+        dims.append(int(dim or 0))
+    try:
+        return Intake(
+            v_dim=dims[0],
+            q_dim=dims[1],
+            metric=str(settings["metric"]),
+            fusion=session.fusion,
+            scorer=session.scorer,
+            max_experience_bytes=session.config.max_experience_bytes,
+            max_commit_bytes=session.config.max_commit_bytes,
+        )
+    except ValueError as exc:
+        raise ConfigError(str(exc), key="fusion") from exc
+
+
+def _draft_many(intake: Intake, experiences: Any, priorities: Any) -> Draft:
+    if isinstance(experiences, Mapping):
+        return intake.columns(experiences, priorities)
+    return intake.many(experiences, priorities)
+
+
+def _never_issued(id_: int, next_id: int) -> UnknownExperienceError:
+    return UnknownExperienceError(
+        f"id {id_} was never issued; ids so far are below {next_id}", id=id_
+    )
+
+
+def _uniform_without_replacement(state: State, n: int, rng: np.random.Generator) -> Draw:
+    if n > state.count:
+        raise NotEnoughExperiences(
+            f"{n} different experiences were asked for, the buffer holds {state.count}"
+        )
+    slots = rng.choice(state.live_slots(), n, replace=False)
+    return Draw(slots, np.full(n, 1.0 / state.count))
+
+
 def _credits(credit: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     n = len(ids)
     if credit is None:
@@ -917,7 +1038,9 @@ def _credits(credit: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         values = np.full(n, number(credit, "credit", 0.0, 1.0))
     else:
         array = codec.to_numpy(credit)
-        items = array.tolist() if array is not None else list(credit)
+        if array is not None:
+            array = np.broadcast_to(array, (n,)) if array.ndim == 0 else array
+        items = listed(credit, "credit") if array is None else array.tolist()
         if len(items) != n:
             raise InvalidExperience(f"{len(items)} credits for {n} experiences")
         values = np.array([number(x, "credit", 0.0, 1.0) for x in items])

@@ -35,7 +35,8 @@ _dot: Callable[[_Float, _Float], _Float] = getattr(np, "vecdot", _einsum_dot)
 
 def squared_norms(vectors: _Float) -> _Float:
     """(n,) squared lengths of (n, dim) vectors, as `exact_search` takes them for "l2"."""
-    return _dot(vectors, vectors)
+    with np.errstate(over="ignore"):
+        return _dot(vectors, vectors)
 
 
 def exact_search(
@@ -93,18 +94,19 @@ def exact_search(
         squared = squared_norms(vectors)
     for first in range(0, len(queries), _BATCH):
         batch = queries[first : first + _BATCH]
-        parts = [
-            _search_block(
-                vectors[start:stop],
-                None if squared is None else squared[start:stop],
-                batch,
-                k,
-                metric,
-                None if chosen is None else chosen[start:stop],
-                start + offset,
-            )
-            for start, stop in _blocks(len(vectors), len(batch))
-        ]
+        with np.errstate(over="ignore", invalid="ignore"):  # vectors of 1e19 and more
+            parts = [
+                _search_block(
+                    vectors[start:stop],
+                    None if squared is None else squared[start:stop],
+                    batch,
+                    k,
+                    metric,
+                    None if chosen is None else chosen[start:stop],
+                    start + offset,
+                )
+                for start, stop in _blocks(len(vectors), len(batch))
+            ]
         for i in range(len(batch)):
             _merge([part[i] for part in parts], rows[first + i], similarities[first + i])
     return rows, similarities
@@ -231,7 +233,7 @@ def _at_least(scores: _Float, k: int) -> _Rows:
     if k >= len(scores):
         return np.arange(len(scores), dtype=np.int64)
     kth = np.partition(scores, len(scores) - k)[len(scores) - k]
-    return cast(_Rows, np.flatnonzero(scores >= kth))
+    return cast(_Rows, np.flatnonzero(~(scores < kth)))  # negated: what overflowed to NaN stays in
 
 
 def _near(
@@ -256,7 +258,7 @@ def _near(
         np.copyto(upper, np.float32(np.inf), where=~allowed)
     if k < len(upper):
         kth: Any = np.partition(upper, k - 1)[k - 1]
-        inside = distance - error <= kth
+        inside = ~(distance - error > kth)  # negated: what overflowed to NaN stays in
     else:
         inside = np.ones(len(upper), np.bool_)
     if allowed is not None:

