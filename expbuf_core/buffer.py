@@ -299,7 +299,7 @@ class ExperienceBuffer:
         session.refresh()
         with session.replica.lock:
             state = session.replica.state
-            return 0 <= id_ < state.next_id and state.find_one(int(id_)) >= 0
+            return bool(0 <= id_ < state.next_id) and state.find_one(int(id_)) >= 0
 
     def ids(self) -> NDArray[np.int64]:
         """(n,) int64, oldest first."""
@@ -704,12 +704,8 @@ class ExperienceBuffer:
         session = self._live()
         session.refresh()
         k = self._checked_k(k)
-        intake = session.intake()
-        if intake is None:  # nothing was ever added
-            ids, similarities = np.empty((1, 0), np.int64), np.empty((1, 0), np.float32)
-        else:
-            queries = intake.query(v_embed, q_embed, hybrid_embed, rank=1)
-            ids, similarities = self._search(session, queries, k, where, exclude)
+        queries = _queries(session, v_embed, q_embed, hybrid_embed, rank=1)
+        ids, similarities = self._search(session, queries, k, where, exclude)
         found = ids[0] >= 0
         chosen = self._pinned(ids[0][found], missing="skip")
         values = similarities[0][found]
@@ -753,16 +749,11 @@ class ExperienceBuffer:
         session = self._live()
         session.refresh()
         k = self._checked_k(k)
-        intake = session.intake()
-        if intake is None:  # nothing was ever added
-            given = next((x for x in (v_embed, q_embed, hybrid_embed) if x is not None), ())
-            ids, similarities = np.empty((len(given), 0), np.int64), np.empty((len(given), 0))
-        else:
-            queries = intake.query(v_embed, q_embed, hybrid_embed, rank=2)
-            ids, similarities = self._search(session, queries, k, where, exclude)
+        queries = _queries(session, v_embed, q_embed, hybrid_embed, rank=2)
+        ids, similarities = self._search(session, queries, k, where, exclude)
         missing = ((0, 0), (0, k - ids.shape[1]))
         ids = np.pad(ids, missing, constant_values=-1)
-        similarities = np.pad(similarities.astype(np.float32), missing, constant_values=-np.inf)
+        similarities = np.pad(similarities, missing, constant_values=-np.inf)
         prefix, lsn = session.uuid[:8].hex(), session.replica.state.lsn
         receipts = [
             Receipt.new(prefix, lsn, tuple(id_ for id_ in row if id_ >= 0)) for row in ids.tolist()
@@ -831,8 +822,9 @@ class ExperienceBuffer:
             batch_size: At least 1.
             beta: In [0, 1]; 0 turns the correction off. Default: the configured value.
             rng: A stream of the caller's; default: the buffer's own (see `seed` of `open`).
-            where: Draw only from what meets a condition on columns; see `search_index`.
-            replace: False: no experience twice. Not together with `where`.
+            where: Draw only from what meets a condition on columns; see `search_index`. Goes
+                neither with `replace=False` nor with `uniform`.
+            replace: False: no experience twice.
             uniform: Without regard to priorities.
 
         Returns:
@@ -848,8 +840,8 @@ class ExperienceBuffer:
             raise InvalidExperience(f"batch_size must be an integer, not {batch_size!r}")
         if batch_size < 1:
             raise InvalidExperience(f"batch_size must be at least 1, not {batch_size}")
-        if (where is not None) + uniform + (not replace) > 1:
-            raise InvalidExperience("where, uniform=True and replace=False exclude each other")
+        if where is not None and (uniform or not replace):
+            raise InvalidExperience("where goes neither with uniform=True nor with replace=False")
         session = self._live()
         beta = session.config.sampling.beta if beta is None else number(beta, "beta", 0.0, 1.0)
         session.refresh()
@@ -859,7 +851,12 @@ class ExperienceBuffer:
                 if state.count == 0:
                     raise NotEnoughExperiences("the buffer is empty: nothing can be sampled")
                 stream = self._rng if rng is None else rng
-                if uniform and replace:
+                n, lsn = state.count, state.lsn
+                if where is not None:
+                    slots = matching_slots(where, state, session.config.sampling)
+                    n = len(slots)
+                    draw = sampler.draw_where(slots, int(batch_size), rng=stream)
+                elif uniform and replace:
                     draw = sampler.uniform(int(batch_size), rng=stream)
                 elif uniform:
                     draw = _uniform_without_replacement(state, int(batch_size), stream)
@@ -867,7 +864,6 @@ class ExperienceBuffer:
                     draw = sampler.draw_without_replacement(int(batch_size), rng=stream)
                 else:
                     draw = sampler.draw(int(batch_size), rng=stream)
-                n, lsn = state.count, state.lsn
                 chosen = PinnedExperiences(state.id[draw.slots], draw.slots, state)
             try:
                 chosen.pin(session.adapter.pin(chosen.ids, chosen.locations, chosen.lengths))
@@ -1013,6 +1009,18 @@ def _draft_many(intake: Intake, experiences: Any, priorities: Any) -> Draft:
     return intake.many(experiences, priorities)
 
 
+def _nothing_found(
+    v: Any, q: Any, hybrid: Any, *, rank: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Ids and similarities, (m, 0), from a buffer that has no dimensions yet."""
+    m = 1
+    for name, value in (("v_embed", v), ("q_embed", q), ("hybrid_embed", hybrid)):
+        if value is not None:
+            vectors = as_vectors(value, name, rank=rank, dim=None)
+            m = len(vectors) if rank == 2 else 1
+    return np.empty((m, 0), np.int64), np.empty((m, 0), np.float32)
+
+
 def _never_issued(id_: int, next_id: int) -> UnknownExperienceError:
     return UnknownExperienceError(
         f"id {id_} was never issued; ids so far are below {next_id}", id=id_
@@ -1026,6 +1034,18 @@ def _uniform_without_replacement(state: State, n: int, rng: np.random.Generator)
         )
     slots = rng.choice(state.live_slots(), n, replace=False)
     return Draw(slots, np.full(n, 1.0 / state.count))
+
+
+def _queries(session: Session, v: Any, q: Any, hybrid: Any, *, rank: int) -> NDArray[np.float32]:
+    """Fused query vectors (m, dim), checked as far as the buffer knows what it holds."""
+    intake = session.intake()
+    if intake is not None:
+        return intake.query(v, q, hybrid, rank=rank)
+    named = (("v_embed", v), ("q_embed", q), ("hybrid_embed", hybrid))
+    given = [as_vectors(x, name, rank=rank, dim=None) for name, x in named if x is not None]
+    if not given:
+        raise InvalidExperience("a search needs v_embed, q_embed or hybrid_embed")
+    return np.empty((1 if rank == 1 else len(given[0]), 0), np.float32)
 
 
 def _credits(credit: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:

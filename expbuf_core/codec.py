@@ -22,7 +22,7 @@ from expbuf_core.errors import CorruptionError, FormatVersionError, InvalidExper
 from expbuf_core.frames import ROW_HEADER_BYTES
 
 # Kinds of operations; also the names that the event `expbuf_on_committed` uses.
-SETTINGS, ADD, REMOVE, PRIORITY, REWARD, OUTCOME, CLEAR, RESERVE, RELOG = range(1, 10)
+SETTINGS, ADD, REMOVE, PRIORITY, REWARD, OUTCOME, CLEAR, RESERVE, RELOG, CARRY = range(1, 11)
 KIND_NAMES = {
     SETTINGS: "settings",
     ADD: "add",
@@ -33,6 +33,7 @@ KIND_NAMES = {
     CLEAR: "clear",
     RESERVE: "reserve",
     RELOG: "relog",
+    CARRY: "carry",
 }
 
 UNDECODABLE = (
@@ -367,6 +368,67 @@ def decode_add(data: Buffer) -> AddBody:
         labels = load_json(memoryview(data)[at : at + size])
         at += size
     return AddBody(timestamp, reward, confidence, priority, vectors, labels)
+
+
+_RELOG = struct.Struct("<III4x")  # n, dim, bytes of the labels
+RELOG_COLUMNS: dict[str, Any] = {
+    "id": np.int64,
+    "sequence": np.int64,
+    "timestamp": np.float64,
+    "reward": np.float64,
+    "confidence": np.float32,
+    "priority": np.float32,
+    "retrieval_count": np.uint32,
+    "success_count": np.float32,
+    "flags": np.uint8,
+}
+
+
+class RelogBody(NamedTuple):
+    """n experiences that were logged before, with all their columns.
+
+    In the buffer that they are from, only their place changes; in another one they are added as
+    they are.
+
+    Attributes:
+        columns: (n,) each, by the names in `RELOG_COLUMNS`; ids rise.
+        vectors: (n, dim) float32; dim 0 where they only move.
+        labels: {"tags": n lists, "rewards": named components by id}, or None.
+    """
+
+    columns: dict[str, NDArray[Any]]
+    vectors: NDArray[np.float32]
+    labels: dict[str, Any] | None
+
+
+def encode_relog(body: RelogBody) -> bytes:
+    """Encode the body of a relog."""
+    n, dim = body.vectors.shape
+    text = b"" if body.labels is None else dump_json(body.labels)
+    columns = [body.columns[name].astype(kind).tobytes() for name, kind in RELOG_COLUMNS.items()]
+    return b"".join((_RELOG.pack(n, dim, len(text)), *columns, body.vectors.tobytes(), text))
+
+
+def decode_relog(data: Buffer) -> RelogBody:
+    """The inverse of `encode_relog`."""
+    n, dim, text_len = _RELOG.unpack_from(data)
+    at = _RELOG.size
+    columns = {}
+    for name, kind in RELOG_COLUMNS.items():
+        columns[name] = np.frombuffer(data, kind, n, at)
+        at += columns[name].nbytes
+    if at + 4 * n * dim + text_len > len(data):
+        raise ValueError("a relog whose vectors exceed its body")
+    # After n bytes of flags nothing is aligned; a copy is.
+    vectors = np.frombuffer(bytes(memoryview(data)[at : at + 4 * n * dim]), np.float32)
+    at += 4 * n * dim
+    labels = load_json(memoryview(data)[at : at + text_len]) if text_len else None
+    return RelogBody(columns, vectors.reshape(n, dim), labels)
+
+
+def encode_carry(facts: Mapping[str, Any]) -> Operation:
+    """What a buffer takes over from another besides experiences: receipts, numbers."""
+    return _operation(CARRY, dump_json(facts))
 
 
 _COUNT = struct.Struct("<I4x")

@@ -147,7 +147,7 @@ class Replica:
             if metric != tiers.metric:
                 self.tiers = tiers = IndexTiers(metric)
         if change.added is not None and change.vectors is not None:
-            tiers.add(change.added[0], change.vectors)
+            tiers.add(change.added, change.vectors)
         if change.cleared:
             tiers.clear()
         elif change.removed is not None:
@@ -187,7 +187,7 @@ class Replica:
         self.tiers.segments = kept.segments
         self.tiers.lsn, self.tiers.generation = kept.lsn, kept.generation
         self.tiers.end_id = kept.end_id
-        self.tiers.add_ids(ids[order], vectors[order])
+        self.tiers.append(ids[order], vectors[order])
         return len(missing)
 
     def _fused(self, ids: NDArray[np.int64], refuse: Refuse) -> Iterator[NDArray[np.float32]]:

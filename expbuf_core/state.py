@@ -46,7 +46,7 @@ class Change(NamedTuple):
 
     Attributes:
         applied: Experiences it applied to.
-        added: (first, end) ids that it added, or None.
+        added: (n,) ids that it added, rising, or None.
         vectors: (n, dim) of the added ones, or None.
         removed: (n,) ids that it removed or evicted, or None; those just added may be among them.
         evicted: How many of them for lack of room.
@@ -56,7 +56,7 @@ class Change(NamedTuple):
     """
 
     applied: int = 0
-    added: tuple[int, int] | None = None
+    added: NDArray[np.int64] | None = None
     vectors: NDArray[np.float32] | None = None
     removed: NDArray[np.int64] | None = None
     evicted: int = 0
@@ -258,12 +258,62 @@ class State:
             touched = np.concatenate([touched, dropped])
         return Change(
             n,
-            added=(first, first + n),
+            added=np.arange(first, first + n),
             vectors=body.vectors,
             removed=removed,
             evicted=0 if removed is None else len(removed),
             touched=touched,
         )
+
+    def _relog(self, operation: LoggedOperation) -> Change:
+        body = codec.decode_relog(operation.body)
+        ids = body.columns["id"]
+        n = len(ids)
+        if n != len(operation.lengths) or (n > 1 and bool((np.diff(ids) <= 0).any())):
+            raise ValueError(f"{n} experiences with {len(operation.lengths)} payloads")
+        ends = np.cumsum(operation.lengths, dtype=np.int64)
+        locations = operation.location + ends - operation.lengths
+        slots = self.find(ids)
+        here = slots >= 0
+        self.location[slots[here]] = locations[here]
+        self.length[slots[here]] = operation.lengths[here]
+        new = np.flatnonzero(ids >= self.next_id)  # others were removed or evicted meanwhile
+        if not len(new):
+            return Change(int(here.sum()))
+        removed = self._make_room(len(new), int(self.settings["max_size"]))
+        at = np.arange(self.tail, self.tail + len(new)) & (self.capacity - 1)
+        for name in codec.RELOG_COLUMNS:
+            getattr(self, name)[at] = body.columns[name][new]
+        self.location[at], self.length[at] = locations[new], operation.lengths[new]
+        labels = body.labels or {}
+        self.tags[at] = self._tag_column(labels, n)[new]
+        for id_, named in labels.get("rewards", {}).items():
+            self.rewards[int(id_)] = {str(name): float(x) for name, x in named.items()}
+        self.live[at] = True
+        self.tail += len(new)
+        self.count += len(new)
+        self.next_id = int(ids[-1]) + 1
+        self.total_added = max(self.total_added, int(self.sequence[at[-1]]) + 1)
+        touched, dropped = at, self._take_dropped()
+        if dropped is not None:
+            touched = np.concatenate([touched, dropped])
+        return Change(
+            n,
+            added=ids[new],
+            vectors=body.vectors[new],
+            removed=removed,
+            evicted=0 if removed is None else len(removed),
+            touched=touched,
+        )
+
+    def _carry(self, operation: LoggedOperation) -> Change:
+        facts = codec.load_json(operation.body)
+        self.next_id = max(self.next_id, int(facts["next_id"]))
+        self.total_added = max(self.total_added, int(facts["total_added"]))
+        for receipt, lsn in facts["receipts"]:
+            self.receipts[bytes.fromhex(receipt)] = int(lsn)
+        self.receipts_horizon = max(self.receipts_horizon, int(facts["receipts_horizon"]))
+        return Change()
 
     def _tag_column(self, labels: Mapping[str, Any], n: int) -> NDArray[np.int32]:
         codes = np.zeros(n, np.int32)
@@ -406,6 +456,8 @@ class State:
         codec.CLEAR: _clear,
         codec.SETTINGS: _set,
         codec.RESERVE: _reserve,
+        codec.RELOG: _relog,
+        codec.CARRY: _carry,
     }
 
     # ------------------------------------------------------------ snapshots

@@ -58,15 +58,13 @@ class IndexTiers:
         """Live rows in the tail."""
         return self._rows - self._dead
 
-    def add(self, first_id: int, vectors: NDArray[np.float32]) -> None:
-        """Append vectors of consecutive ids."""
-        n = len(vectors)
-        if first_id + n <= self.end_id:
-            return  # a segment has them
-        self.add_ids(np.arange(first_id, first_id + n), vectors)
+    def add(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
+        """Append vectors of rising ids, unless the segments have them."""
+        if ids[-1] >= self.end_id:
+            self.append(ids, vectors)
 
-    def add_ids(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
-        """Append vectors of rising ids, all above those that are here."""
+    def append(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
+        """Append vectors of rising ids, all above those that are in the tail."""
         n, rows = len(ids), self._rows
         if rows + n > len(self._ids):
             self._reserve(n, vectors.shape[1])

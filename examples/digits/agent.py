@@ -24,9 +24,9 @@ DIM = 128
 NUMBER_OF = {answer: number for number, answer in enumerate(ANSWERS)}
 
 MEMORY: dict[str, Any] = {
-    # An experience is similar when image AND question are. `weighted_concat` makes the inner product
-    # exactly 0.7 times the one similarity plus 0.3 times the other; in the cosine of a
-    # `weighted_sum` the weights count squared, and the question is nearly drowned out.
+    # Only an experience with a similar image AND a similar question helps. `weighted_concat` makes
+    # the similarity exactly 0.7 times the one plus 0.3 times the other; in the cosine of a
+    # `weighted_sum` the weights count squared, so that the question is nearly drowned out.
     "fusion": {"backend": "weighted_concat"},
     "embedding": {"visual_dim": DIM, "question_dim": DIM},
     "max_size": 10_000,
@@ -224,7 +224,10 @@ class Agent:
         self.memory.update_priorities(batch.ids, surprise)
 
     def relive(self) -> int:
-        """Rebuild a lost network from the experiences: as many steps as were taken with them.
+        """Rebuild a lost network from the experiences.
+
+        In the order in which they were made, each followed by as much replay of the earlier ones as
+        at the time: learnt all at once, from the first step on, they make a clearly worse network.
 
         Returns:
             How many experiences there were.
@@ -235,11 +238,16 @@ class Agent:
         v = np.array([experience.v_embed for experience in experiences], dtype=np.float32)
         q = np.array([experience.q_embed for experience in experiences], dtype=np.float32)
         said, reward = _verdicts(experiences)
-        rng = np.random.default_rng(len(experiences))
         weight = np.ones(self.batch_size, dtype=np.float32)
-        for _ in range(len(experiences) * self.steps):
-            drawn = rng.integers(len(experiences), size=self.batch_size)
-            self.network.learn(v[drawn], q[drawn], said[drawn], reward[drawn], weight)
+        rng = np.random.default_rng(len(experiences))
+        for newest in range(len(experiences)):
+            batches = [np.array([newest])]
+            if self._replay and newest >= self.batch_size:
+                batches += list(rng.integers(newest + 1, size=(self.steps, self.batch_size)))
+            for drawn in batches:
+                self.network.learn(
+                    v[drawn], q[drawn], said[drawn], reward[drawn], weight[: len(drawn)]
+                )
         return len(experiences)
 
 

@@ -47,8 +47,8 @@ class Ledger:
             self._judging = event
         elif kind == "judged" and self._judging is not None:
             self.entries[self._judging["id"]].reward = 1.0 if event["right"] else -1.0
-            credits = zip(self._judging["neighbours"], self._judging["credit"], strict=True)
-            for id, credit in credits:
+            neighbours = zip(self._judging["neighbours"], self._judging["credit"], strict=True)
+            for id, credit in neighbours:
                 self.entries[id].retrieved += 1
                 self.entries[id].succeeded += credit
             self.outcomes += bool(self._judging["neighbours"])

@@ -1,4 +1,4 @@
-"""What the demo prints: a progress bar, a table, and words; plain lines where there is no terminal."""
+"""What the demo prints: progress, tables and words; plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 _TERMINAL = sys.stdout.isatty()
 _COLOURS = _TERMINAL and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-_BLOCKS = " ▏▎▍▌▋▊▉█" if "utf" in (sys.stdout.encoding or "").lower() else " #"
+_UTF = "utf" in (sys.stdout.encoding or "").lower()
+_BLOCKS = " ▏▎▍▌▋▊▉█" if _UTF else " #"
+_RULE = "─" if _UTF else "-"
 
 
 def style(text: str, codes: str) -> str:
@@ -24,6 +26,10 @@ def bold(text: str) -> str:
 
 def dim(text: str) -> str:
     return style(text, "2")
+
+
+def red(text: str) -> str:
+    return style(text, "1;31")
 
 
 def say(text: str = "") -> None:
@@ -45,24 +51,24 @@ class Bar:
         self._began = self._drawn = time.monotonic()
         self._quarter = 4 * done // self._total
 
-    def update(self, done: int, note: str = "") -> None:
-        """Show how far it is, and a note."""
+    def update(self, done: int, note: Callable[[], str]) -> None:
+        """Show how far it is, and a note, which is only asked for when it is shown."""
         now = time.monotonic()
         if _TERMINAL:
             if now - self._drawn >= 0.05 or done >= self._total:
                 self._drawn = now
-                self._draw(done, note)
+                self._draw(done, note())
         elif 4 * done // self._total > self._quarter:
             self._quarter = 4 * done // self._total
-            say(self._line(done, note))
+            say(self._line(done, note()))
 
-    def finish(self, done: int, note: str = "") -> None:
+    def finish(self, done: int, note: Callable[[], str]) -> None:
         """Show the last state and leave it there."""
         if _TERMINAL:
-            self._draw(done, note)
+            self._draw(done, note())
             say()
         elif done < self._total:
-            say(self._line(done, note))
+            say(self._line(done, note()))
 
     def _line(self, done: int, note: str) -> str:
         return f"  {self._label:<13} {done:>5}/{self._total}  {note}"
@@ -87,7 +93,7 @@ class Bar:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; the first column is words, the others are numbers. An empty row is a rule."""
     widths = [max(len(row[i]) for row in (header, *rows) if row) for i in range(len(header))]
-    rule = dim("  " + "─" * (sum(widths) + 3 * (len(widths) - 1)))
+    rule = dim("  " + _RULE * (sum(widths) + 3 * (len(widths) - 1)))
 
     def line(cells: Sequence[str]) -> str:
         first = cells[0].ljust(widths[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -98,9 +99,15 @@ class Question:
 
 
 class World:
-    """A stream of questions, the same for the same seed; and who knows the answers."""
+    """A stream of questions, and who knows the answers.
+
+    Args:
+        seed: The same seed, the same stream.
+        questions: Length; None: every scan once.
+    """
 
     def __init__(self, seed: int, questions: int | None = None) -> None:
+        self.seed = seed
         self._images, self._digits = load_scans()
         rng = np.random.default_rng(seed)
         self._order = rng.permutation(len(self._digits))[:questions]
@@ -126,6 +133,7 @@ class World:
         return tuple(int(np.flatnonzero(self._kinds == kind)[-1]) for kind in set(self._kinds))
 
 
+@cache
 def load_scans() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The 1797 scans, (n, 8, 8) float32 in [0, 1], and what they show, (n,) int64."""
     from sklearn.datasets import load_digits  # takes a second to import

@@ -151,11 +151,15 @@ def _none(_: object) -> list[int]:
     return []
 
 
-def set_fault(fs: FaultyFileSystem, rng: random.Random) -> None:
-    """Let something fail soon."""
+def _may_fail() -> contextlib.AbstractContextManager[None]:
+    return contextlib.suppress(StorageError)
+
+
+def set_fault(fs: FaultyFileSystem, rng: random.Random, *, drop: bool) -> None:
+    """Let something fail soon; `drop`: a failed sync may lose at once what it was to save."""
     match rng.randrange(5):
         case 0:
-            fs.fail_sync(rng.choice((1, 1, 2)), drop=rng.random() < 0.5)
+            fs.fail_sync(rng.choice((1, 1, 2)), drop=drop and rng.random() < 0.5)
         case 1:
             fs.fail_write(rng.choice((1, 1, 2, 3)), partial=rng.random())
         case 2:
@@ -228,15 +232,19 @@ class Story:
                 ack.start(step)
                 kind = "open" if step == 0 else self._kind(rng)
                 if kind in ("open", "reopen"):
+                    in_order = True
                     if fs is not None and buffer is not None and rng.random() < 0.3:
-                        set_fault(fs, rng)
+                        set_fault(fs, rng, drop=self.durability == "sync")
+                        in_order = False
                     if buffer is not None:
-                        with contextlib.suppress(StorageError):
+                        with contextlib.nullcontext() if in_order else _may_fail():
                             buffer.close()
                     if fs is not None:
                         fs.clear()
                     buffer = open_buffer(folder, fs or recorder, durability=self.durability)
                     self.durable_steps.append(step)
+                    if not in_order:
+                        self._settle_failures(step, state_of(buffer))
                 else:
                     assert buffer is not None
                     self._step(buffer, fs, rng, step, kind)
@@ -253,6 +261,14 @@ class Story:
                 buffer.close()
             forget_locks(folder)
 
+    def _settle_failures(self, step: int, found: State) -> None:
+        """After a close that failed, recovery decides what becomes of a step that failed."""
+        for failed, state in self.failed.items():
+            unchanged = set(self.states[failed : step + 1]) == {self.states[failed]}
+            if unchanged and with_future_ids(found, self.states[failed]) == state:
+                self.states[-1] = found
+                self.highest[-1] = max([self.highest[-1], *(item.id for item in found)])
+
     def _step(
         self,
         buffer: ExperienceBuffer,
@@ -264,7 +280,7 @@ class Story:
         before = self.states[step]
         call, effect, new = self._plan(buffer, rng, kind, [entry.id for entry in before])
         if fs is not None and rng.random() < 0.3:
-            set_fault(fs, rng)
+            set_fault(fs, rng, drop=self.durability == "sync")
         after = Model(before)
         try:
             ids = call()

@@ -1,0 +1,659 @@
+"""Bad input: a clear error, and nothing is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from module_helpers import (
+    CONFIG,
+    DIM,
+    OpenBuffer,
+    add_all,
+    answers,
+    columns,
+    expected,
+    experience,
+    find,
+    finds,
+    unchanged,
+    vector,
+)
+
+from expbuf_core import (
+    ConfigError,
+    CorruptionError,
+    DimensionError,
+    Experience,
+    ExperienceBuffer,
+    ExpbufError,
+    HostInfo,
+    InvalidExperience,
+    NotEnoughExperiences,
+    PersistenceProvider,
+    PluginNotFound,
+    ReadOnlyBuffer,
+    StorageError,
+    UnknownExperienceError,
+    hookimpl,
+)
+from expbuf_core.plugins import default_registry
+from expbuf_core.results import Receipt
+
+NAN, INF = float("nan"), float("inf")
+BAD_NUMBERS = [NAN, INF, -INF, "0.5", None, True, np.True_, [], {}, object(), 1j, 10**400]
+
+
+@pytest.fixture(scope="module")
+def buffer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExperienceBuffer]:
+    """Holds three experiences at first. What is refused leaves no trace, so all tests share it."""
+    folder = tmp_path_factory.mktemp("bad_input") / "memory"
+    limits = {"max_experience_bytes": 4096, "max_commit_bytes": 100_000}
+    with ExperienceBuffer.open(folder, config=CONFIG, **limits) as made:
+        add_all(made, range(3))
+        yield made
+
+
+def broken(at: int, value: float) -> np.ndarray[Any, np.dtype[np.float32]]:
+    array = vector(1)
+    array[at] = value
+    return array
+
+
+# ---------------------------------------------------------------- embeddings
+
+BAD_EMBEDDINGS: list[tuple[Any, str]] = [
+    (vector(1, DIM + 1), f"dimension {DIM + 1}, but this buffer holds .* {DIM}"),
+    (vector(1, DIM - 1), f"dimension {DIM - 1}, but this buffer holds .* {DIM}"),
+    (vector(1)[None], r"give v_embed\[0\]"),
+    (np.stack([vector(1), vector(2)]), "add_many or search_many"),
+    (vector(1).reshape(1, 1, DIM), r"expected shape \(dim,\)"),
+    (np.float32(1), r"expected shape \(dim,\)"),
+    (1.5, "expected an array of numbers, found a float"),
+    (np.empty(0, np.float32), "dimension 0|empty"),
+    (broken(2, NAN), "nan at position 2"),
+    (broken(0, INF), "inf at position 0"),
+    (broken(5, -INF), "-inf at position 5"),
+    (np.full(DIM, 1e39), "finite in float32"),
+    (np.full(DIM, 1j), "expected real numbers"),
+    (np.array(["a"] * DIM), "expected real numbers"),
+    (np.array([object()] * DIM), "expected real numbers"),
+    (["a"] * DIM, "not an array of numbers"),
+    ([[1.0], [1.0, 2.0]], "not an array of numbers"),
+    ("vector", "found a str"),
+    (b"vector", "found a bytes"),
+    ({"a": 1}, "found a dict"),
+    (object(), "found a object"),
+    (None, "missing"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_EMBEDDINGS)
+def test_a_bad_embedding(buffer: ExperienceBuffer, bad: Any, message: str) -> None:
+    with unchanged(buffer):
+        with pytest.raises(InvalidExperience, match=message):
+            buffer.add(experience(9, v_embed=bad))
+        with pytest.raises(InvalidExperience):
+            buffer.add_many([experience(8), experience(9, v_embed=bad), experience(10)])
+        with pytest.raises(InvalidExperience):
+            buffer.add_many([experience(8), experience(9, q_embed=bad)])
+
+
+@pytest.mark.parametrize(("bad", "_message"), BAD_EMBEDDINGS)
+def test_a_bad_first_embedding_decides_nothing(
+    open_buffer: Any, bad: Any, _message: str
+) -> None:
+    """What is refused must not fix the dimensions of a new buffer."""
+    buffer = open_buffer.memory()
+    wrong_dimension = isinstance(bad, np.ndarray) and bad.shape in ((DIM + 1,), (DIM - 1,))
+    if bad is None or wrong_dimension:
+        pytest.skip("a good first embedding, in a buffer that has no dimension yet")
+    with unchanged(buffer), pytest.raises(InvalidExperience):
+        buffer.add(experience(9, v_embed=bad))
+    with unchanged(buffer), pytest.raises(InvalidExperience):
+        buffer.add_many([experience(9, v_embed=bad)])
+    buffer.add(Experience(v_embed=vector(1, 3), q_embed=vector(2, 3)))
+    assert buffer.stats()["settings"]["v_dim"] == 3
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"confidence": 2.0},
+        {"answer": object()},
+        {"rewards": NAN},
+        {"q_embed": vector(1, 4)},  # weighted_sum needs equal dimensions
+        {"v_embed": None, "q_embed": None},
+        {"metadata": {"x": "y" * 20_000}},
+    ],
+)
+def test_a_bad_first_experience_decides_nothing(
+    open_buffer: OpenBuffer, bad: dict[str, Any]
+) -> None:
+    buffer = open_buffer(max_experience_bytes=4096)
+    with unchanged(buffer):
+        with pytest.raises((InvalidExperience, ConfigError)):
+            buffer.add(experience(1, **bad))
+        with pytest.raises((InvalidExperience, ConfigError)):
+            buffer.add_many([experience(1, **bad)])
+    buffer.add(Experience(v_embed=vector(1, 3), q_embed=vector(2, 3)))
+    assert len(buffer) == 1
+
+
+def test_dimension_errors_carry_the_facts(buffer: ExperienceBuffer) -> None:
+    with pytest.raises(DimensionError) as caught:
+        buffer.add(experience(1, v_embed=vector(1, DIM + 2)))
+    assert caught.value.expected == DIM
+    assert caught.value.found == (DIM + 2,)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_a_part_that_the_buffer_lacks(open_buffer: OpenBuffer) -> None:
+    buffer = open_buffer()
+    buffer.add(Experience(v_embed=vector(1)))
+    with unchanged(buffer):
+        with pytest.raises(InvalidExperience, match="created without it"):
+            buffer.add(experience(1))
+        with pytest.raises(InvalidExperience, match="created without it"):
+            buffer.search_index(q_embed=vector(1))
+        with pytest.raises(InvalidExperience, match="missing"):
+            buffer.add(Experience(q_embed=vector(1)))
+    assert buffer.search_index(v_embed=vector(1), k=1)[0].similarity == pytest.approx(1)
+
+
+def test_zeros_are_no_error(buffer: ExperienceBuffer) -> None:
+    id_ = buffer.add(experience(9, v_embed=np.zeros(DIM), q_embed=np.zeros(DIM)))
+    assert id_ in find(buffer, 1, k=10).ids
+
+
+# ---------------------------------------------------------------- other fields
+
+BAD_FIELDS: list[Any] = [
+    *[("confidence", bad) for bad in (*BAD_NUMBERS, -0.01, 1.01, np.float64(1.5))],
+    *[("timestamp", bad) for bad in BAD_NUMBERS if bad is not None],
+    *[("rewards", bad) for bad in BAD_NUMBERS if bad not in (None, {})],
+    *[("rewards", {"a": bad}) for bad in BAD_NUMBERS],
+    ("rewards", {1: 1.0}),
+    ("rewards", {"a": 1e308, "b": 1e308}),
+    ("rewards", 1e300),
+    ("question", None),
+    ("question", 7),
+    ("question", b"bytes"),
+    ("answer", object()),
+    ("answer", {1: "a key that is no string"}),
+    ("answer", {"a": {"b": object()}}),
+    ("answer", [set()]),
+    ("answer", 1j),
+    ("answer", np.array([object()])),
+    ("answer", np.zeros(2, [("a", "i4"), ("b", "f4")])),
+    pytest.param("answer", 10**5000, id="answer-huge"),
+    ("trajectory", lambda: None),
+    ("metadata", [1]),
+    ("metadata", "text"),
+    ("probabilities", [0.5, 0.6]),
+    ("probabilities", [1.5, -0.5]),
+    ("probabilities", [NAN, 1.0]),
+    ("probabilities", []),
+    ("probabilities", [[0.5, 0.5]]),
+    ("probabilities", "0.5"),
+    ("tags", "one"),
+    ("tags", [1]),
+    ("tags", 7),
+    ("image", 7),
+    ("image", ["a"]),
+    ("key", 7),
+    ("key", b"k"),
+    ("id", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "bad"), BAD_FIELDS)
+def test_a_bad_field(buffer: ExperienceBuffer, name: str, bad: Any) -> None:
+    with unchanged(buffer):
+        with pytest.raises(InvalidExperience, match=name if name != "id" else "has id 0"):
+            buffer.add(experience(9, **{name: bad}))
+        with pytest.raises(InvalidExperience):
+            buffer.add_many([experience(8), experience(9, **{name: bad})])
+        if name != "id" and not (name == "question" and bad is None):
+            with pytest.raises(InvalidExperience):
+                buffer.add_many({**columns(range(2)), name: [bad, bad]})
+
+
+def test_it_goes_on_after_bad_input(open_buffer: OpenBuffer) -> None:
+    buffer = open_buffer()
+    first = buffer.add(experience(0))
+    for bad in ({"confidence": NAN}, {"v_embed": broken(0, NAN)}, {"answer": object()}):
+        with pytest.raises(InvalidExperience):
+            buffer.add(experience(1, **bad))
+    assert buffer.add(experience(1)) == first + 1
+    assert finds(buffer, 1)
+
+
+def test_too_deep(buffer: ExperienceBuffer) -> None:
+    deep: Any = None
+    for _ in range(5000):
+        deep = [deep]
+    with unchanged(buffer), pytest.raises(InvalidExperience, match="answer: nested deeper"):
+        buffer.add(experience(9, answer=deep))
+    loop: list[Any] = []
+    loop.append(loop)
+    with unchanged(buffer), pytest.raises(InvalidExperience, match="nested deeper"):
+        buffer.add(experience(9, answer=loop))
+
+
+@pytest.mark.parametrize("bad", [*BAD_NUMBERS[:3], -1.0, -1e-9, "high", True, 1e39])
+def test_a_bad_priority(buffer: ExperienceBuffer, bad: Any) -> None:
+    with unchanged(buffer):
+        with pytest.raises(InvalidExperience, match="priorit"):
+            buffer.add(experience(9), priority=bad)
+        with pytest.raises(InvalidExperience, match="priorit"):
+            buffer.add_many([experience(8), experience(9)], priorities=[1.0, bad])
+        with pytest.raises(InvalidExperience, match="priorit"):
+            buffer.add_many(columns(range(2)), priorities=[bad, None])
+        with pytest.raises(InvalidExperience, match="priorit"):
+            buffer.update_priorities([0], [bad])
+
+
+@pytest.mark.parametrize("bad", [[1.0], [1.0, 2.0, 3.0], 1.0, np.ones((2, 1))])
+def test_as_many_priorities_as_experiences(buffer: ExperienceBuffer, bad: Any) -> None:
+    with unchanged(buffer):
+        with pytest.raises(InvalidExperience, match="priorit"):
+            buffer.add_many([experience(8), experience(9)], priorities=bad)
+        with pytest.raises(InvalidExperience, match="priorit"):
+            buffer.update_priorities([0, 1], bad)
+
+
+def test_an_experience_over_its_limit(buffer: ExperienceBuffer) -> None:
+    with unchanged(buffer):
+        with pytest.raises(InvalidExperience, match=r"max_experience_bytes is 4,096"):
+            buffer.add(experience(9, trajectory=b"x" * 5000))
+        with pytest.raises(InvalidExperience, match="experience 1 takes"):
+            buffer.add_many([experience(8), experience(9, trajectory="x" * 5000)])
+        with pytest.raises(InvalidExperience, match="experience 1 takes"):
+            buffer.add_many({**columns(range(2)), "trajectory": ["", "x" * 5000]})
+        with pytest.raises(InvalidExperience, match=r"max_commit_bytes .* several parts"):
+            buffer.add_many([experience(i, trajectory="x" * 3000) for i in range(60)])
+
+
+@pytest.mark.parametrize("bad", [None, 7, "experience", {"v_embed": 1}, vector(1)])
+def test_what_is_no_experience(buffer: ExperienceBuffer, bad: Any) -> None:
+    with unchanged(buffer):
+        with pytest.raises(InvalidExperience, match="expected an Experience"):
+            buffer.add(bad)
+        with pytest.raises(InvalidExperience):
+            buffer.add_many(bad)
+        with pytest.raises(InvalidExperience):
+            buffer.add_many([experience(1), bad])
+
+
+def test_one_experience_is_not_several(buffer: ExperienceBuffer) -> None:
+    with unchanged(buffer), pytest.raises(InvalidExperience, match="give one to add"):
+        buffer.add_many(experience(1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"colour": ["red"] * 2}, "unknown columns: 'colour'; known: v_embed"),
+        ({"confidence": [0.5]}, "confidence"),
+        ({"confidence": [0.5, 1.5]}, r"\[0, 1\]"),
+        ({"confidence": 0.5}, "confidence"),
+        ({"confidence": np.array([True, False])}, "confidence"),
+        ({"answer": ["only one"]}, "expected 2 entries, found 1"),
+        ({"answer": "ab"}, "answer"),
+        ({"answer": 7}, "answer"),
+        ({"answer": np.float64(7)}, "answer"),
+        ({"timestamp": [NAN, 1.0]}, "timestamp"),
+        ({"rewards": [INF, 1.0]}, "rewards"),
+        ({"rewards": np.array([INF, 1.0])}, "rewards"),
+        ({"rewards": {"a": [1.0]}}, "rewards"),
+        ({"tags": ["ab", "cd"]}, "tags"),
+        ({"v_embed": np.ones((3, DIM))}, "entries|has 2"),
+        ({"v_embed": np.ones(DIM)}, r"give v_embed\[None\]"),
+        ({"v_embed": 3.0}, "v_embed|columns"),
+        ({"v_embed": np.full((2, DIM), NAN)}, r"position \(0, 0\)"),
+        ({"v_embed": None}, "missing"),
+    ],
+)
+def test_bad_columns(buffer: ExperienceBuffer, bad: dict[str, Any], message: str) -> None:
+    with unchanged(buffer), pytest.raises(InvalidExperience, match=message):
+        buffer.add_many({**columns(range(2)), **bad})
+
+
+def test_columns_without_embeddings(open_buffer: OpenBuffer) -> None:
+    buffer = open_buffer()
+    for bad in ({}, {"answer": ["a"]}, {"v_embed": None}):
+        with unchanged(buffer), pytest.raises(InvalidExperience, match="needs v_embed"):
+            buffer.add_many(bad)
+
+
+# ---------------------------------------------------------------- ids, outcomes, rewards
+
+BAD_IDS: list[Any] = [None, 1.5, [0, 1.5], "0", ["0"], [None], [True], True, object(), [[0], [1, 2]]]
+
+
+@pytest.mark.parametrize("bad", BAD_IDS)
+def test_what_is_no_id(buffer: ExperienceBuffer, bad: Any) -> None:
+    with unchanged(buffer):
+        for use in (
+            lambda: buffer.remove(bad),
+            lambda: buffer.update_priorities(bad, [1.0]),
+            lambda: buffer.update_rewards(bad, [1.0]),
+            lambda: buffer.record_outcome(bad, success=True),
+            lambda: buffer.add_to_index(bad),
+            lambda: find(buffer, 1, exclude=bad),
+        ):
+            with pytest.raises((InvalidExperience, ValueError)):
+                use()
+
+
+@pytest.mark.parametrize("bad", [None, 1.5, "0", True, [0]])
+def test_get_takes_one_id(buffer: ExperienceBuffer, bad: Any) -> None:
+    with pytest.raises(InvalidExperience, match="an id is an integer"):
+        buffer.get(bad)
+
+
+@pytest.mark.parametrize("never", [1_000_000, -1, 2**62])
+def test_an_id_that_was_never_issued(buffer: ExperienceBuffer, never: int) -> None:
+    with unchanged(buffer):
+        for use in (
+            lambda: buffer.remove([0, never]),
+            lambda: buffer.update_priorities([0, never], [1.0, 2.0]),
+            lambda: buffer.update_rewards([0, never], [1.0, 2.0]),
+            lambda: buffer.record_outcome([0, never], success=True),
+            lambda: buffer.add_to_index([never]),
+            lambda: buffer.get(never),
+        ):
+            with pytest.raises(UnknownExperienceError, match=f"id {never} was never issued") as e:
+                use()
+            assert e.value.id == never
+            assert isinstance(e.value, KeyError)
+
+
+@pytest.mark.parametrize("bad", [*BAD_NUMBERS, 1e300, {"a": NAN}])
+def test_a_bad_reward(buffer: ExperienceBuffer, bad: Any) -> None:
+    if bad == {}:
+        pytest.skip("no components: a reward of 0")
+    with unchanged(buffer), pytest.raises(InvalidExperience, match="reward"):
+        buffer.update_rewards([0, 1], [0.5, bad])
+
+
+@pytest.mark.parametrize("bad", [[1.0], [1.0, 2.0, 3.0], 1.0, np.float64(1), None])
+def test_as_many_rewards_as_ids(buffer: ExperienceBuffer, bad: Any) -> None:
+    with unchanged(buffer), pytest.raises(InvalidExperience, match="rewards"):
+        buffer.update_rewards([0, 1], bad)
+
+
+@pytest.mark.parametrize("bad", [NAN, -0.1, 1.1, True, "all", [0.5], [0.5, 0.5, 2], object(), {0: 2}])
+def test_a_bad_credit(buffer: ExperienceBuffer, bad: Any) -> None:
+    with unchanged(buffer), pytest.raises(InvalidExperience, match="credit"):
+        buffer.record_outcome([0, 1, 2], success=True, credit=bad)
+    receipt = find(buffer, 1, k=3).receipt
+    with unchanged(buffer), pytest.raises(InvalidExperience, match="credit"):
+        buffer.record_outcome(receipt, success=True, credit=bad)
+    assert buffer.record_outcome(receipt, success=True) == 3
+
+
+def test_what_is_no_receipt_of_this_buffer(buffer: ExperienceBuffer, open_buffer: Any) -> None:
+    receipt = find(buffer, 1, k=2).receipt
+    text = str(receipt)
+    other = open_buffer.memory()
+    add_all(other, range(3))
+    foreign = find(other, 1, k=2).receipt
+    with unchanged(buffer):
+        for bad in ("", "no receipt", text[:-1], text.replace(".", ";"), "x" + text, text[:-9]):
+            with pytest.raises(InvalidExperience, match="not a receipt"):
+                buffer.record_outcome(bad, success=True)
+        for bad in (foreign, str(foreign)):
+            with pytest.raises(InvalidExperience, match="another buffer"):
+                buffer.record_outcome(bad, success=True)
+        unknown = Receipt(receipt.buffer, receipt.token, receipt.lsn, (0, 1_000_000))
+        with pytest.raises(UnknownExperienceError):
+            buffer.record_outcome(unknown, success=True)
+    assert buffer.record_outcome(text, success=True) == 2
+
+
+# ---------------------------------------------------------------- searches and samples
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.0, "3", True, NAN])
+def test_k_is_at_least_1(buffer: ExperienceBuffer, bad: Any) -> None:
+    with pytest.raises(InvalidExperience, match="k must be an integer of at least 1"):
+        find(buffer, 1, k=bad)
+    with pytest.raises(InvalidExperience, match="k must be"):
+        buffer.search_many(v_embed=np.ones((2, DIM)), q_embed=np.ones((2, DIM)), k=bad)
+
+
+@pytest.mark.parametrize(("bad", "_message"), BAD_EMBEDDINGS)
+def test_a_bad_query(buffer: ExperienceBuffer, bad: Any, _message: str) -> None:
+    if bad is None:
+        pytest.skip("a part may be left out of a query")
+    with pytest.raises(InvalidExperience):
+        buffer.search_index(v_embed=bad, q_embed=vector(1))
+    with pytest.raises(InvalidExperience):
+        buffer.search_index(hybrid_embed=bad)
+
+
+def test_queries_that_make_no_sense(buffer: ExperienceBuffer) -> None:
+    one, two = np.ones((1, DIM)), np.ones((2, DIM))
+    with pytest.raises(InvalidExperience, match="needs v_embed, q_embed or hybrid_embed"):
+        buffer.search_index()
+    with pytest.raises(InvalidExperience, match="either hybrid_embed, or"):
+        buffer.search_index(v_embed=one[0], hybrid_embed=one[0])
+    with pytest.raises(DimensionError, match=r"v_embed\[0\]"):
+        buffer.search_index(v_embed=one, q_embed=one[0])
+    with pytest.raises(DimensionError, match=r"v_embed\[None\]"):
+        buffer.search_many(v_embed=one[0])
+    with pytest.raises(DimensionError, match="holds 1 queries"):
+        buffer.search_many(v_embed=one, q_embed=two)
+    with pytest.raises(DimensionError):
+        buffer.search_many(hybrid_embed=np.ones((2, DIM + 1)))
+
+
+def test_a_bad_query_of_a_buffer_without_experiences(open_buffer: OpenBuffer) -> None:
+    buffer = open_buffer()
+    for bad in (np.full(DIM, NAN), vector(1)[None], "text"):
+        with pytest.raises(InvalidExperience):
+            buffer.search_index(v_embed=bad)
+    with pytest.raises(InvalidExperience):
+        buffer.search_many(v_embed=1.5)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "3", True, None])
+def test_a_batch_holds_at_least_one(buffer: ExperienceBuffer, bad: Any) -> None:
+    with pytest.raises(InvalidExperience, match="batch_size"):
+        buffer.sample(bad)
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, NAN, "1", True])
+def test_beta_has_bounds(buffer: ExperienceBuffer, bad: Any) -> None:
+    with pytest.raises(InvalidExperience, match="beta"):
+        buffer.sample(2, beta=bad)
+
+
+def test_a_sample_needs_enough(buffer: ExperienceBuffer, open_buffer: Any) -> None:
+    for uniform in (False, True):
+        with pytest.raises(NotEnoughExperiences, match="4 different"):
+            buffer.sample(4, replace=False, uniform=uniform)
+        with pytest.raises(NotEnoughExperiences, match="empty"):
+            open_buffer.memory().sample(1, uniform=uniform)
+
+
+# ---------------------------------------------------------------- folders and settings
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for mode in ("a", "x", "r"):
+        with pytest.raises(StorageError, match="is a file; a buffer is a folder"):
+            ExperienceBuffer.open(file, config=CONFIG, mode=mode)
+        with pytest.raises(StorageError):
+            ExperienceBuffer.open(file / "below", config=CONFIG, mode=mode)
+    with pytest.raises(StorageError):
+        ExperienceBuffer.load_from_disk(file)
+    assert tree(tmp_path) == {"file": b"mine"}
+
+
+def test_a_folder_that_is_no_buffer(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / "data").mkdir()
+    for mode in ("a", "x"):
+        with pytest.raises(StorageError, match=r"holds other files \(data, thesis.tex\)"):
+            ExperienceBuffer.open(tmp_path, config=CONFIG, mode=mode)
+    with pytest.raises(StorageError, match="is no buffer"):
+        ExperienceBuffer.open(tmp_path, config=CONFIG, mode="r")
+    with pytest.raises(StorageError, match="is no buffer"):
+        ExperienceBuffer.load_from_disk(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["data", "thesis.tex"]
+
+
+def test_a_buffer_without_its_identity(open_buffer: OpenBuffer, folder: Path) -> None:
+    with open_buffer() as buffer:
+        add_all(buffer, range(3))
+        buffer.save_snapshot()
+    (folder / "expbuf.json").unlink()
+    before = tree(folder)
+    with pytest.raises(CorruptionError, match=r"expbuf.json is missing"):
+        open_buffer()
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\xff\xfe", b'{"format": 1, "uuid": "00"}'])
+def test_a_damaged_identity(open_buffer: OpenBuffer, folder: Path, damage: bytes) -> None:
+    with open_buffer() as buffer:
+        add_all(buffer, range(3))
+    (folder / "expbuf.json").write_bytes(damage)
+    before = tree(folder)
+    with pytest.raises(CorruptionError, match=r"expbuf\.json") as caught:
+        open_buffer()
+    assert caught.value.path == str(folder / "expbuf.json")
+    assert tree(folder) == before
+
+
+CONFLICTS: list[tuple[dict[str, Any], str]] = [
+    ({"embedding": {"visual_dim": DIM + 1}}, "embedding.visual_dim"),
+    ({"embedding": {"question_dim": DIM + 1}}, "embedding.question_dim"),
+    ({"embedding": {"visual_dim": 0}}, "embedding.visual_dim"),
+    ({"embedding": {"metric": "l2"}}, "embedding.metric"),
+    ({"fusion": "weighted_concat"}, "fusion"),
+    ({"fusion": {"weighted_sum": {"visual_weight": 0.5}}}, "fusion"),
+]
+
+
+@pytest.mark.parametrize(("conflict", "key"), CONFLICTS)
+@pytest.mark.parametrize("mode", ["a", "r"])
+def test_a_buffer_of_another_kind(
+    open_buffer: OpenBuffer, conflict: dict[str, Any], key: str, mode: str
+) -> None:
+    with open_buffer() as buffer:
+        add_all(buffer, range(3))
+        lsn = buffer.lsn
+    with pytest.raises(ConfigError, match="was created with") as caught:
+        open_buffer(mode=mode, **conflict)
+    assert caught.value.key == key
+    with open_buffer() as again:
+        assert again.lsn == lsn
+        assert answers(again) == expected(range(3))
+
+
+def test_another_storage_backend_names_the_way(open_buffer: OpenBuffer, folder: Path) -> None:
+    class Other:
+        """Offers the file backend under another name."""
+
+        @hookimpl
+        def expbuf_register_persistence(self, host: HostInfo) -> list[PersistenceProvider]:
+            file: Any = default_registry().get("persistence", "file")
+            return [dataclasses.replace(file, name="other")]
+
+    with open_buffer() as buffer:
+        add_all(buffer, range(2))
+    for mode in ("a", "r"):
+        with pytest.raises(ConfigError, match=f"expbuf migrate {folder} TARGET"):
+            open_buffer(mode=mode, persistence="other", plugins=[Other()])
+    with open_buffer() as again:
+        assert finds(again, 1)
+
+
+def test_backends_that_are_not_installed(open_buffer: OpenBuffer, folder: Path) -> None:
+    with pytest.raises(PluginNotFound, match="Did you mean 'file'"):
+        open_buffer(persistence="flie")
+    with pytest.raises(PluginNotFound):
+        open_buffer(fusion="magic")
+    assert not (folder / "expbuf.json").exists()
+
+
+def test_bad_settings_change_nothing(open_buffer: OpenBuffer, folder: Path) -> None:
+    for bad in ({"max_size": 0}, {"durability": "maybe"}, {"max_sice": 3}, {"max_size": True}):
+        with pytest.raises(ConfigError):
+            open_buffer(**bad)
+    assert not folder.exists()
+
+
+def test_a_fusion_that_does_not_fit_the_dimensions(open_buffer: OpenBuffer) -> None:
+    buffer = open_buffer()
+    with unchanged(buffer), pytest.raises(ConfigError, match="weighted_concat"):
+        buffer.add(Experience(v_embed=vector(1, 3), q_embed=vector(1, 5)))
+    buffer.add(Experience(v_embed=vector(1, 4), q_embed=vector(1, 4)))
+
+
+# ---------------------------------------------------------------- read-only
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_reader_writes_nothing(
+    open_buffer: OpenBuffer, folder: Path, live: bool, filled: bool
+) -> None:
+    writer = open_buffer()
+    ids = add_all(writer, range(3)) if filled else []
+    receipt = find(writer, 1, k=2).receipt if filled else None
+    if not live:
+        writer.close()
+    before = tree(folder)
+    reader = open_buffer(mode="r")
+    uses: list[Any] = [
+        lambda: reader.add(experience(9)),
+        lambda: reader.add_many([experience(9)]),
+        lambda: reader.add_many(columns(range(2))),
+        lambda: reader.submit(experience(9)).result(timeout=30),
+        lambda: reader.remove(ids),
+        lambda: reader.clear(),
+        lambda: reader.update_priorities(ids, [1.0] * len(ids)),
+        lambda: reader.update_rewards(ids, [1.0] * len(ids)),
+        lambda: reader.record_outcome(receipt or ids, success=True),
+        lambda: reader.sync(),
+        lambda: reader.save_snapshot(),
+        lambda: reader.rebuild_index(),
+    ]
+    for use in uses:
+        with pytest.raises(ReadOnlyBuffer, match="mode 'a'") as caught:
+            use()
+        assert isinstance(caught.value, PermissionError)
+    assert answers(reader) == expected(range(len(ids)))
+    assert reader.stats()["experiences"] == len(ids)
+    reader.close()
+    if not live:
+        assert tree(folder) == before
+
+
+def test_every_error_is_an_expbuf_error() -> None:
+    import expbuf_core
+
+    for name in expbuf_core.__all__:
+        value = getattr(expbuf_core, name)
+        if isinstance(value, type) and issubclass(value, Exception):
+            assert issubclass(value, ExpbufError), name
