@@ -496,6 +496,16 @@ class PersistenceAdapter(ABC):
             live_locations: (n,) their locations.
         """
 
+    def survivors(
+        self, live_locations: NDArray[np.int64], lengths: NDArray[np.uint32]
+    ) -> NDArray[np.bool_]:
+        """Which live payloads alone keep mostly dead storage from being deleted.
+
+        The core logs them again as an ordinary operation, so that the next `drop_below` can free
+        what they lay in. Default: none.
+        """
+        return np.zeros(len(live_locations), bool)
+
     @abstractmethod
     def verify(self, until_lsn: int) -> Iterator[Problem]:
         """Check every byte that is stored, without changing any.

@@ -16,18 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expbuf_core import control as c
 from expbuf_core import folder, indexing, snapshots
 from expbuf_core.config_schema import BufferConfig
 from expbuf_core.errors import ExpbufError
 from expbuf_core.locks import holder
+from expbuf_core.relog import relog_draft
 
 if TYPE_CHECKING:
     from expbuf_core.session import Session
 
 _log = logging.getLogger("expbuf")
 _RETRY_S = 1.0  # pause after a failure, so that a full disk is not met at every commit
+_RELOG_ROWS = 256  # moved in one commit
 _MEMORY_OPERATIONS = 10_000  # kept of a buffer in memory before the dead ones are dropped
 CLOSING_OPERATIONS = 10_000  # so many behind the newest snapshot make one worth while at closing
 
@@ -234,10 +237,13 @@ class Upkeep:
             if if_due and not self.snapshot_is_due():
                 return session.control.words[c.SNAPSHOT_LSN]
             session.commit_log.sync()
-            session.commit_log.switch()
-            session.commit_log.sync()
-            session.refresh()
-            lsn = self._write_snapshot()
+            words = session.control.words
+            lsn = words[c.SNAPSHOT_LSN]
+            if words[c.APPENDED] > lsn:
+                session.commit_log.switch()
+                session.commit_log.sync()
+                session.refresh()
+                lsn = self._write_snapshot()
             self._drop_logs()
         return lsn
 
@@ -266,11 +272,32 @@ class Upkeep:
         oldest = snapshots.drop_old(session.path, session.fs)
         if len(snapshots.available(session.path)) < snapshots.KEPT:
             return  # one snapshot alone is no reason to trust it with everything
+        ids, locations, lengths = self._live_payloads()
+        session.adapter.drop_below(oldest, ids, locations)
+        moving = ids[session.adapter.survivors(locations, lengths)]
+        for start in range(0, len(moving), _RELOG_ROWS):
+            self._move(moving[start : start + _RELOG_ROWS])
+
+    def _live_payloads(
+        self,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]]:
+        replica = self._session.replica
+        with replica.lock:
+            state = replica.state
+            slots = state.live_slots()
+            return state.id[slots], state.location[slots], state.length[slots]
+
+    def _move(self, ids: NDArray[np.int64]) -> None:
+        """Log the last few experiences of a mostly dead file again, so that it can go."""
+        session = self._session
         with session.replica.lock:
             state = session.replica.state
-            slots = state.live_slots()
-            ids, locations = state.id[slots], state.location[slots]
-        session.adapter.drop_below(oldest, ids, locations)
+            slots = state.find(ids)
+            ids, slots = ids[slots >= 0], slots[slots >= 0]
+            pin = session.adapter.pin(ids, state.location[slots], state.length[slots])
+            draft = relog_draft(state, ids, slots, pin, None)
+        if len(ids):
+            session.commit(draft)
 
 
 # ---------------------------------------------------------------- the builder's process

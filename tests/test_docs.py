@@ -270,16 +270,18 @@ def test_every_invariant_names_its_tests() -> None:
 
 def test_links_lead_somewhere() -> None:
     pages = [*PAGES, *ROOT.glob("*.md"), *ROOT.glob("plugins/*/*.md"), *ROOT.glob("docs/*/*.md")]
-    for page in pages:
+    broken = []
+    for page in dict.fromkeys(pages):
         prose = re.sub(r"^```.*?^```", "", text_of(page), flags=re.M | re.S)
         for target in re.findall(r"\]\(([^)\s]+)\)", prose):
             if re.match(r"[a-z]+:", target):
                 continue
             file, _, anchor = target.partition("#")
             path = (page.parent / file).resolve() if file else page
-            assert path.exists(), f"{page.relative_to(ROOT)}: {target}"
-            if anchor and path.suffix == ".md":
-                assert anchor in anchors(text_of(path)), f"{page.relative_to(ROOT)}: {target}"
+            known = path.exists() and (not anchor or anchor in anchors(text_of(path)))
+            if not known:
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not broken
 
 
 def anchors(text: str) -> set[str]:

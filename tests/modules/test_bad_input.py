@@ -166,7 +166,8 @@ def test_a_part_that_the_buffer_lacks(open_buffer: OpenBuffer) -> None:
     assert buffer.search_index(v_embed=vector(1), k=1)[0].similarity == pytest.approx(1)
 
 
-def test_zeros_are_no_error(buffer: ExperienceBuffer) -> None:
+def test_zeros_are_no_error(open_buffer: OpenBuffer) -> None:
+    buffer = open_buffer()
     id_ = buffer.add(experience(9, v_embed=np.zeros(DIM), q_embed=np.zeros(DIM)))
     assert id_ in find(buffer, 1, k=10).ids
 
@@ -393,7 +394,7 @@ def test_as_many_rewards_as_ids(buffer: ExperienceBuffer, bad: Any) -> None:
 def test_a_bad_credit(buffer: ExperienceBuffer, bad: Any) -> None:
     with unchanged(buffer), pytest.raises(InvalidExperience, match="credit"):
         buffer.record_outcome([0, 1, 2], success=True, credit=bad)
-    receipt = find(buffer, 1, k=3).receipt
+    receipt = find(buffer, 0, k=3).receipt
     with unchanged(buffer), pytest.raises(InvalidExperience, match="credit"):
         buffer.record_outcome(receipt, success=True, credit=bad)
     assert buffer.record_outcome(receipt, success=True) == 3

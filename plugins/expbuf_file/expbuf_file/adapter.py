@@ -40,6 +40,8 @@ from expbuf_file.writing import begin_frame, end_frame, lay_out, pages, repeated
 _FILE, _DATA_END, _INDEX_END, _SYNCED = 0, 1, 2, 3
 
 _ZEROS = bytes(1 << 20)
+_SPARSE = 0.25  # a sealed file with a smaller live share is emptied
+_MOVED_BYTES = 64 << 20  # at a time
 
 
 @dataclass
@@ -412,6 +414,23 @@ class FilePersistenceAdapter(PersistenceAdapter):
         for number in layout.numbers(self._folder, layout.DATA):
             if number < needed and number not in with_payloads:
                 self._logs.unlink(layout.DATA, number)
+
+    def survivors(
+        self, live_locations: NDArray[np.int64], lengths: NDArray[np.uint32]
+    ) -> NDArray[np.bool_]:
+        numbers = live_locations >> layout.OFFSET_BITS
+        moving = np.zeros(len(numbers), bool)
+        room = _MOVED_BYTES
+        for number in np.unique(numbers).tolist():
+            path = layout.path_of(self._folder, layout.DATA, number)
+            if number >= self._words[_FILE] or not path.exists():
+                continue
+            inside = numbers == number
+            live = int(lengths[inside].sum(dtype=np.int64))
+            if live < _SPARSE * path.stat().st_size and live <= room:
+                moving |= inside
+                room -= live
+        return moving
 
     def verify(self, until_lsn: int) -> Iterator[Problem]:
         try:

@@ -18,7 +18,15 @@ from expbuf_core.state import COLUMNS
 from expbuf_file import layout
 
 TEXT = (Path(__file__).parents[1] / "FORMAT.md").read_text(encoding="utf-8")
-TYPES = {"u16": "H", "u32": "I", "u64": "Q", "i64": "q", "8 bytes": "8s", "16 bytes": "16s"}
+TYPES = {
+    "u16": "H",
+    "u32": "I",
+    "u64": "Q",
+    "i64": "q",
+    "8 bytes": "8s",
+    "16 bytes": "16s",
+    "zeros": "4x",
+}
 COLUMN_TYPES = {
     "i64": np.int64,
     "i32": np.int32,
@@ -60,6 +68,7 @@ def test_every_structure_is_there() -> None:
         "expbuf_core.codec._CONTENT",
         "expbuf_core.codec._ADD",
         "expbuf_core.codec._OUTCOME",
+        "expbuf_core.codec._RELOG",
         "expbuf_core.snapshots._HEADER",
         "expbuf_core.segments._HEADER",
     }
@@ -73,6 +82,13 @@ def test_every_structure_is_there() -> None:
 def test_columns_of_a_snapshot() -> None:
     found = {name.strip("`"): COLUMN_TYPES[kind] for name, kind, _ in table_behind("columns")}
     assert list(found.items()) == list(COLUMNS.items())
+
+
+def test_columns_of_a_relog() -> None:
+    found = {
+        name.strip("`"): COLUMN_TYPES[kind.split(",")[0]] for name, kind in table_behind("relog")
+    }
+    assert list(found.items()) == list(codec.RELOG_COLUMNS.items())
 
 
 def test_words_of_the_control_page() -> None:
