@@ -1009,18 +1009,6 @@ def _draft_many(intake: Intake, experiences: Any, priorities: Any) -> Draft:
     return intake.many(experiences, priorities)
 
 
-def _nothing_found(
-    v: Any, q: Any, hybrid: Any, *, rank: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Ids and similarities, (m, 0), from a buffer that has no dimensions yet."""
-    m = 1
-    for name, value in (("v_embed", v), ("q_embed", q), ("hybrid_embed", hybrid)):
-        if value is not None:
-            vectors = as_vectors(value, name, rank=rank, dim=None)
-            m = len(vectors) if rank == 2 else 1
-    return np.empty((m, 0), np.int64), np.empty((m, 0), np.float32)
-
-
 def _never_issued(id_: int, next_id: int) -> UnknownExperienceError:
     return UnknownExperienceError(
         f"id {id_} was never issued; ids so far are below {next_id}", id=id_

@@ -140,11 +140,14 @@ FUTURE = 1 << 40
 """From here on stand ids that nobody knows yet."""
 
 
-def with_future_ids(state: State, known: State) -> State:
-    """The same, with `FUTURE`, `FUTURE + 1` and so on for ids that are not in `known`."""
-    ids = {entry.id for entry in known}
-    new = iter(range(FUTURE, 2 * FUTURE))
-    return tuple(item if item.id in ids else item._replace(id=next(new)) for item in state)
+def same_but_for_new_ids(one: State, other: State, known: State) -> bool:
+    """Whether two states are alike, whatever ids they give to what is not in `known`."""
+    ids = {item.id for item in known}
+
+    def bare(state: State) -> list[Entry]:
+        return [item if item.id in ids else item._replace(id=-1) for item in state]
+
+    return bare(one) == bare(other)
 
 
 def _none(_: object) -> list[int]:
@@ -264,8 +267,8 @@ class Story:
     def _settle_failures(self, step: int, found: State) -> None:
         """After a close that failed, recovery decides what becomes of a step that failed."""
         for failed, state in self.failed.items():
-            unchanged = set(self.states[failed : step + 1]) == {self.states[failed]}
-            if unchanged and with_future_ids(found, self.states[failed]) == state:
+            before = self.states[failed]
+            if self.states[step] == before and same_but_for_new_ids(found, state, before):
                 self.states[-1] = found
                 self.highest[-1] = max([self.highest[-1], *(item.id for item in found)])
 
@@ -418,23 +421,29 @@ class Story:
         for name in state.volatile:
             age_control(root / name, rebooted=state.rebooted)
 
-    def allowed(self, acknowledged: Sequence[int], started: Sequence[int]) -> list[State]:
-        """States that recovery may find."""
-        least = len(acknowledged)
-        if self.rebooted and self.durability != "sync":
-            sure = [step for step in self.durable_steps if step < least]
-            least = max(sure) + 1 if sure else 0
-        # states[i] is what stands before step i, so states[i + 1] is what step i made.
-        return self.states[least : len(started) + 1]
+    def least(self, acknowledged: Sequence[int]) -> int:
+        """How many steps must not be lost."""
+        if not self.rebooted or self.durability == "sync":
+            return len(acknowledged)
+        return max((step + 1 for step in self.durable_steps if step in acknowledged), default=0)
 
-    def undecided(self, acknowledged: Sequence[int], started: Sequence[int]) -> list[int]:
-        """Steps that failed and may nonetheless be found done: nothing was written since."""
-        return [
-            step
-            for step in self.failed
-            if step < len(started)
-            and set(self.states[step : len(acknowledged) + 1]) <= {self.states[step]}
-        ]
+    def right(self, found: State, acknowledged: Sequence[int], started: Sequence[int]) -> bool:
+        """Whether recovery may find this."""
+        # states[i] is what stands before step i, so states[i + 1] is what step i made.
+        least = self.least(acknowledged)
+        if found in self.states[least : len(started) + 1]:
+            return True
+        # A step that failed may be found done nonetheless, where nothing was written since.
+        return any(
+            self.states[step] == self.states[least]
+            and same_but_for_new_ids(found, state, self.states[step])
+            for step, state in self.failed.items()
+            if step < least
+        ) or any(
+            same_but_for_new_ids(found, state, self.states[step])
+            for step, state in self.failed.items()
+            if least <= step < len(started)
+        )
 
     def check(self, folder: Path, acknowledged: Sequence[int], started: Sequence[int]) -> None:
         """The oracle."""
@@ -448,14 +457,12 @@ class Story:
         if self.deep > 0 and folder.exists() and self.rng.random() < 0.04:
             copy = folder.with_name("copy")
             shutil.copytree(folder, copy)
-        allowed = self.allowed(acknowledged, started)
-        undecided = self.undecided(acknowledged, started)
         seen = self.highest[len(acknowledged)]
         with contextlib.closing(open_buffer(folder, durability=self.durability)) as buffer:
             found = state_of(buffer)
-            assert found in allowed or any(
-                with_future_ids(found, self.states[step]) == self.failed[step] for step in undecided
-            ), explain(found, allowed)
+            if not self.right(found, acknowledged, started):
+                least = self.least(acknowledged)
+                raise AssertionError(explain(found, self.states[least : len(started) + 1]))
             check_search(buffer, found)
             serial = 1_000_000 + len(self.states)
             new = buffer.add(experience(serial, 0.25, 10))

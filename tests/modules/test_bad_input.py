@@ -104,15 +104,10 @@ def test_a_bad_embedding(buffer: ExperienceBuffer, bad: Any, message: str) -> No
             buffer.add_many([experience(8), experience(9, q_embed=bad)])
 
 
-@pytest.mark.parametrize(("bad", "_message"), BAD_EMBEDDINGS)
-def test_a_bad_first_embedding_decides_nothing(
-    open_buffer: Any, bad: Any, _message: str
-) -> None:
+@pytest.mark.parametrize("bad", [bad for bad, _ in BAD_EMBEDDINGS[2:-1]])
+def test_a_bad_first_embedding_decides_nothing(open_buffer: Any, bad: Any) -> None:
     """What is refused must not fix the dimensions of a new buffer."""
     buffer = open_buffer.memory()
-    wrong_dimension = isinstance(bad, np.ndarray) and bad.shape in ((DIM + 1,), (DIM - 1,))
-    if bad is None or wrong_dimension:
-        pytest.skip("a good first embedding, in a buffer that has no dimension yet")
     with unchanged(buffer), pytest.raises(InvalidExperience):
         buffer.add(experience(9, v_embed=bad))
     with unchanged(buffer), pytest.raises(InvalidExperience):
@@ -376,10 +371,8 @@ def test_an_id_that_was_never_issued(buffer: ExperienceBuffer, never: int) -> No
             assert isinstance(e.value, KeyError)
 
 
-@pytest.mark.parametrize("bad", [*BAD_NUMBERS, 1e300, {"a": NAN}])
+@pytest.mark.parametrize("bad", [*(bad for bad in BAD_NUMBERS if bad != {}), 1e300, {"a": NAN}])
 def test_a_bad_reward(buffer: ExperienceBuffer, bad: Any) -> None:
-    if bad == {}:
-        pytest.skip("no components: a reward of 0")
     with unchanged(buffer), pytest.raises(InvalidExperience, match="reward"):
         buffer.update_rewards([0, 1], [0.5, bad])
 
@@ -430,10 +423,8 @@ def test_k_is_at_least_1(buffer: ExperienceBuffer, bad: Any) -> None:
         buffer.search_many(v_embed=np.ones((2, DIM)), q_embed=np.ones((2, DIM)), k=bad)
 
 
-@pytest.mark.parametrize(("bad", "_message"), BAD_EMBEDDINGS)
-def test_a_bad_query(buffer: ExperienceBuffer, bad: Any, _message: str) -> None:
-    if bad is None:
-        pytest.skip("a part may be left out of a query")
+@pytest.mark.parametrize("bad", [bad for bad, _ in BAD_EMBEDDINGS[:-1]])
+def test_a_bad_query(buffer: ExperienceBuffer, bad: Any) -> None:
     with pytest.raises(InvalidExperience):
         buffer.search_index(v_embed=bad, q_embed=vector(1))
     with pytest.raises(InvalidExperience):

@@ -82,7 +82,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
         for log in (layout.DATA, layout.INDEX):
             for number in layout.numbers(self._folder, log):
                 self._fs.unlink(layout.path_of(self._folder, log, number))
-        ends = self._logs.begin_file(1, lsn, previous=(0, 0, lsn - 1), durable=lsn - 1)
+        *ends, _ = self._logs.begin_file(1, lsn, previous=(0, 0, lsn - 1), durable=lsn - 1)
         self._set_end(1, *ends)
         self._words[_SYNCED] = 1
 
@@ -108,7 +108,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
         index_numbers = layout.numbers(self._folder, layout.INDEX)
         number = max([*numbers, *index_numbers, 0]) + 1
         previous = (state.number, state.end, recovered_lsn)
-        ends = self._logs.begin_file(number, lsn, previous=previous, durable=recovered_lsn)
+        *ends, _ = self._logs.begin_file(number, lsn, previous=previous, durable=recovered_lsn)
         # From here on the new file rules. What it leaves out goes: torn tails, unused files; and
         # index logs that may be torn (followers read the recovered data logs instead).
         for old in numbers:
@@ -178,6 +178,8 @@ class FilePersistenceAdapter(PersistenceAdapter):
     # ------------------------------------------------------------ writing
 
     def append(self, stamped: Sequence[Stamped], durable_lsn: int) -> list[Appended]:
+        if self._settings.commit == "rename":
+            return self._append_by_rename(stamped, durable_lsn)
         current = self._current()
         data_at, index_at = self._words[_DATA_END], self._words[_INDEX_END]
         data, index, places, data_end, index_end = lay_out(
@@ -198,6 +200,26 @@ class FilePersistenceAdapter(PersistenceAdapter):
         self._words[_DATA_END] = data_end
         self._words[_INDEX_END] = index_end
         return places
+
+    def _append_by_rename(self, stamped: Sequence[Stamped], durable_lsn: int) -> list[Appended]:
+        """Let a commit appear as a log file of its own, whole and durable or not at all."""
+        old, last = self._words[_FILE], stamped[-1].lsn
+        number = self._free_number()
+        data_end, index_end, places = self._logs.begin_file(
+            number,
+            last + 1,
+            previous=(old, self._words[_DATA_END], stamped[0].lsn - 1),
+            durable=durable_lsn,
+            again=stamped,
+            small=True,
+        )
+        self._end_index(old, stamped[0].lsn - 1, number)
+        self._set_end(number, data_end, index_end)
+        return places
+
+    def _free_number(self) -> int:
+        logs = (layout.DATA, layout.INDEX)
+        return max(n for log in logs for n in layout.numbers(self._folder, log)) + 1
 
     def _undo(self, fd: int, start: int, end: int, cause: StorageError) -> None:
         """Leave no trace of a failed append in the data log: zeros stood there before."""
@@ -285,6 +307,8 @@ class FilePersistenceAdapter(PersistenceAdapter):
 
     def needs_preparation(self) -> bool:
         current = self._writable
+        if self._settings.commit == "rename":
+            return False
         if current is None or current.followed or self._words[_DATA_END] < current.data_size // 2:
             return False
         following = layout.path_of(self._folder, layout.DATA, current.number + 1)
@@ -335,11 +359,8 @@ class FilePersistenceAdapter(PersistenceAdapter):
                 f"{self._folder}: the log was given up after a failed sync, and operations "
                 f"{last + 1} to {keep_lsn} cannot be read back"
             )
-        numbers = [
-            n for log in (layout.DATA, layout.INDEX) for n in layout.numbers(self._folder, log)
-        ]
-        number = max(numbers) + 1
-        ends = self._logs.begin_file(
+        number = self._free_number()
+        *ends, _ = self._logs.begin_file(
             number, next_lsn, previous=previous, durable=durable_lsn, again=again
         )
         self._end_index(old, keep_lsn, number)

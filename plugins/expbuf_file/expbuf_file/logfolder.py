@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from expbuf_core.contracts import Buffer, Stamped
+from expbuf_core.contracts import Appended, Buffer, Stamped
 from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_file import layout
 from expbuf_file.logfile import Begin, LogFile
@@ -172,7 +172,8 @@ class LogFolder:
         previous: tuple[int, int, int],
         durable: int,
         again: Sequence[Stamped] = (),
-    ) -> tuple[int, int]:
+        small: bool = False,
+    ) -> tuple[int, int, list[Appended]]:
         """Make a pair of log files that is in use from birth, and durable.
 
         Args:
@@ -180,25 +181,26 @@ class LogFolder:
             lsn: Of the next operation.
             previous: File, end offset and last LSN of the log that it continues.
             durable: Highest durable LSN.
-            again: Operations to repeat before that.
+            again: Operations that stand in it already.
+            small: Leave no room for more.
 
         Returns:
-            Where the data log and the index log go on.
+            Where the data log and the index log go on, and where the operations stand.
         """
         stamped = [begin_frame(again[0].lsn if again else lsn, previous)]
         if again:
             stamped += [*again, begin_frame(lsn, previous)]
         salt = secrets.token_bytes(16)
-        data, index, _, data_end, index_end = lay_out(
+        data, index, places, data_end, index_end = lay_out(
             stamped, number, salt, durable, layout.HEADER_BYTES, layout.HEADER_BYTES
         )
-        size = max(self.initial_bytes, data_end + layout.HEADER_BYTES)
-        index_size = max(size // 2, index_end) + INDEX_SLACK
+        size = max(0 if small else self.initial_bytes, data_end + layout.HEADER_BYTES)
+        index_size = max(size // 2, index_end) + (layout.HEADER_BYTES if small else INDEX_SLACK)
         suffix = str(os.getpid())
         index_tmp = self._make(layout.INDEX, number, pages(index_size), salt, index, suffix)
         data_tmp = self._make(layout.DATA, number, pages(size), salt, data, suffix)
         self.publish(number, index_tmp, data_tmp)
-        return data_end, index_end
+        return data_end, index_end, places[1 : 1 + len(again)]
 
     def publish(self, number: int, index_tmp: Path, data_tmp: Path) -> None:
         for log, temporary in ((layout.INDEX, index_tmp), (layout.DATA, data_tmp)):

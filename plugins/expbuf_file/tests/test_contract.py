@@ -1,0 +1,14 @@
+"""The file backend under the contract of storage: with tiny log files, and with the default."""
+
+from __future__ import annotations
+
+from expbuf_core.testing.persistence_suite import PersistenceSuite
+
+
+class TestFile(PersistenceSuite):
+    provider = "file"
+
+
+class TestSmallFiles(PersistenceSuite):
+    provider = "file"
+    settings = {"initial_bytes": 1 << 14, "segment_bytes": 1 << 15}  # noqa: RUF012
