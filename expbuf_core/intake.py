@@ -572,6 +572,9 @@ def _length(column: Any) -> int:
     try:
         return len(column)
     except TypeError as exc:
+        array = codec.to_numpy(column)  # the array protocol asks for no length
+        if array is not None and array.ndim:
+            return len(array)
         raise InvalidExperience(
             f"columns hold several entries each, found a {type(column).__name__}"
         ) from exc

@@ -89,6 +89,15 @@ def holder(path: Path) -> int | None:
     return _holder(file.fd)
 
 
+def opener(path: Path) -> int | None:
+    """Like `holder`, for the file of an `OpenLock`; this process counts, too."""
+    try:
+        file = _open(path, writable=os.access(path, os.W_OK))
+    except (OSError, LockTimeout):
+        return None
+    return os.getpid() if file.sharers else _holder(file.fd)
+
+
 def _holder(fd: int) -> int | None:
     try:
         raw = fcntl.fcntl(fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))

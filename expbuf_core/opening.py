@@ -20,7 +20,7 @@ from expbuf_core.contracts import PersistenceAdapter, PersistenceContext
 from expbuf_core.control import Control
 from expbuf_core.errors import ConfigError, CorruptionError, PluginContractError, StorageError
 from expbuf_core.filesystem import storage_errors
-from expbuf_core.locks import OpenLock, ProcessLock, ThreadLock, holder
+from expbuf_core.locks import OpenLock, ProcessLock, ThreadLock, opener
 from expbuf_core.recovery import Loaded, RecoveryReport
 from expbuf_core.replica import Replica
 
@@ -296,14 +296,14 @@ def _to_read(session: Session, path: Path) -> tuple[Loaded, bool]:
 def _live_control(path: Path, timeout_s: float) -> Control | None:
     """The control page if a process has the buffer open for writing, else None."""
     lock = path / folder.LOCKS / "open"
-    if not lock.exists() or holder(lock) is None:
+    if not lock.exists() or opener(lock) is None:
         return None
     control = Control.map_existing(path / folder.CONTROL)
     if control is None:
         return None
     deadline = time.monotonic() + timeout_s
     while control.words[c.GENERATION] == 0:  # being recovered right now
-        if time.monotonic() > deadline or holder(lock) is None:
+        if time.monotonic() > deadline or opener(lock) is None:
             control.close()
             return None
         time.sleep(_POLL_S)

@@ -113,7 +113,7 @@ class IndexTiers:
     ) -> None:
         """Search these segments from now on; the tail keeps what is newer than they are."""
         cut = int(np.searchsorted(self._ids[: self._rows], end_id))
-        self._live[:cut] = False  # old views may still look; the segments answer for these rows
+        # In new arrays: a search under way has a view that lacks these segments.
         ids = self._ids[cut : self._rows].copy()
         vectors = self._vectors[cut : self._rows].copy()
         live = self._live[cut : self._rows].copy()

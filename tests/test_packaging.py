@@ -145,7 +145,7 @@ def test_what_is_imported_is_declared(folder: Path) -> None:
     if "pyyaml" in declared:
         declared.add("yaml")
     if "pydantic" in declared:
-        declared.add("pydantic_core")  # one of the pair never comes without the other
+        declared |= {"pydantic_core", "typing_extensions"}  # it never comes without these two
     if any(name.startswith("faiss") for name in declared) or package(folder) == "expbuf_faiss":
         declared.add("faiss")  # expbuf_faiss leaves the choice of the wheel to who depends on it
     for path in sources(folder):

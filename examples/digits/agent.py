@@ -53,7 +53,8 @@ class Eyes:
 
     def __call__(self, pixels: Array) -> Array:
         angles = pixels.ravel() @ self._directions
-        return np.concatenate([np.cos(angles), np.sin(angles)]) / np.float32(np.sqrt(DIM / 2))
+        features: Array = np.concatenate([np.cos(angles), np.sin(angles)])
+        return features / np.float32(np.sqrt(DIM / 2))
 
 
 def hear(question: str) -> Array:
@@ -65,7 +66,7 @@ def hear(question: str) -> Array:
             # Not hash(): that differs from process to process.
             code = zlib.crc32(text[start : start + n].encode())
             vector[code % DIM] += 1.0 if code >> 31 else -1.0
-    return vector / np.linalg.norm(vector)
+    return vector / np.float32(np.linalg.norm(vector))
 
 
 # ---------------------------------------------------------------- the model of its own
@@ -152,7 +153,7 @@ class Agent:
         replay: Whether it learns again from what it remembers.
     """
 
-    batch_size, steps = 32, 4  # of replay after each answer
+    batch_size, batches, passes = 32, 2, 2  # of replay after each answer
 
     def __init__(
         self, memory: ExperienceBuffer | None, *, recall: bool = True, replay: bool = True
@@ -213,11 +214,11 @@ class Agent:
         """Learn again from what memory thinks worth it, and tell it what was still surprising."""
         if self.memory is None or not self._replay or len(self.memory) < self.batch_size:
             return
-        batch = self.memory.sample(self.batch_size * self.steps)
-        v, q = np.asarray(batch.v_embed), np.asarray(batch.q_embed)
+        batch = self.memory.sample(self.batch_size * self.batches)
+        v, q = batch.v_embed, batch.q_embed
         said, reward = _verdicts(batch.experiences)
         surprise = np.zeros(len(said), dtype=np.float32)
-        for part in np.array_split(np.arange(len(said)), self.steps):
+        for part in np.split(np.arange(len(said)), self.batches) * self.passes:
             surprise[part] = self.network.learn(
                 v[part], q[part], said[part], reward[part], batch.is_weights[part]
             )
@@ -243,7 +244,8 @@ class Agent:
         for newest in range(len(experiences)):
             batches = [np.array([newest])]
             if self._replay and newest >= self.batch_size:
-                batches += list(rng.integers(newest + 1, size=(self.steps, self.batch_size)))
+                steps = self.batches * self.passes
+                batches += list(rng.integers(newest + 1, size=(steps, self.batch_size)))
             for drawn in batches:
                 self.network.learn(
                     v[drawn], q[drawn], said[drawn], reward[drawn], weight[: len(drawn)]

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from agent import MEMORY, Agent
 from world import Question, World
 
@@ -75,7 +76,7 @@ def catch_up(memory: ExperienceBuffer, world: World) -> int:
         if experience.total_reward is None:
             right = world.judge(position, experience.answer)
             tell("judging", id=experience.id, neighbours=(), credit=())
-            memory.update_rewards([experience.id], [1.0 if right else -1.0])
+            memory.update_rewards(np.array([experience.id]), [1.0 if right else -1.0])
             tell("judged", position=position, right=right)
     return start
 
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--memory", type=Path, help="folder of the memory; default: none")
     parser.add_argument("--no-recall", action="store_true")
     parser.add_argument("--no-replay", action="store_true")
+    parser.add_argument("--durability", default="sync")
     parser.add_argument("--stock", action="store_true", help="tell what is in the memory")
     parser.add_argument("--die-at", type=int, default=-1, help="position of the last question")
     arguments = parser.parse_args()
@@ -137,7 +139,9 @@ def main() -> None:
         live(Agent(None), world, 0, arguments.die_at)
         return
     began = time.perf_counter()
-    with ExperienceBuffer.open(arguments.memory, config=MEMORY) as memory:
+    with ExperienceBuffer.open(
+        arguments.memory, config=MEMORY, durability=arguments.durability
+    ) as memory:
         if arguments.stock:
             take_stock(memory, time.perf_counter() - began)
         agent = Agent(memory, recall=not arguments.no_recall, replay=not arguments.no_replay)

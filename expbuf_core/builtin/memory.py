@@ -30,7 +30,7 @@ class MemoryPersistence(PersistenceAdapter):
 
     def __init__(self, settings: BaseModel, context: PersistenceContext) -> None:
         self._operations: list[LoggedOperation] = []
-        self._dropped = 0  # operations before the first in the list
+        self._dropped = 0  # LSN up to which operations were dropped
         self._rows: dict[int, bytes] = {}
         self._mutex = threading.Lock()
 
@@ -84,6 +84,8 @@ class MemoryPersistence(PersistenceAdapter):
     def read(self, after_lsn: int, until_lsn: int) -> list[LoggedOperation]:
         """Operations in (after_lsn, until_lsn]."""
         with self._mutex:
+            if after_lsn < self._dropped and after_lsn < until_lsn:
+                raise LogGone
             return [op for op in self._operations if after_lsn < op.lsn <= until_lsn]
 
     def pin(
@@ -107,6 +109,7 @@ class MemoryPersistence(PersistenceAdapter):
                 if newest is None or id_ < newest:
                     del self._rows[id_]
             self._operations = [op for op in self._operations if op.lsn > lsn]
+            self._dropped = max(self._dropped, lsn)
 
     def verify(self, until_lsn: int) -> Iterator[Problem]:
         for id_, row in list(self._rows.items()):

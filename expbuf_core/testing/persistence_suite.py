@@ -52,6 +52,7 @@ from expbuf_core.testing.persistence_log import (
     assert_same,
     image,
     in_child,
+    logged_again,
     operation,
     outcome,
     without_rows,
@@ -119,10 +120,13 @@ class PersistenceSuite:
         core = self.core(tmp_path).create().extend(60)
         core.append(without_rows(core.next_lsn))
         core.append(operation(core.next_lsn, 3, body_bytes=0, row_bytes=0))
+        core.append(logged_again(core.next_lsn, operation(200, 2), operation(100, 3)))
+        core.append()
         if self.durable():
             core = core.finish().reopen()
         for after in (0, 1, 30, core.last - 1, core.last):
             core.recovers(after)
+        core.follows()
 
     def test_p2_big_commits(self, tmp_path: Path) -> None:
         """P2: commits of many payloads, large payloads and large bodies."""
@@ -958,14 +962,14 @@ class PersistenceSuite:
         live = [lsn for lsn in core.wrote if lsn % 7 == 0 or lsn > 45]
         for below in (0, 1, 20, 20, 45):
             core.adapter.drop_below(below, *core.live(live))
-            core.follows(below)
+            core.follows(below, payloads=live)
             if self.durable():
-                core.recovers(below)
+                core.recovers(below, payloads=live)
             pin, rows = core.pin(live)
             assert all(bytes(pin.read(i)) == row for i, row in enumerate(rows))
         core.adapter.drop_below(core.last, *core.live(live))
         core.extend(5)
-        core.follows(core.last - 5)
+        core.follows(core.last - 5, payloads=range(core.last - 4, core.last + 1))
         if self.durable():
             dropped = core.last - 5
             core.finish()
@@ -1006,8 +1010,8 @@ class PersistenceSuite:
             with contextlib.suppress(StorageError):
                 core.adapter.drop_below(20, *core.live(live))
             fs.disarm()
-            core.follows(20)
-            core.recovers(20)
+            core.follows(20, payloads=live)
+            core.recovers(20, payloads=live)
             core.adapter.drop_below(20, *core.live(live))
             pin, rows = core.pin(live)
             assert all(bytes(pin.read(i)) == row for i, row in enumerate(rows))

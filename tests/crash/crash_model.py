@@ -454,7 +454,7 @@ class Story:
 
     def _check(self, folder: Path, acknowledged: Sequence[int], started: Sequence[int]) -> None:
         copy: Path | None = None
-        if self.deep > 0 and folder.exists() and self.rng.random() < 0.04:
+        if self.deep > 0 and folder.exists() and self.rng.random() < 0.02:
             copy = folder.with_name("copy")
             shutil.copytree(folder, copy)
         seen = self.highest[len(acknowledged)]

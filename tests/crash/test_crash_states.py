@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 from crash_model import LONG, Story
 
+from expbuf_core import codec
+from expbuf_core import control as c
+from expbuf_core.commit import CommitLog
+from expbuf_core.contracts import LoggedOperation
+from expbuf_core.state import Change, State
 from expbuf_core.testing.crash import Exploration, explore
 from expbuf_core.testing.recording import (
     NoFolderSync,
     NoFsync,
     RecordingFileSystem,
     RenameBeforeSync,
+    WriteInPlace,
 )
 
-SEEDS = range(200) if LONG else range(6)
-STATES = 3000 if LONG else 500
+SEEDS = range(100) if LONG else range(4)
+STATES = 3000 if LONG else 450
 
 
 def run(story: Story, states: int, broken: type[RecordingFileSystem] | None = None) -> Exploration:
@@ -23,16 +32,26 @@ def run(story: Story, states: int, broken: type[RecordingFileSystem] | None = No
     )
 
 
+@pytest.fixture(autouse=True)
+def _few_warnings() -> Iterator[None]:
+    """Faults are warned about, and there are thousands of them."""
+    logger = logging.getLogger("expbuf")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(before)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_sync(seed: int) -> None:
     story = Story(seed, steps=60)
-    story.deep = 3
+    story.deep = 3  # crash again while it recovers and goes on, and again
     result = run(story, STATES)
     result.raise_for_failures()
     assert result.states > STATES // 2
 
 
-@pytest.mark.parametrize("seed", SEEDS[:2] if not LONG else SEEDS)
+@pytest.mark.parametrize("seed", SEEDS if LONG else SEEDS[:1])
 @pytest.mark.parametrize("durability", ["group", "os"])
 def test_weaker_durability(durability: str, seed: int) -> None:
     story = Story(seed, steps=40, durability=durability)
@@ -40,7 +59,51 @@ def test_weaker_durability(durability: str, seed: int) -> None:
     run(story, STATES // 2).raise_for_failures()
 
 
-@pytest.mark.parametrize("broken", [NoFsync, NoFolderSync, RenameBeforeSync])
-def test_broken_variants_are_caught(broken: type[RecordingFileSystem]) -> None:
-    story = Story(1, steps=40)
-    assert run(story, 400, broken).failures
+@pytest.mark.parametrize("seed", SEEDS if LONG else SEEDS[:2])
+@pytest.mark.parametrize("durability", ["sync", "group", "os"])
+def test_faults(durability: str, seed: int) -> None:
+    """Syncs and writes fail, the disk is full now and then; and there are crashes, too."""
+    story = Story(seed, steps=60, durability=durability, faults=True)
+    run(story, STATES // 2).raise_for_failures()
+    assert story.failed
+
+
+# ---------------------------------------------------------------- broken on purpose
+
+
+class SnapshotsNotSynced(NoFsync):
+    """Logs are deleted before the snapshots that replace them are durable."""
+
+    only = "snapshot.*"
+
+
+class LogsNotSynced(NoFsync):
+    """What was appended is not synced."""
+
+    only = "experience_data.*"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [NoFsync, LogsNotSynced, SnapshotsNotSynced, NoFolderSync, RenameBeforeSync, WriteInPlace],
+)
+def test_broken_disks_are_noticed(broken: type[RecordingFileSystem]) -> None:
+    assert any(run(Story(seed, steps=40), 400, broken).failures for seed in range(3))
+
+
+def test_acknowledging_before_the_sync_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flush(self: CommitLog, lsn: int, retirements: int | None = None) -> None:
+        words = self._control.words
+        words[c.PUBLISHED] = max(words[c.PUBLISHED], lsn)
+
+    monkeypatch.setattr(CommitLog, "flush", flush)
+    assert run(Story(1, steps=40), 200).failures
+
+
+def test_reusing_ids_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget(self: State, operation: LoggedOperation) -> Change:
+        return Change()
+
+    monkeypatch.setitem(State._HANDLERS, codec.RESERVE, forget)
+    result = run(Story(1, steps=40, durability="os"), 300)
+    assert any("issued before" in str(failure.error) for failure in result.failures)

@@ -136,12 +136,12 @@ def test_larger_is_closer_under_every_metric(
     query = vector(99)
     found = buffer.search_index(v_embed=query, k=15)
     assert (np.diff(found.similarities) <= 0).all()
-    # One part alone is normalised by the fusion, and weighed by 0.7.
+    # One part alone is normalised by the fusion, and that is all.
     fused = np.stack([vector(i) for i in range(15)])
-    fused = 0.7 * fused / np.linalg.norm(fused, axis=1, keepdims=True)
-    wanted = 0.7 * query / np.linalg.norm(query)
+    fused /= np.linalg.norm(fused, axis=1, keepdims=True)
+    wanted = query / np.linalg.norm(query)
     truth = {
-        "cosine": fused @ wanted / 0.49,
+        "cosine": fused @ wanted,
         "inner_product": fused @ wanted,
         "l2": -((fused - wanted) ** 2).sum(axis=1),
     }[metric]

@@ -81,7 +81,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
     def create(self, lsn: int) -> None:
         for log in (layout.DATA, layout.INDEX):
             for number in layout.numbers(self._folder, log):
-                self._fs.unlink(layout.path_of(self._folder, log, number))
+                self._logs.unlink(log, number)
         *ends, _ = self._logs.begin_file(1, lsn, previous=(0, 0, lsn - 1), durable=lsn - 1)
         self._set_end(1, *ends)
         self._words[_SYNCED] = 1
@@ -118,7 +118,8 @@ class FilePersistenceAdapter(PersistenceAdapter):
             self._logs.unlink(layout.INDEX, old)
         for name in os.listdir(self._folder):
             if name.endswith(".tmp") and ".wal." in name:
-                self._fs.unlink(self._folder / name)
+                with contextlib.suppress(OSError):  # room only
+                    self._fs.unlink(self._folder / name)
         if state.number:
             self._logs.trim(state.number, state.end)
         self._set_end(number, *ends)
@@ -329,16 +330,19 @@ class FilePersistenceAdapter(PersistenceAdapter):
         self._prepared = None
         exists = layout.path_of(self._folder, layout.DATA, number).exists()
         if number != self._words[_FILE] + 1 or exists:
-            self._fs.unlink(index_tmp)
-            self._fs.unlink(data_tmp)
+            with storage_errors("remove", index_tmp):
+                self._fs.unlink(index_tmp)
+                self._fs.unlink(data_tmp)
         else:
             self._logs.publish(number, index_tmp, data_tmp)
 
     def retire(self, durable_lsn: int, keep_lsn: int, next_lsn: int) -> None:
         old = self._words[_FILE]
         self._logs.begins.clear()
-        chain = self._logs.chain()
-        start = max(n for n in chain if self._logs.begins[n].previous_lsn <= durable_lsn)
+        chain = self._logs.chain(durable_lsn)
+        # Not from a file whose first frame may be unsynced: the new one could lose its link.
+        synced = [n for n in chain if n <= self._words[_SYNCED]]
+        start = max(n for n in synced if self._logs.begins[n].previous_lsn <= durable_lsn)
         previous = (start, self._logs.begins[start].end, durable_lsn)
         again: list[Stamped] = []
         for number in chain[chain.index(start) :]:
@@ -351,7 +355,10 @@ class FilePersistenceAdapter(PersistenceAdapter):
                     break
                 if header.lsn <= durable_lsn:
                     previous = (number, found.offset + header.data_bytes, durable_lsn)
-                elif header.kind != frames.LOG_BEGIN:
+                elif header.kind != frames.LOG_BEGIN and (
+                    # A retirement that failed may have repeated some already.
+                    not again or header.lsn > again[-1].lsn
+                ):
                     again.append(repeated(file, found))
         if keep_lsn > durable_lsn and (not again or again[-1].lsn != keep_lsn):
             last = again[-1].lsn if again else durable_lsn
@@ -395,7 +402,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
 
     def _start_of(self, after_lsn: int) -> list[tuple[int, int | None]]:
         """Files to follow from `after_lsn` on, each with its end, where that is known."""
-        chain = self._logs.chain()
+        chain = self._logs.chain(after_lsn)
         first = max(
             (n for n in chain if self._logs.begins[n].previous_lsn <= after_lsn), default=None
         )
@@ -426,7 +433,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
     def drop_below(
         self, lsn: int, live_ids: NDArray[np.int64], live_locations: NDArray[np.int64]
     ) -> None:
-        chain = self._logs.chain()
+        chain = self._logs.chain(lsn)
         needed = max((n for n in chain if self._logs.begins[n].previous_lsn <= lsn), default=0)
         with_payloads = set(np.unique(live_locations >> layout.OFFSET_BITS).tolist())
         for number in layout.numbers(self._folder, layout.INDEX):
@@ -455,7 +462,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
 
     def verify(self, until_lsn: int) -> Iterator[Problem]:
         try:
-            chain = self._logs.chain()
+            chain = self._logs.chain(until_lsn)
         except CorruptionError as exc:
             yield Problem(exc.path or "", exc.offset or 0, str(exc), True)
             return

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from expbuf_core.errors import CorruptionError, FormatVersionError
+from expbuf_core.filesystem import storage_errors
 
 DATA = "experience_data"
 INDEX = "index_operations"
@@ -52,7 +53,9 @@ def path_of(folder: Path, log: str, number: int) -> Path:
 def numbers(folder: Path, log: str) -> list[int]:
     """Numbers of the log files that exist, rising."""
     found = []
-    for name in os.listdir(folder):
+    with storage_errors("list", folder):
+        names = os.listdir(folder)
+    for name in names:
         match = _NAME.fullmatch(name)
         if match and match[1] == log:
             found.append(int(match[2]))

@@ -49,7 +49,9 @@ class LogFolder:
         self.begins.clear()
 
     def unlink(self, log: str, number: int) -> None:
-        self.fs.unlink(layout.path_of(self.path, log, number))
+        path = layout.path_of(self.path, log, number)
+        with storage_errors("remove", path):
+            self.fs.unlink(path)
         self._forget(log, number)
         if log == layout.DATA:
             self.begins.pop(number, None)
@@ -65,10 +67,12 @@ class LogFolder:
             finally:
                 self.fs.close(fd)
 
-    def chain(self) -> list[int]:
-        """Numbers of the data logs that make up the log, oldest first.
+    def chain(self, after_lsn: int) -> list[int]:
+        """Numbers of the data logs that make up the log behind `after_lsn`, oldest first.
 
-        A file names its predecessor; files that were skipped that way were given up.
+        A file names its predecessor; files that were skipped that way were given up. After a power
+        loss the first frame of a file may be lost and that of its successor not: then neither is
+        part of the log (unless something says that they were durable; see `LogReader`).
         """
         numbers = layout.numbers(self.path, layout.DATA)
         chain: list[int] = []
@@ -80,9 +84,11 @@ class LogFolder:
                 break  # a gap: older files hold payloads only
             begin = self.begin(number)
             if begin is None:
-                if wanted is None:
-                    continue  # prepared, never used
-                break
+                if chain and self.begins[chain[-1]].previous_lsn <= after_lsn:
+                    break  # damaged, but nothing behind `after_lsn` is missing
+                chain.clear()  # prepared and never used, or lost with what came behind it
+                wanted = None
+                continue
             chain.append(number)
             wanted = begin.previous
         return chain[::-1]

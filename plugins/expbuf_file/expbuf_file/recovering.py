@@ -34,7 +34,7 @@ class LogReader:
     def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
         """See `PersistenceAdapter.recover`."""
         self._logs.begins.clear()
-        chain = self._logs.chain()
+        chain = self._logs.chain(after_lsn)
         while len(chain) > 1 and self._logs.begins[chain[1]].previous_lsn <= after_lsn:
             chain.pop(0)
         if not chain or self._logs.begins[chain[0]].previous_lsn > after_lsn:

@@ -1,0 +1,116 @@
+"""A full or read-only disk: a clear error, the state as before, and writing goes on later."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from crash_model import MAX_SIZE, experience, open_buffer, state_of
+
+from expbuf_core import ExperienceBuffer
+from expbuf_core.errors import StorageError, StorageFull
+from expbuf_core.testing.faults import FaultyFileSystem
+
+
+@pytest.fixture
+def fs() -> FaultyFileSystem:
+    return FaultyFileSystem()
+
+
+@pytest.fixture
+def buffer(tmp_path: Path, fs: FaultyFileSystem) -> Iterator[ExperienceBuffer]:
+    with contextlib.closing(open_buffer(tmp_path / "buffer", fs)) as buffer:
+        yield buffer
+        fs.clear()
+
+
+def fill(buffer: ExperienceBuffer, fs: FaultyFileSystem, room: int) -> int:
+    """Add until the disk is full; how many went in."""
+    fs.limit(room)
+    for serial in range(1, 1000):
+        before = state_of(buffer)
+        try:
+            buffer.add(experience(serial, 0.5, 500))
+        except StorageFull:
+            assert state_of(buffer) == before
+            return serial - 1
+    raise AssertionError("the disk never filled up")
+
+
+@pytest.mark.parametrize("room", [0, 1000, 20_000, 100_000])
+def test_full_disk(buffer: ExperienceBuffer, fs: FaultyFileSystem, room: int) -> None:
+    count = fill(buffer, fs, room)
+    before = state_of(buffer)
+    assert len(before) == min(count, MAX_SIZE)
+    for _ in range(3):
+        with pytest.raises(StorageFull, match="free some room"):
+            buffer.add(experience(2000, 0.5, 500))
+    assert state_of(buffer) == before
+    fs.limit(None)
+    id_ = buffer.add(experience(2001, 0.5, 500))
+    assert state_of(buffer)[-1].id == id_
+
+
+def test_removing_and_snapshotting_work_on_a_full_disk(
+    buffer: ExperienceBuffer, fs: FaultyFileSystem, tmp_path: Path
+) -> None:
+    fill(buffer, fs, 50_000)
+    ids = [entry.id for entry in state_of(buffer)]
+    buffer.remove(ids[:5])
+    assert [entry.id for entry in state_of(buffer)] == ids[5:]
+    # Columns are small; what a snapshot frees is large.
+    fs.limit(10_000)
+    buffer.save_snapshot()
+    fs.limit(None)
+    before = state_of(buffer)
+    buffer.close()
+    with contextlib.closing(open_buffer(tmp_path / "buffer")) as again:
+        assert state_of(again) == before
+
+
+def test_full_disk_at_creation(tmp_path: Path, fs: FaultyFileSystem) -> None:
+    fs.limit(1000)
+    with pytest.raises(StorageFull):
+        open_buffer(tmp_path / "buffer", fs)
+    fs.limit(None)
+    with contextlib.closing(open_buffer(tmp_path / "buffer", fs)) as buffer:
+        buffer.add(experience(1, None, 0))
+
+
+def test_full_disk_at_opening(tmp_path: Path, fs: FaultyFileSystem) -> None:
+    with contextlib.closing(open_buffer(tmp_path / "buffer", fs)) as buffer:
+        buffer.add(experience(1, None, 0))
+        before = state_of(buffer)
+    for _ in range(3):
+        fs.limit(1000)
+        with pytest.raises(StorageFull):
+            open_buffer(tmp_path / "buffer", fs)
+        fs.limit(None)
+    with contextlib.closing(open_buffer(tmp_path / "buffer", fs)) as buffer:
+        assert state_of(buffer) == before
+
+
+def test_read_only_disk(buffer: ExperienceBuffer, fs: FaultyFileSystem) -> None:
+    buffer.add(experience(1, None, 0))
+    before = state_of(buffer)
+    rule = fs.read_only()
+    with pytest.raises(StorageError, match="Read-only"):
+        buffer.add(experience(2, None, 0))
+    assert state_of(buffer) == before
+    fs.faults.remove(rule)
+    buffer.add(experience(3, None, 0))
+    assert len(state_of(buffer)) == 2
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_failed_sync(buffer: ExperienceBuffer, fs: FaultyFileSystem, drop: bool) -> None:
+    buffer.add(experience(1, None, 0))
+    before = state_of(buffer)
+    fs.fail_sync(drop=drop)
+    with pytest.raises(StorageError, match="simulated"):
+        buffer.add(experience(2, None, 0))
+    assert state_of(buffer) == before
+    buffer.add(experience(3, None, 0))
+    assert [entry.answer for entry in state_of(buffer)] == ["answer 1", "answer 3"]
