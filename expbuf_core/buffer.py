@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import importlib
 import os
 import threading
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -212,8 +214,13 @@ class ExperienceBuffer:
             raise TypeError("a buffer in memory cannot be pickled: nobody else can reach it")
         if self._arguments["lock"] is not None or self._arguments["filesystem"] is not None:
             raise TypeError("a buffer with a lock or file system of the caller's cannot be pickled")
-        arguments = {k: v for k, v in self._arguments.items() if k not in ("lock", "filesystem")}
-        return _unpickled, (arguments, self._session.uuid)
+        arguments = {name: self._arguments[name] for name in ("path", "config", "mode")}
+        # A module goes by its name; other plugin objects must be picklable themselves.
+        plugins = [
+            (plugin.__name__, None) if isinstance(plugin, types.ModuleType) else (None, plugin)
+            for plugin in self._arguments["plugins"]
+        ]
+        return _unpickled, (arguments, plugins, self._session.uuid)
 
     def _live(self) -> Session:
         """The session of this process."""
@@ -660,7 +667,10 @@ class ExperienceBuffer:
                     )
                 chosen = PinnedExperiences(ids[present], found[present], state)
             try:
-                chosen.pin(session.adapter.pin(chosen.ids, chosen.locations, chosen.lengths))
+                chosen.pin(
+                    session.adapter.pin(chosen.ids, chosen.locations, chosen.lengths),
+                    session.tell_corruption,
+                )
                 return chosen
             except LogGone:
                 # Evicted and deleted since: look again at what there is.
@@ -705,11 +715,15 @@ class ExperienceBuffer:
         session.refresh()
         k = self._checked_k(k)
         queries = _queries(session, v_embed, q_embed, hybrid_embed, rank=1)
-        ids, similarities = self._search(session, queries, k, where, exclude)
-        found = ids[0] >= 0
-        chosen = self._pinned(ids[0][found], missing="skip")
-        values = similarities[0][found]
-        if len(chosen) != len(values):  # removed since, by another thread
+        left_out = as_ids(exclude)
+        for _ in range(_SEARCH_TRIES):
+            ids, similarities = self._search(session, queries, k, where, left_out)
+            found = ids[0] >= 0
+            chosen = self._pinned(ids[0][found], missing="skip")
+            values = similarities[0][found]
+            if len(chosen) == len(values):
+                break
+            # Removed since by another thread: others may take its place.
             values = values[np.isin(ids[0][found], chosen.ids)]
         sampling = session.config.sampling
         rates = success_rate(
@@ -866,7 +880,10 @@ class ExperienceBuffer:
                     draw = sampler.draw(int(batch_size), rng=stream)
                 chosen = PinnedExperiences(state.id[draw.slots], draw.slots, state)
             try:
-                chosen.pin(session.adapter.pin(chosen.ids, chosen.locations, chosen.lengths))
+                chosen.pin(
+                    session.adapter.pin(chosen.ids, chosen.locations, chosen.lengths),
+                    session.tell_corruption,
+                )
                 break
             except LogGone:
                 session.catch_up_after_deletion(attempt)
@@ -962,17 +979,25 @@ def _open_session(arguments: Mapping[str, Any], registry: PluginRegistry) -> Ses
     return session
 
 
-def _unpickled(arguments: dict[str, Any], uuid: bytes) -> ExperienceBuffer:
-    """Open in another process what was pickled in one."""
-    plugins = arguments["plugins"]
+def _unpickled(
+    arguments: dict[str, Any], plugins: list[tuple[str | None, Any]], uuid: bytes
+) -> ExperienceBuffer:
+    """Open in another process what was pickled in one; it draws a random stream of its own."""
+    objects = tuple(importlib.import_module(name) if name else plugin for name, plugin in plugins)
     registry = default_registry()
-    if plugins:
-        registry = registry.with_plugins(plugins)
-    mode = "a" if arguments["mode"] == "x" else arguments["mode"]
-    complete = {**arguments, "lock": None, "filesystem": None, "mode": mode}
+    if objects:
+        registry = registry.with_plugins(objects)
     identity = folder.read_identity(arguments["path"])
     if identity is None or identity.uuid != uuid:
         raise BufferReplaced(f"{arguments['path']} no longer holds the buffer that was pickled")
+    complete = {
+        **arguments,
+        "mode": "a" if arguments["mode"] == "x" else arguments["mode"],
+        "plugins": objects,
+        "lock": None,
+        "seed": None,
+        "filesystem": None,
+    }
     return ExperienceBuffer(_open_session(complete, registry), complete)
 
 

@@ -270,7 +270,9 @@ class BufferConfig(_Section):
         30.0, ge=0, description="Seconds to wait for another process before LockTimeout."
     )
     receipts_kept: Int = Field(
-        10_000, ge=1, description="Commits for which an outcome recorded twice is recognised."
+        10_000,
+        ge=1,
+        description="Receipts remembered, so that an outcome recorded twice counts once.",
     )
     embedding: EmbeddingConfig = Field(
         default_factory=EmbeddingConfig, description="What the embeddings are like."

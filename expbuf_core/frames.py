@@ -35,7 +35,6 @@ TABLE_ENTRY = np.dtype([("length", "<u4"), ("crc", "<u4")])
 LOG_BEGIN = 0xF0
 LOG_END = 0xF1
 
-MAX_BODY_BYTES = 1 << 31
 MAX_ROWS = 1 << 26
 
 

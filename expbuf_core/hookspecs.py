@@ -94,7 +94,7 @@ def expbuf_on_committed(path: str, lsn: int, kind: str, count: int, seconds: flo
     Args:
         path: Folder of the buffer, or "" for one in memory.
         lsn: Log position of the commit.
-        kind: "add", "remove", "priority", "reward", "outcome", "clear" or "settings".
+        kind: "add", "remove", "priority", "reward", "outcome", "clear", "settings" or "relog".
         count: Experiences that the commit concerns.
         seconds: From the call to the acknowledgement.
     """

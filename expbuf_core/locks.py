@@ -34,25 +34,42 @@ class _LockFile:
         self.path = path
         self.mutex = threading.Lock()
         self.sharers = 0
+        self.users = 0
+        stat = os.fstat(self.fd)
+        self.key = (stat.st_dev, stat.st_ino)
 
 
 _files: dict[tuple[int, int], _LockFile] = {}
 _registry_mutex = threading.Lock()
 
 
-def _open(path: Path, *, writable: bool = True) -> _LockFile:
+def _known(path: Path) -> _LockFile | None:
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return _files.get((stat.st_dev, stat.st_ino))
+
+
+def _open(path: Path) -> _LockFile:
     with _registry_mutex:
-        try:
-            stat = os.stat(path)
-            known = _files.get((stat.st_dev, stat.st_ino))
-            if known is not None:
-                return known
-        except FileNotFoundError:
-            pass
-        with storage_errors("open the lock file", path):
-            file = _LockFile(path, writable=writable)
-        stat = os.fstat(file.fd)
-        return _files.setdefault((stat.st_dev, stat.st_ino), file)
+        file = _known(path)
+        if file is None:
+            with storage_errors("open the lock file", path):
+                file = _LockFile(path, writable=True)
+            file = _files.setdefault(file.key, file)
+        file.users += 1
+        return file
+
+
+def _close(file: _LockFile) -> None:
+    """Let go of a lock file; the last user closes it, and with it drops what is still held."""
+    with _registry_mutex:
+        file.users -= 1
+        if file.users == 0 and file.fd >= 0:
+            _files.pop(file.key, None)
+            os.close(file.fd)
+            file.fd = -1
 
 
 def _forget_in_child() -> None:
@@ -61,6 +78,7 @@ def _forget_in_child() -> None:
     _registry_mutex = threading.Lock()
     for file in _files.values():
         os.close(file.fd)
+        file.fd = -1
     _files.clear()
 
 
@@ -82,20 +100,25 @@ def holder(path: Path) -> int | None:
 
     Needs permission to read the file only.
     """
-    try:
-        file = _open(path, writable=os.access(path, os.W_OK))
-    except (OSError, LockTimeout):
-        return None
-    return _holder(file.fd)
+    with _registry_mutex:
+        file = _known(path)
+        if file is not None:
+            return _holder(file.fd)
+        # This process holds no lock on it, so a descriptor may come and go.
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            return _holder(fd)
+        finally:
+            os.close(fd)
 
 
 def opener(path: Path) -> int | None:
     """Like `holder`, for the file of an `OpenLock`; this process counts, too."""
-    try:
-        file = _open(path, writable=os.access(path, os.W_OK))
-    except (OSError, LockTimeout):
-        return None
-    return os.getpid() if file.sharers else _holder(file.fd)
+    file = _known(path)
+    return os.getpid() if file is not None and file.sharers else holder(path)
 
 
 def _holder(fd: int) -> int | None:
@@ -175,6 +198,10 @@ class ProcessLock:
         fcntl.lockf(self._file.fd, fcntl.LOCK_UN)
         self._file.mutex.release()
 
+    def close(self) -> None:
+        """Let go of the file; the lock is not used any more."""
+        _close(self._file)
+
     def __enter__(self) -> None:
         self.acquire()
 
@@ -216,6 +243,10 @@ class OpenLock:
         if self._file.sharers == 0:
             fcntl.lockf(self._file.fd, fcntl.LOCK_UN)
 
+    def close(self) -> None:
+        """Let go of the file; the lock is not used any more."""
+        _close(self._file)
+
 
 class ThreadLock:
     """`ProcessLock` for a buffer that only this process can see."""
@@ -236,6 +267,9 @@ class ThreadLock:
     def release(self) -> None:
         """Let go."""
         self._lock.release()
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
     def __enter__(self) -> None:
         self.acquire()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from expbuf_core import codec, folder, recovery
 from expbuf_core import control as c
 from expbuf_core.commit import CommitLog, Draft, Lock
-from expbuf_core.contracts import PersistenceAdapter, PersistenceContext
+from expbuf_core.contracts import PersistenceAdapter, PersistenceContext, Words
 from expbuf_core.control import Control
 from expbuf_core.errors import ConfigError, CorruptionError, PluginContractError, StorageError
 from expbuf_core.filesystem import storage_errors
@@ -34,13 +34,17 @@ def open_session(session: Session) -> RecoveryReport:
     """Create, recover or join the buffer; what was found."""
     started = time.monotonic()
     clean = first = True
-    if session.path is None:
-        loaded = _in_memory(session)
-    elif session.mode == "r":
-        loaded, first = _to_read(session, session.path)
-        clean = False
-    else:
-        loaded, first, clean = _to_write(session, session.path)
+    try:
+        if session.path is None:
+            loaded = _in_memory(session)
+        elif session.mode == "r":
+            loaded, first, clean = _to_read(session, session.path)
+        else:
+            loaded, first, clean = _to_write(session, session.path)
+    except BaseException:
+        if not session.closed:
+            session.let_go()
+        raise
     state = session.replica.state
     return RecoveryReport(
         lsn=state.lsn,
@@ -64,7 +68,9 @@ def _make_replica(session: Session, backend: str) -> Replica:
     provider = registry.get("persistence", backend)
     settings = registry.settings("persistence", backend, config.persistence.section(backend))
     words = session.control.words
-    own = words[c.ADAPTER : c.ADAPTER + 8] if isinstance(words, memoryview) else [0] * 8
+    own: Words = [0] * 8
+    if isinstance(words, memoryview):
+        own = session.adapter_words = words[c.ADAPTER : c.ADAPTER + 8]
     adapter = provider.factory(
         settings,
         PersistenceContext(
@@ -123,12 +129,7 @@ def _corruption_told(session: Session) -> Iterator[None]:
     try:
         yield
     except CorruptionError as exc:
-        session.registry.fire(
-            "expbuf_on_corruption",
-            path=exc.path or str(session.path),
-            offset=-1 if exc.offset is None else exc.offset,
-            error=str(exc),
-        )
+        session.tell_corruption(exc)
         raise
 
 
@@ -164,8 +165,9 @@ def _to_write(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
     session.opening_lock = ProcessLock(locks / "opening", timeout)
     session.maintenance = ProcessLock(locks / "maintenance", timeout)
     session.builder_lock = ProcessLock(locks / "builder", timeout)
+    open_lock = session.open_lock = OpenLock(locks / "open")
+    session.locks = [session.opening_lock, session.maintenance, session.builder_lock, open_lock]
     with session.opening_lock:
-        open_lock = session.open_lock = OpenLock(locks / "open")
         first = open_lock.is_first()
         try:
             loaded, clean = _enter(session, path, first)
@@ -201,12 +203,14 @@ def _enter(session: Session, path: Path, first: bool) -> tuple[Loaded, bool]:
     timeout = session.config.lock_timeout_s
     append_lock = ProcessLock(path / folder.LOCKS / "append", timeout)
     flush_lock = ProcessLock(path / folder.LOCKS / "flush", timeout)
+    session.locks += [append_lock, flush_lock]
     if identity is None:
         folder.check_new(path)
         session.uuid, backend = folder.new_uuid(), session.config.persistence.backend
     else:
         _check_backend(session, identity.backend)
         session.uuid, backend = identity.uuid, identity.backend
+    _check_several(session, backend, first)
     session.map_control(path)
     control = session.control
     if identity is None:
@@ -244,6 +248,16 @@ def _check_backend(session: Session, stored: str) -> None:
         )
 
 
+def _check_several(session: Session, backend: str, first: bool) -> None:
+    """A backend that cannot serve several processes is not given to a second one."""
+    provider = session.registry.get("persistence", backend)
+    if not first and "multiprocess" not in provider.capabilities:
+        raise StorageError(
+            f"the persistence backend {backend!r} serves one process at a time, and another one "
+            f"has {session.path} open"
+        )
+
+
 def _begin_anew(session: Session, loaded: Loaded, *, clean: bool) -> None:
     """Set the control page and begin a new log behind what was recovered."""
     state, control = session.replica.state, session.control
@@ -264,7 +278,7 @@ def _begin_anew(session: Session, loaded: Loaded, *, clean: bool) -> None:
 # ---------------------------------------------------------------- to read
 
 
-def _to_read(session: Session, path: Path) -> tuple[Loaded, bool]:
+def _to_read(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
     identity = folder.read_identity(path)
     if identity is None:
         raise StorageError(f"{path} is no buffer: it has no {folder.IDENTITY}")
@@ -277,20 +291,20 @@ def _to_read(session: Session, path: Path) -> tuple[Loaded, bool]:
     if live is not None:
         session.generation = live.words[c.GENERATION]
         session.adapter.attach()
-        loaded = recovery.follow_from_snapshot(replica, path)
+        loaded, clean = recovery.follow_from_snapshot(replica, path), False
     else:
         # Nobody has it open: recover in private, and change nothing.
-        witness = 0
+        witness, clean = 0, False
         page = session.watched = Control.map_existing(path / folder.CONTROL)
         if page is not None:
             session.generation = page.words[c.GENERATION]
-            witness = page.witness(session.uuid)
+            witness, clean = page.witness(session.uuid), page.closed_cleanly(session.uuid)
         with _corruption_told(session):
             loaded = recovery.recover(replica, path, witness)
         session.control.words[c.PUBLISHED] = replica.state.lsn
     _reconcile(session)
     session.load_index()
-    return loaded, live is None
+    return loaded, live is None, clean
 
 
 def _live_control(path: Path, timeout_s: float) -> Control | None:

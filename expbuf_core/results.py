@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 from zlib import crc32
@@ -81,6 +81,10 @@ class ColumnValues(NamedTuple):
     flags: NDArray[np.uint8]
 
 
+def _tell_nobody(exc: CorruptionError) -> None:
+    pass
+
+
 class PinnedExperiences(Sequence[Experience]):
     """Experiences that are decoded when they are looked at, and stay readable.
 
@@ -95,11 +99,13 @@ class PinnedExperiences(Sequence[Experience]):
         named = state.rewards
         self._named = {i: dict(named[i]) for i in ids.tolist() if i in named} if named else {}
         self._pin: Pin | None = None
+        self._tell: Callable[[CorruptionError], None] = _tell_nobody
         self._decoded: dict[int, codec.DecodedRow] = {}
 
-    def pin(self, pin: Pin) -> None:
-        """Hold on to the payloads."""
+    def pin(self, pin: Pin, tell: Callable[[CorruptionError], None]) -> None:
+        """Hold on to the payloads. `tell`: called when one of them turns out to be damaged."""
         self._pin = pin
+        self._tell = tell
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -126,7 +132,11 @@ class PinnedExperiences(Sequence[Experience]):
         """
         found = self._decoded.get(i)
         if found is None:
-            found = self._decoded[i] = self._read(i)
+            try:
+                found = self._decoded[i] = self._read(i)
+            except CorruptionError as exc:
+                self._tell(exc)
+                raise
         return found
 
     def _read(self, i: int) -> codec.DecodedRow:

@@ -138,6 +138,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         text = json.dumps(document["manifest"], sort_keys=True)
         if document["crc"] != crc32(text.encode()):
             raise ValueError("checksum mismatch")
+        if document["version"] > VERSION:
+            raise ValueError(f"version {document['version']}, newer than {VERSION}")
         body = document["manifest"]
         segments = tuple(SegmentInfo(**info) for info in body.pop("segments"))
         return Manifest(segments=segments, **body)
@@ -161,7 +163,9 @@ def write_manifest(folder: Path, manifest: Manifest, fs: FileSystem) -> None:
     """Replace the manifest atomically and durably."""
     body = {**manifest._asdict(), "segments": [info._asdict() for info in manifest.segments]}
     text = json.dumps(body, sort_keys=True)
-    document = json.dumps({"manifest": body, "crc": crc32(text.encode())}, indent=1)
+    document = json.dumps(
+        {"version": VERSION, "manifest": body, "crc": crc32(text.encode())}, indent=1
+    )
     with storage_errors("write", folder / FOLDER / MANIFEST):
         fs.write_atomically(folder / FOLDER / MANIFEST, [document.encode()])
 

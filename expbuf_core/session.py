@@ -29,6 +29,7 @@ from expbuf_core.control import Control
 from expbuf_core.errors import (
     BufferReplaced,
     ConfigError,
+    CorruptionError,
     DimensionError,
     LockTimeout,
     ReadOnlyBuffer,
@@ -76,12 +77,14 @@ class Session:
         self.outer_lock = lock
         self.open_lock: OpenLock | None = None
         self.opening_lock: ProcessLock | None = None
+        self.locks: list[Lock | OpenLock] = []
         self.choice: indexing.IndexChoice | None = None
         self.closed = False
         # Of a reader, which has no share in the open lock: which recovery it follows, and the
         # control page on which it sees that a writer has come.
         self.generation = 0
         self.watched: Control | None = None
+        self.adapter_words: memoryview | None = None  # a part of the control page's words
         self._intake: Intake | None = None
         self._control_path = "" if path is None else str(path / folder.CONTROL)
         self._control_inode = 0
@@ -193,6 +196,15 @@ class Session:
         self.refresh()
         if attempt and self.path is not None:
             self._start_anew()
+
+    def tell_corruption(self, exc: CorruptionError) -> None:
+        """Tell observers of damage, before the error reaches the caller."""
+        self.registry.fire(
+            "expbuf_on_corruption",
+            path=exc.path or str(self.path or ""),
+            offset=-1 if exc.offset is None else exc.offset,
+            error=str(exc),
+        )
 
     def commit(self, draft: Draft) -> tuple[int, int, int]:
         """Write an operation and apply it here.
@@ -312,6 +324,18 @@ class Session:
         finally:
             self.closed = True
             self.adapter.close()
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Close lock files and the control page."""
+        locks, self.locks = self.locks, []
+        for lock in locks:
+            lock.close()
+        if self.adapter_words is not None:
+            self.adapter_words.release()
+        if self.watched is not None:
+            self.watched.close()
+        if hasattr(self, "control"):
             self.control.close()
 
     def _close_writable(self) -> None:
@@ -345,7 +369,8 @@ class Session:
         self.adapter.after_fork()
         if self.choice is not None:
             self.choice.after_fork()
-        self.control.close()
+        self.locks.clear()  # the registry of lock files has forgotten them already
+        self.let_go()
 
 
 def _last_dim(embedding: Any) -> int:

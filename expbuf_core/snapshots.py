@@ -1,6 +1,6 @@
 """Snapshots: the columns of a replica after exactly one LSN, in one checksummed file.
 
-    magic, version, tree bytes, tree crc, header crc | tree (JSON) | columns
+    magic, version, tree crc, tree bytes, uuid, header crc | tree (JSON) | columns
 
 The tree names each column with its dtype, length and checksum. Payloads are not in it: they stay in
 the log they were written to, so a snapshot costs O(columns). A file appears under its name whole

@@ -240,6 +240,7 @@ class Upkeep:
             words = session.control.words
             lsn = words[c.SNAPSHOT_LSN]
             if words[c.APPENDED] > lsn:
+                self._move_survivors()
                 session.commit_log.switch()
                 session.commit_log.sync()
                 session.refresh()
@@ -272,9 +273,13 @@ class Upkeep:
         oldest = snapshots.drop_old(session.path, session.fs)
         if len(snapshots.available(session.path)) < snapshots.KEPT:
             return  # one snapshot alone is no reason to trust it with everything
-        ids, locations, lengths = self._live_payloads()
+        ids, locations, _ = self._live_payloads()
         session.adapter.drop_below(oldest, ids, locations)
-        moving = ids[session.adapter.survivors(locations, lengths)]
+
+    def _move_survivors(self) -> None:
+        """Empty storage that a few live experiences keep from being deleted."""
+        ids, locations, lengths = self._live_payloads()
+        moving = ids[self._session.adapter.survivors(locations, lengths)]
         for start in range(0, len(moving), _RELOG_ROWS):
             self._move(moving[start : start + _RELOG_ROWS])
 

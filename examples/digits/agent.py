@@ -214,7 +214,9 @@ class Agent:
         """Learn again from what memory thinks worth it, and tell it what was still surprising."""
         if self.memory is None or not self._replay or len(self.memory) < self.batch_size:
             return
-        batch = self.memory.sample(self.batch_size * self.batches)
+        batch = self.memory.sample(
+            self.batch_size * self.batches, rng=np.random.default_rng(len(self.memory))
+        )
         v, q = batch.v_embed, batch.q_embed
         said, reward = _verdicts(batch.experiences)
         surprise = np.zeros(len(said), dtype=np.float32)

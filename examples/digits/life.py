@@ -76,6 +76,9 @@ class Stream:
             self.right[event["position"]] = event["right"]
         elif kind == "recalled":
             self.recalled.append(event)
+        elif kind == "answered" and self.recalled:
+            if self.recalled[-1]["position"] == event["position"]:
+                self.recalled[-1]["answer"] = event["answer"]
         elif kind == "found" and self.deaths:
             death = self.deaths[-1]
             death.found = len(event["experiences"])

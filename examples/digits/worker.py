@@ -94,7 +94,13 @@ def remember_aloud(memory: ExperienceBuffer, agent: Agent, question: Question) -
         }
         for hit in memory.search_index(v_embed=v, q_embed=q, k=6)
     ]
-    tell("recalled", position=question.position, hits=hits)
+    tell(
+        "recalled",
+        position=question.position,
+        scan=question.scan,
+        question=question.text,
+        hits=hits,
+    )
 
 
 def live(agent: Agent, world: World, start: int, die_at: int) -> None:

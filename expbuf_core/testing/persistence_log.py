@@ -1,4 +1,4 @@
-"""What the contract suite for storage stands on: operations, a folder, and a stand-in for the core."""
+"""What the contract suite for storage stands on: operations, folders, a stand-in for the core."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from expbuf_core import codec, frames
 from expbuf_core.contracts import (
     Appended,
-    LogFollower,
     LoggedOperation,
     Operation,
     PersistenceAdapter,
@@ -120,6 +119,13 @@ def assert_same(found: LoggedOperation, wanted: Stamped) -> None:
 # ---------------------------------------------------------------- folders
 
 
+def provider_of(given: str | PersistenceProvider) -> PersistenceProvider:
+    """The provider that a suite names, or is."""
+    if isinstance(given, str):
+        return cast(PersistenceProvider, default_registry().get("persistence", given))
+    return given
+
+
 class Place:
     """A folder for one buffer, with the words that its processes share beside it.
 
@@ -157,9 +163,7 @@ class Place:
     @property
     def provider(self) -> PersistenceProvider:
         """The provider under test."""
-        if isinstance(self._given, str):
-            return cast(PersistenceProvider, default_registry().get("persistence", self._given))
-        return self._given
+        return provider_of(self._given)
 
     def adapter(
         self, *, fs: FileSystem | None = None, writable: bool = True, uuid: bytes | None = None
@@ -365,7 +369,8 @@ def outcome(place: Place, wrote: Mapping[int, Stamped]) -> str:
     try:
         core.recovers(durable=core.last)
     except (CorruptionError, FormatVersionError) as exc:
-        assert not isinstance(exc, CorruptionError) or exc.path, f"names no file: {exc}"
+        if isinstance(exc, CorruptionError) and not exc.path:
+            raise AssertionError(f"the error names no file: {exc}") from exc
         return "refused"
     finally:
         place.close()

@@ -29,6 +29,7 @@ from crash_model import (
 from expbuf_core import ExperienceBuffer
 from expbuf_core.errors import CorruptionError, FormatVersionError
 from expbuf_core.testing.crash import scratch_folder
+from expbuf_core.verification import verify
 
 STRIDE = 1 if LONG else 97
 KINDS = ("flip", "zero", "noise", "sector", "cut")
@@ -136,8 +137,14 @@ def use(folder: Path, scene: Scene) -> None:
         assert state_of(buffer) == expected.state(), "changed by the next opening"
 
 
-def attempt(folder: Path, scene: Scene, path: Path, raw: bytes) -> str:
-    """What comes of using a folder in which `path` is damaged."""
+def attempt(folder: Path, scene: Scene, path: Path, raw: bytes, at: int) -> str:
+    """What comes of using a folder in which `path` is damaged from `at` on."""
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    told = any(problem.damage for problem in verify(folder))
+    assert before == {name: (folder / name).read_bytes() for name in files(folder)}
+    if path.suffix == ".snap" or path.name.startswith("experience_data."):
+        # Zeros behind the end mean nothing; all else is checked.
+        assert told or before[path] == raw or at >= len(raw.rstrip(b"\0")), "verify found nothing"
     refusal = is_refused(folder)
     if refusal is None:
         try:
@@ -151,6 +158,7 @@ def attempt(folder: Path, scene: Scene, path: Path, raw: bytes) -> str:
         (folder / path).write_bytes(raw)
         use(folder, scene)
     assert isinstance(refusal, CorruptionError | FormatVersionError), repr(refusal)
+    assert told, f"verify found nothing, but: {refusal}"
     if isinstance(refusal, CorruptionError):
         assert refusal.path is not None, f"no path: {refusal}"
         assert refusal.offset is not None, f"no offset: {refusal}"
@@ -168,6 +176,11 @@ def little_memory() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.parametrize("name", ["clean", "snapshot", "killed"])
+def test_verify_finds_nothing_where_nothing_is(scenes: dict[str, Scene], name: str) -> None:
+    assert [problem for problem in verify(scenes[name].folder) if problem.damage] == []
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -189,7 +202,7 @@ def test_every_byte(scenes: dict[str, Scene], name: str, tmp_path: Path) -> None
                     right = (folder / path).read_bytes()
                     (folder / path).write_bytes(damaged(right, at, kind, rng))
                     try:
-                        outcome = attempt(folder, scene, path, right)
+                        outcome = attempt(folder, scene, path, right, at)
                     except Exception as exc:
                         outcome = "failure"
                         reason = str(exc).partition("\n")[0]

@@ -448,17 +448,19 @@ class FilePersistenceAdapter(PersistenceAdapter):
     ) -> NDArray[np.bool_]:
         numbers = live_locations >> layout.OFFSET_BITS
         moving = np.zeros(len(numbers), bool)
-        room = _MOVED_BYTES
+        room, freed = _MOVED_BYTES, 0
         for number in np.unique(numbers).tolist():
             path = layout.path_of(self._folder, layout.DATA, number)
             if number >= self._words[_FILE] or not path.exists():
                 continue
             inside = numbers == number
-            live = int(lengths[inside].sum(dtype=np.int64))
-            if live < _SPARSE * path.stat().st_size and live <= room:
+            live, size = int(lengths[inside].sum(dtype=np.int64)), path.stat().st_size
+            if live < _SPARSE * size and live <= room:
                 moving |= inside
                 room -= live
-        return moving
+                freed += size - live
+        # Not for a few bytes: to move them is a commit.
+        return moving if freed >= self._settings.segment_bytes // 4 else np.zeros_like(moving)
 
     def verify(self, until_lsn: int) -> Iterator[Problem]:
         try:

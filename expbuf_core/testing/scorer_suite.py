@@ -1,0 +1,309 @@
+"""The contract of `PriorityScorer` as tests; a plugin's test file is a subclass.
+
+    from expbuf_core.testing import ScorerSuite
+
+    class TestSurprise(ScorerSuite):
+        provider = "surprise"
+
+Every behaviour has a number, which stays for ever (`docs/plugins.md`).
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from expbuf_core.buffer import ExperienceBuffer
+from expbuf_core.contracts import PriorityScorer, ScorerProvider, ScoringBatch
+from expbuf_core.experience import Experience
+from expbuf_core.hookspecs import hookimpl
+from expbuf_core.plugins import default_registry
+
+TIMEOUT_S = 60
+
+Scores = NDArray[np.float32]
+
+
+class ScorerSuite:
+    """What every scorer of initial priority must do.
+
+    Attributes:
+        provider: The scorer's name, or its `ScorerProvider`.
+        settings: Its section of the configuration.
+        limit_s: S7: what 100,000 experiences may take.
+    """
+
+    provider: ClassVar[str | ScorerProvider] = ""
+    settings: ClassVar[Mapping[str, Any]] = {}
+    limit_s: ClassVar[float] = 2.0
+
+    @pytest.mark.parametrize("n", [1, 2, 33, 1000])
+    def test_s1_one_priority_for_each(self, n: int) -> None:
+        """S1: (n,) finite numbers, none below 0."""
+        self.scores(make_batch(n))
+
+    def test_s1_at_the_limits(self) -> None:
+        """S1: so at the ends of every range: certain, impossible, enormous, new, ancient."""
+        none, sure = None, np.array([0, 1, 0], np.float32)
+        for reward in (0.0, 1e-38, -1e-38, 1.0, -1.0, 1e6, -1e6):
+            for age in (0.0, 1e-3, 1e10):
+                self.scores(
+                    ScoringBatch(
+                        confidence=np.array([0, 1, 0, 1, 0.5], np.float32),
+                        total_reward=np.full(5, reward, np.float32),
+                        reward_known=np.ones(5, np.bool_),
+                        probabilities=[none, none, sure, np.ones(1, np.float32), sure],
+                        age=np.full(5, age, np.float32),
+                    )
+                )
+
+    @pytest.mark.parametrize("n", [2, 50])
+    def test_s2_batch_equals_singles(self, n: int) -> None:
+        """S2: a batch gives what its members give one by one, in whatever company and order."""
+        batch = make_batch(n, seed=2)
+        together = self.scores(batch)
+        for i in range(n):
+            alone = self.scores(pick(batch, [i]))[0]
+            assert np.isclose(together[i], alone, rtol=1e-4, atol=1e-6), (
+                f"{together[i]} among {n} experiences, {alone} alone"
+            )
+        backwards = self.scores(pick(batch, range(n)[::-1]))[::-1]
+        assert np.allclose(together, backwards, rtol=1e-4, atol=1e-6), "the order matters"
+
+    def test_s3_arguments_stay_as_they_are(self) -> None:
+        """S3: nothing that it is given is changed, or need be writable."""
+        batch = make_batch(40)
+        before = copy.deepcopy(batch)
+        self.scores(batch)
+        for field in fields(ScoringBatch):
+            assert _same(getattr(batch, field.name), getattr(before, field.name)), (
+                f"{field.name} was changed"
+            )
+        for array in _arrays(batch):
+            array.flags.writeable = False
+        self.scores(batch)
+
+    def test_s3_keeps_nothing(self) -> None:
+        """S3: nothing that it was given lives on in it."""
+        scorer, batch = self.scorer(), make_batch(40)
+        alive = [weakref.ref(array) for array in _arrays(batch)]
+        scorer(batch)  # neither the batch nor a result that may be a view of it
+        del batch
+        gc.collect()
+        assert not any(array() is not None for array in alive), "it keeps an argument"
+
+    def test_s4_threads(self) -> None:
+        """S4: several threads use one scorer at once, and get what one gets."""
+        scorer = self.scorer()
+        batches = [make_batch(n, seed=n) for n in (1, 2, 7, 30, 300)]
+        expected = [self.scores(batch) for batch in batches]
+        wrong: list[str] = []
+
+        def work(first: int) -> None:
+            try:
+                for turn in range(60):
+                    which = (first + turn) % len(batches)
+                    found = np.asarray(scorer(batches[which]), np.float32)
+                    if not np.array_equal(found, expected[which]):
+                        wrong.append(f"a batch of {len(batches[which])}")
+            except BaseException as exc:
+                wrong.append(repr(exc))
+
+        threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(TIMEOUT_S)
+            assert not thread.is_alive(), "a scoring thread hangs"
+        assert not wrong, f"threads got something else: {wrong[:3]}"
+
+    def test_s5_in_a_buffer(self) -> None:
+        """S5, S1: a buffer takes the scores as they are, for single adds and for many."""
+        draw = np.random.default_rng(3)
+        with self.buffer() as buffer:
+            single = buffer.add(_experience(draw, confidence=0.25, rewards={"r": 0.5}))
+            ids = buffer.add_many([_experience(draw, confidence=c) for c in (0.0, 0.5, 1.0)])
+            now = self.scores(
+                ScoringBatch(
+                    confidence=np.array([0.25, 0.0, 0.5, 1.0], np.float32),
+                    total_reward=np.array([0.5, 0, 0, 0], np.float32),
+                    reward_known=np.array([True, False, False, False]),
+                    probabilities=[None] * 4,
+                    age=np.zeros(4, np.float32),
+                )
+            )
+            found = [buffer.get(int(id_)).priority for id_ in (single, *ids)]
+            assert np.allclose(np.array(found, np.float64), now, rtol=1e-3, atol=1e-5), (
+                f"the buffer holds {found}, the scorer says {now.tolist()}"
+            )
+
+    def test_s6_unknown_rewards(self) -> None:
+        """S6: works without a known reward, with some, and with all."""
+        for known in ([False], [True], [False, False], [False, True, False]):
+            n = len(known)
+            self.scores(
+                ScoringBatch(
+                    confidence=np.full(n, 0.5, np.float32),
+                    total_reward=np.where(known, 1, 0).astype(np.float32),
+                    reward_known=np.array(known),
+                    probabilities=[None] * n,
+                    age=np.zeros(n, np.float32),
+                )
+            )
+
+    def test_s6_a_reward_that_comes_later(self) -> None:
+        """S6: in a buffer, `update_rewards` scores again, with the age of then."""
+        draw = np.random.default_rng(4)
+        with self.buffer() as buffer:
+            old = _experience(draw, confidence=0.5, timestamp=time.time() - 3600)
+            ids = buffer.add_many([old, _experience(draw, confidence=0.5)])
+            assert buffer.update_rewards(ids, [1.0, -1.0]) == 2
+            found = [buffer.get(int(id_)).priority for id_ in ids]
+            wanted = self.scores(
+                ScoringBatch(
+                    confidence=np.full(2, 0.5, np.float32),
+                    total_reward=np.array([1, -1], np.float32),
+                    reward_known=np.ones(2, np.bool_),
+                    probabilities=[None, None],
+                    age=np.array([3600, 0], np.float32),
+                )
+            )
+            assert np.allclose(np.array(found, np.float64), wanted, rtol=1e-2, atol=1e-3)
+
+    def test_s7_a_hundred_thousand(self) -> None:
+        """S7: 100,000 at once within `limit_s`."""
+        scorer, batch = self.scorer(), make_batch(100_000)
+        taken = []
+        for _ in range(3):  # the machine may be busy
+            started = time.perf_counter()
+            scorer(batch)
+            taken.append(time.perf_counter() - started)
+            if taken[-1] <= self.limit_s:
+                return
+        pytest.fail(f"100,000 experiences take {min(taken):.1f} s, {self.limit_s} s allowed")
+
+    def test_s8_cheap_to_make(self) -> None:
+        """S8: making and using many leaves no file open and no thread running."""
+        batch = make_batch(3)
+        self.scorer()(batch)  # what is imported only once
+        files, threads = _open_files(), threading.active_count()
+        started = time.perf_counter()
+        scorers = [self.scorer() for _ in range(100)]
+        assert time.perf_counter() - started < TIMEOUT_S / 6, "slow to make"
+        for scorer in scorers:
+            scorer(batch)
+        assert _open_files() <= files, "it holds a file or a device"
+        assert threading.active_count() <= threads, "it has started a thread"
+
+    # ------------------------------------------------------------ help
+
+    def scorer(self) -> PriorityScorer:
+        """Make the scorer under test."""
+        provider = self._provider()
+        if isinstance(self.provider, str):
+            settings = default_registry().settings("priority", self.provider, self.settings)
+        else:
+            settings = provider.settings.model_validate(dict(self.settings))
+        return cast(PriorityScorer, provider.factory(settings))
+
+    def scores(self, batch: ScoringBatch) -> Scores:
+        """What a scorer made anew says, checked (S1)."""
+        found = np.asarray(self.scorer()(batch))
+        assert found.shape == (len(batch),), f"shape {found.shape} for {len(batch)} experiences"
+        assert found.dtype.kind in "fiu", f"priorities are {found.dtype}"
+        with np.errstate(over="ignore"):
+            found = found.astype(np.float32)
+        assert np.isfinite(found).all(), f"not finite in float32: {found[~np.isfinite(found)][:3]}"
+        assert (found >= 0).all(), f"below 0: {found[found < 0][:3]}"
+        return cast(Scores, found)
+
+    def buffer(self) -> ExperienceBuffer:
+        """A buffer in memory that scores by it."""
+        provider = self._provider()
+        return ExperienceBuffer.open(
+            plugins=[] if isinstance(self.provider, str) else [_Offer(provider)],
+            priority={"backend": provider.name, provider.name: dict(self.settings)},
+        )
+
+    def _provider(self) -> ScorerProvider:
+        if isinstance(self.provider, str):
+            return cast(ScorerProvider, default_registry().get("priority", self.provider))
+        return self.provider
+
+
+class _Offer:
+    """A plugin that offers one provider."""
+
+    def __init__(self, provider: ScorerProvider) -> None:
+        self._provider = provider
+
+    @hookimpl
+    def expbuf_register_priority_scorers(self) -> list[ScorerProvider]:
+        """Offer it."""
+        return [self._provider]
+
+
+def make_batch(n: int, seed: int = 0) -> ScoringBatch:
+    """Experiences of all sorts: with and without reward, probabilities, age."""
+    draw = np.random.default_rng(seed)
+    known = draw.random(n) < 0.6
+    weights = draw.exponential(size=(n, 5)).astype(np.float32)
+    weights /= weights.sum(axis=1, keepdims=True)
+    classes = draw.integers(0, 5, n).tolist()
+    return ScoringBatch(
+        confidence=draw.random(n).astype(np.float32),
+        total_reward=np.where(known, draw.normal(0, 3, n), 0).astype(np.float32),
+        reward_known=known,
+        probabilities=[row if count else None for row, count in zip(weights, classes, strict=True)],
+        age=np.where(draw.random(n) < 0.5, 0, draw.exponential(1e5, n)).astype(np.float32),
+    )
+
+
+def pick(batch: ScoringBatch, rows: Sequence[int]) -> ScoringBatch:
+    """Some experiences of a batch, in this order."""
+    chosen = list(rows)
+    return ScoringBatch(
+        confidence=batch.confidence[chosen],
+        total_reward=batch.total_reward[chosen],
+        reward_known=batch.reward_known[chosen],
+        probabilities=[batch.probabilities[i] for i in chosen],
+        age=batch.age[chosen],
+    )
+
+
+def _experience(draw: np.random.Generator, **fields: Any) -> Experience:
+    v, q = draw.standard_normal((2, 8), dtype=np.float32)
+    return Experience(v_embed=v, q_embed=q, **fields)
+
+
+def _arrays(batch: ScoringBatch) -> list[NDArray[Any]]:
+    columns = (batch.confidence, batch.total_reward, batch.reward_known, batch.age)
+    return [*columns, *(p for p in batch.probabilities if p is not None)]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    return len(a) == len(b) and all(
+        (x is None) == (y is None) and (x is None or np.array_equal(x, y))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _open_files() -> int:
+    gc.collect()
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except FileNotFoundError:  # no such listing here
+        return 0

@@ -1,0 +1,416 @@
+"""The contract suite for storage is a test itself: adapters with one planted bug each fail it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from expbuf_core.contracts import (
+    Appended,
+    LogFollower,
+    LoggedOperation,
+    LogGone,
+    PersistenceAdapter,
+    PersistenceContext,
+    PersistenceProvider,
+    Pin,
+    Problem,
+    Stamped,
+)
+from expbuf_core.errors import CorruptionError, StorageError
+from expbuf_core.filesystem import FileSystem
+from expbuf_core.testing.persistence_suite import PersistenceSuite
+from expbuf_file import layout
+from expbuf_file.adapter import FilePersistenceAdapter
+from expbuf_file.follower import FileFollower, FilePin
+from expbuf_file.settings import FileSettings
+
+SETTINGS = {"initial_bytes": 1 << 14, "segment_bytes": 1 << 15}
+Places = NDArray[np.int64]
+Lengths = NDArray[np.uint32]
+
+
+class Sound(FilePersistenceAdapter):
+    """No bug: what the others are compared with."""
+
+    def pin(self, ids: Places, locations: Places, lengths: Lengths) -> Pin:
+        return super().pin(ids, locations, lengths)
+
+
+class LosesTheLast(FilePersistenceAdapter):
+    def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
+        return iter(list(super().recover(after_lsn, durable_lsn))[:-1])
+
+
+class SwapsOperations(FilePersistenceAdapter):
+    def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
+        found = list(super().recover(after_lsn, durable_lsn))
+        found[4:6] = reversed(found[4:6])
+        return iter(found)
+
+
+class ForgetsIds(FilePersistenceAdapter):
+    def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
+        return (item._replace(first_id=0) for item in super().recover(after_lsn, durable_lsn))
+
+
+class DoesNotSync(FilePersistenceAdapter):
+    def sync(self) -> None:
+        pass
+
+
+class _NoFolderSync(FileSystem):
+    def __init__(self, inner: FileSystem) -> None:
+        self._inner = inner
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("_inner", "sync_folder"):
+            return super().__getattribute__(name)
+        return getattr(self._inner, name)
+
+    def sync_folder(self, path: Path) -> None:
+        pass
+
+
+class DoesNotSyncTheFolder(FilePersistenceAdapter):
+    def __init__(self, settings: FileSettings, context: PersistenceContext) -> None:
+        fs = _NoFolderSync(context.fs)
+        super().__init__(
+            settings, PersistenceContext(context.path, context.uuid, fs, context.words)
+        )
+
+
+class SyncsOnlyTheCurrentFile(FilePersistenceAdapter):
+    def sync(self) -> None:
+        self._words[3] = self._words[0]
+        super().sync()
+
+
+class SwallowsFailedSyncs(FilePersistenceAdapter):
+    def sync(self) -> None:
+        with contextlib.suppress(StorageError):
+            super().sync()
+
+
+class TruncatesBeforeItIsDurable(FilePersistenceAdapter):
+    def start(self, lsn: int, recovered_lsn: int) -> None:
+        for number in self._reader.scanned[-1:]:
+            self._logs.trim(number, max(self._reader.end - 4096, 4096))
+        super().start(lsn, recovered_lsn)
+
+
+class _WrongRow(Pin):
+    def __init__(self, pin: Pin, count: int) -> None:
+        self._pin, self._count = pin, count
+
+    def read(self, i: int) -> Any:
+        return self._pin.read((i + 1) % self._count)
+
+
+class PinsAnotherRow(FilePersistenceAdapter):
+    def pin(self, ids: Places, locations: Places, lengths: Lengths) -> Pin:
+        return _WrongRow(super().pin(ids, locations, lengths), len(ids))
+
+
+class _Lazy(Pin):
+    def __init__(self, adapter: FilePersistenceAdapter, *wanted: Any) -> None:
+        self._adapter, self._wanted = adapter, wanted
+
+    def read(self, i: int) -> Any:
+        return FilePersistenceAdapter.pin(self._adapter, *self._wanted).read(i)
+
+
+class PinsLazily(FilePersistenceAdapter):
+    def pin(self, ids: Places, locations: Places, lengths: Lengths) -> Pin:
+        return _Lazy(self, ids, locations, lengths)
+
+
+class _NeverSkips(FileFollower):
+    def skip(self, lsn: int, cursor: Any) -> None:
+        pass
+
+
+class _SkipsTooMuch(FileFollower):
+    def skip(self, lsn: int, cursor: Any) -> None:
+        self._lsn = lsn + 1
+
+
+class _ReadsOn(FileFollower):
+    def read(self, until_lsn: int) -> Iterator[LoggedOperation]:
+        return super().read(until_lsn + 1)
+
+
+class _SeesNoGrowth(FileFollower):
+    _seen = False
+
+    def read(self, until_lsn: int) -> Iterator[LoggedOperation]:
+        if self._seen:
+            return
+        self._seen = until_lsn > 0
+        yield from super().read(until_lsn)
+
+
+class _FollowsWrongly(FilePersistenceAdapter):
+    kind: type[FileFollower] = FileFollower
+
+    def follow(self, after_lsn: int) -> LogFollower:
+        files = self._start_of(after_lsn)
+        return self.kind(self._folder, self._uuid, after_lsn, files)
+
+
+class NeverSkips(_FollowsWrongly):
+    kind = _NeverSkips
+
+
+class SkipsTooMuch(_FollowsWrongly):
+    kind = _SkipsTooMuch
+
+
+class ReadsOn(_FollowsWrongly):
+    kind = _ReadsOn
+
+
+class SeesNoGrowth(_FollowsWrongly):
+    kind = _SeesNoGrowth
+
+
+class HidesGaps(FilePersistenceAdapter):
+    """Follows from the oldest log there is, whatever was asked."""
+
+    def follow(self, after_lsn: int) -> LogFollower:
+        try:
+            return super().follow(after_lsn)
+        except LogGone:
+            after_lsn = self._logs.begins[self._logs.chain(1 << 62)[0]].previous_lsn
+            return super().follow(after_lsn)
+
+
+class AppendsOneByOne(FilePersistenceAdapter):
+    def append(self, stamped: Sequence[Stamped], durable_lsn: int) -> list[Appended]:
+        return [super(AppendsOneByOne, self).append([item], durable_lsn)[0] for item in stamped]
+
+
+class RemembersItsOwnEnd(FilePersistenceAdapter):
+    _end: tuple[int, int, int] | None = None
+
+    def append(self, stamped: Sequence[Stamped], durable_lsn: int) -> list[Appended]:
+        if self._end is not None:
+            self._set_end(*self._end)
+        places = super().append(stamped, durable_lsn)
+        self._end = (self._words[0], self._words[1], self._words[2])
+        return places
+
+
+class RaisesRawErrors(FilePersistenceAdapter):
+    def append(self, stamped: Sequence[Stamped], durable_lsn: int) -> list[Appended]:
+        try:
+            return super().append(stamped, durable_lsn)
+        except StorageError as exc:
+            raise OSError(exc.errno, "raw") from None
+
+
+class TakesTornTailsForDamage(FilePersistenceAdapter):
+    def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
+        yield from super().recover(after_lsn, durable_lsn)
+        if self._reader.torn_bytes:
+            raise CorruptionError("torn", path=self._folder)
+
+
+class TakesDamageForTornTails(FilePersistenceAdapter):
+    def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
+        try:
+            yield from super().recover(after_lsn, durable_lsn)
+        except CorruptionError:
+            return
+
+
+class ChangesWhatItRecovers(FilePersistenceAdapter):
+    def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
+        yield from super().recover(after_lsn, durable_lsn)
+        self._logs.trim(self._reader.number, self._reader.end)
+
+
+class IgnoresWhatWasDurable(FilePersistenceAdapter):
+    def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
+        return super().recover(after_lsn, 0)
+
+
+class FindsNothing(FilePersistenceAdapter):
+    def verify(self, until_lsn: int) -> Iterator[Problem]:
+        return iter(())
+
+
+class FindsTooMuch(FilePersistenceAdapter):
+    def verify(self, until_lsn: int) -> Iterator[Problem]:
+        yield from super().verify(until_lsn)
+        yield Problem(str(self._folder), -1, "who knows", True)
+
+
+class DropsLivePayloads(FilePersistenceAdapter):
+    def drop_below(self, lsn: int, live_ids: Places, live_locations: Places) -> None:
+        super().drop_below(lsn, live_ids[:0], live_locations[:0])
+
+
+class DropsTheOperationsBehind(FilePersistenceAdapter):
+    def drop_below(self, lsn: int, live_ids: Places, live_locations: Places) -> None:
+        super().drop_below(lsn + 8, live_ids, live_locations)
+
+
+class NeverDrops(FilePersistenceAdapter):
+    def drop_below(self, lsn: int, live_ids: Places, live_locations: Places) -> None:
+        pass
+
+
+class RetiresTooMuch(FilePersistenceAdapter):
+    def retire(self, durable_lsn: int, keep_lsn: int, next_lsn: int) -> None:
+        super().retire(durable_lsn, durable_lsn, next_lsn)
+
+
+class RetiresTooLittle(FilePersistenceAdapter):
+    def retire(self, durable_lsn: int, keep_lsn: int, next_lsn: int) -> None:
+        chain = self._logs.chain(durable_lsn)
+        last = max(
+            found.header.lsn
+            for found in self._logs.open(layout.DATA, chain[-1]).frames(4096, 1 << 30, rows=False)
+            if hasattr(found, "header")
+        )
+        super().retire(durable_lsn, max(keep_lsn, last), next_lsn)
+
+
+class ForksBadly(FilePersistenceAdapter):
+    def after_fork(self) -> None:
+        super().after_fork()
+        self._words[1] = 4096
+
+
+class AcceptsStrangers(FilePersistenceAdapter):
+    def __init__(self, settings: FileSettings, context: PersistenceContext) -> None:
+        super().__init__(
+            settings, PersistenceContext(context.path, bytes(range(16)), context.fs, context.words)
+        )
+
+
+class LeaksDescriptors(FilePersistenceAdapter):
+    def attach(self) -> None:
+        super().attach()
+
+    def follow(self, after_lsn: int) -> LogFollower:
+        os.open("/dev/null", os.O_RDONLY)
+        return super().follow(after_lsn)
+
+
+class TellsNoJson(FilePersistenceAdapter):
+    def stats(self) -> dict[str, Any]:
+        return {"files": np.int64(3)}
+
+
+class LosesOnSwitching(FilePersistenceAdapter):
+    def switch(self, next_lsn: int, durable_lsn: int) -> None:
+        self._words[1] -= 8
+        super().switch(next_lsn, durable_lsn)
+
+
+class MovesPinsWithTheFile(FilePersistenceAdapter):
+    """Locations are those of another file after a retirement."""
+
+    def retire(self, durable_lsn: int, keep_lsn: int, next_lsn: int) -> None:
+        super().retire(durable_lsn, keep_lsn, next_lsn)
+        self._moved = True
+
+    _moved = False
+
+    def pin(self, ids: Places, locations: Places, lengths: Lengths) -> Pin:
+        if not self._moved:
+            return super().pin(ids, locations, lengths)
+        number = self._words[0]
+        file = self._logs.shared(layout.DATA, number)
+        places = [place & ((1 << layout.OFFSET_BITS) - 1) for place in locations.tolist()]
+        moved = [number << layout.OFFSET_BITS | place for place in places]
+        return FilePin({number: file}, moved, lengths.tolist())
+
+
+# Which test must catch it. Others may, too.
+CAUGHT: list[tuple[type[PersistenceAdapter], str]] = [
+    (LosesTheLast, "test_p2_recovers_what_was_appended"),
+    (SwapsOperations, "test_p2_recovers_what_was_appended"),
+    (ForgetsIds, "test_p2_recovers_what_was_appended"),
+    (FindsNothing, "test_p2_changed_content"),
+    (TakesDamageForTornTails, "test_p2_changed_content"),
+    (TakesTornTailsForDamage, "test_p3_a_torn_tail_is_left_out"),
+    (IgnoresWhatWasDurable, "test_p4_missing_operations_are_damage"),
+    (ChangesWhatItRecovers, "test_p5_recovering_changes_nothing"),
+    (TruncatesBeforeItIsDurable, "test_p6_goes_on_behind_what_was_recovered"),
+    (AppendsOneByOne, "test_p10_all_or_nothing"),
+    (RaisesRawErrors, "test_p10_all_or_nothing"),
+    (PinsAnotherRow, "test_p11_locations"),
+    (RemembersItsOwnEnd, "test_p12_appends_alternate"),
+    (DoesNotSync, "test_p14_power_losses"),
+    (DoesNotSyncTheFolder, "test_p14_power_losses"),
+    (SyncsOnlyTheCurrentFile, "test_p14_power_losses"),
+    (SwallowsFailedSyncs, "test_p16_a_failing_sync_raises"),
+    (RetiresTooMuch, "test_p17_retires"),
+    (RetiresTooLittle, "test_p17_retires"),
+    (MovesPinsWithTheFile, "test_p17_retires"),
+    (ReadsOn, "test_p20_follows_from_anywhere"),
+    (SeesNoGrowth, "test_p20_follows_as_it_grows"),
+    (NeverSkips, "test_p22_skips_its_own"),
+    (SkipsTooMuch, "test_p22_skips_its_own"),
+    (HidesGaps, "test_p23_what_was_dropped_is_gone"),
+    (PinsLazily, "test_p24_pins_outlive_what_they_pin"),
+    (LosesOnSwitching, "test_p30_switches"),
+    (DropsLivePayloads, "test_p32_keeps_what_is_needed"),
+    (DropsTheOperationsBehind, "test_p32_keeps_what_is_needed"),
+    (NeverDrops, "test_p32_a_steady_buffer_does_not_grow"),
+    (FindsTooMuch, "test_p34_finds_nothing_where_nothing_is"),
+    (LeaksDescriptors, "test_p36_closes_twice"),
+    (TellsNoJson, "test_p37_facts_are_json"),
+    (AcceptsStrangers, "test_p42_files_of_another_buffer"),
+    (ForksBadly, "test_p44_a_forked_child"),
+    (LosesTheLast, "test_p50_a_buffer_that_is_killed"),
+]
+
+
+def suite_of(adapter: type[PersistenceAdapter]) -> PersistenceSuite:
+    class Suite(PersistenceSuite):
+        provider = PersistenceProvider(
+            "planted",
+            api_version=1,
+            factory=adapter,
+            settings=FileSettings,
+            capabilities=frozenset({"durable", "multiprocess"}),
+        )
+        settings = SETTINGS
+
+    return Suite()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "test"),
+    CAUGHT,
+    ids=[f"{bug.__name__}-{test[5:].split('_')[0]}" for bug, test in CAUGHT],
+)
+def test_planted_bugs_are_caught(
+    adapter: type[PersistenceAdapter], test: str, tmp_path: Path
+) -> None:
+    # `pytest.raises` within the suite fails with an exception of its own.
+    with pytest.raises((Exception, pytest.fail.Exception)):
+        getattr(suite_of(adapter), test)(tmp_path)
+
+
+@pytest.mark.parametrize("test", sorted({test for _, test in CAUGHT}))
+def test_a_provider_may_be_an_object(test: str, tmp_path: Path) -> None:
+    getattr(suite_of(Sound), test)(tmp_path)
+
+
+def test_every_test_states_its_number() -> None:
+    for name, test in vars(PersistenceSuite).items():
+        if name.startswith("test_"):
+            number = name.split("_")[1].upper()
+            assert test.__doc__.startswith((f"{number}:", f"{number},")) or number in test.__doc__
