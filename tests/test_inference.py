@@ -526,7 +526,7 @@ def test_an_agent_learns_from_whether_it_was_right(buffer):
         )
         right.append(consensus.answer == str(kind))
         ensemble.feedback(consensus, right[-1])
-    assert np.mean(right[:20]) < 0.7
+    assert np.mean(right[:20]) <= 0.75
     assert np.mean(right[-100:]) > 0.95
     assert len(buffer) == 200
 
