@@ -411,7 +411,8 @@ def _may_be_empty(dotted: str) -> bool:
         return False
     if not inner:
         return issubclass(field.annotation, _Section)
-    return issubclass(field.annotation, _Choice) and inner not in field.annotation.model_fields
+    is_backend = "." not in inner and inner not in field.annotation.model_fields
+    return issubclass(field.annotation, _Choice) and is_backend
 
 
 def _read(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> tuple[Any, str]:

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from expbuf_core.contracts import (
     LoggedOperation,
     PersistenceAdapter,
 )
-from expbuf_core.control import INDEX_GENERATION, Control
+from expbuf_core.control import INDEX_GENERATION, RETIREMENTS, Control
 from expbuf_core.errors import CorruptionError
 from expbuf_core.sampling import PrioritySampler, Settings
 from expbuf_core.segments import Manifest
@@ -28,6 +29,14 @@ _log = logging.getLogger("expbuf")
 _REFUSE_CHUNK = 1024
 
 Refuse = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
+
+
+class _Own(NamedTuple):
+    """An operation that this process wrote; `retirements`: of logs, when it did."""
+
+    operation: LoggedOperation
+    place: Appended
+    retirements: int
 
 
 class Replica:
@@ -56,7 +65,7 @@ class Replica:
         self.uuid = uuid
         self._sampling = sampling
         self._follower: LogFollower | None = None
-        self._own: dict[int, tuple[LoggedOperation, Appended]] = {}
+        self._own: dict[int, _Own] = {}
         self.counts: dict[int, int] = {}  # of own operations, until their caller has read them
         self.evicted = 0  # since it was last told
         self.reset(State())
@@ -74,7 +83,26 @@ class Replica:
 
     def written(self, operation: LoggedOperation, place: Appended) -> None:
         """Keep an operation of this process at hand until it is published."""
-        self._own[operation.lsn] = (operation, place)
+        self._own[operation.lsn] = _Own(operation, place, self.control.words[RETIREMENTS])
+
+    def _at_hand(self, lsn: int) -> _Own | None:
+        """An operation of this process, unless the log that it was written to was given up.
+
+        What became of it then, the new log says: it was either written again or lost.
+        """
+        own = self._own.get(lsn)
+        if own is None or own.retirements != self.control.words[RETIREMENTS]:
+            return None
+        return own
+
+    def _apply_own(self, own: _Own) -> None:
+        lsn = own.operation.lsn
+        del self._own[lsn]
+        if self._follower is not None:
+            self._follower.skip(lsn, own.place.cursor)
+        else:
+            self._cursor = (lsn, own.place.cursor)
+        self.counts[lsn] = self.apply(own.operation).applied
 
     def refresh(self) -> None:
         """Apply what has been published since; one comparison where that is nothing.
@@ -94,31 +122,26 @@ class Replica:
     def _catch_up(self, published: int) -> None:
         state = self.state
         while state.lsn < published:
-            own = self._own.pop(state.lsn + 1, None)
+            own = self._at_hand(state.lsn + 1)
             if own is not None:
-                operation, place = own
-                if self._follower is not None:
-                    self._follower.skip(operation.lsn, place.cursor)
-                else:
-                    self._cursor = (operation.lsn, place.cursor)
-                self.counts[operation.lsn] = self.apply(operation).applied
+                self._apply_own(own)
                 continue
             # Of the others; up to the next of our own, which is at hand.
-            mine = [n for n in list(self._own) if state.lsn < n <= published]
+            mine = [n for n in list(self._own) if state.lsn < n <= published and self._at_hand(n)]
             until = min(mine, default=published + 1)
             before = state.lsn
             for operation in self._following().read(until - 1):
-                own = self._own.pop(operation.lsn, None)
+                written_here = self._own.pop(operation.lsn, None) is not None
                 change = self.apply(operation)
-                if own is not None:
+                if written_here:
                     self.counts[operation.lsn] = change.applied
             if state.lsn == before:
-                if until <= published and self._own.get(until) is not None:
-                    # LSNs jump from here to our own operation.
-                    operation, place = self._own.pop(until)
-                    self._following().skip(operation.lsn, place.cursor)
-                    self.counts[operation.lsn] = self.apply(operation).applied
+                own = self._at_hand(until)
+                if own is not None:  # LSNs jump from here to our own operation
+                    self._apply_own(own)
                     continue
+                if self._own.get(until) is not None:
+                    continue  # its log was given up just now: read on
                 raise CorruptionError(
                     f"operation {state.lsn + 1} was published and cannot be read from the log; run "
                     "`expbuf verify`",

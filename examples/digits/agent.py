@@ -30,6 +30,9 @@ MEMORY: dict[str, Any] = {
     "fusion": {"backend": "weighted_concat"},
     "embedding": {"visual_dim": DIM, "question_dim": DIM},
     "max_size": 10_000,
+    # As a thread, the index builder dies together with the agent. As a process of its own, which is
+    # the default, it would outlive the kill with the memory open, and leave nothing to recover.
+    "index": {"builder": "thread"},
 }
 
 Array = NDArray[np.float32]

@@ -28,7 +28,7 @@ import numpy as np
 from life import Event, Life, Stream
 from numpy.typing import NDArray
 from screen import Bar, bold, dim, red, say, table
-from world import KINDS, World
+from world import KINDS, Scans, World
 
 FIRST_SEED = 10  # the settings of the agent were found on other streams
 
@@ -37,19 +37,22 @@ class Demo:
     """Streams of questions, each answered with memory off and with memory on.
 
     Args:
+        scans: What the questions are about.
         questions: Length of each stream; None: every scan once.
         streams: How many.
-        memories: Folder for the memories.
+        folder: For the memories.
     """
 
-    def __init__(self, questions: int | None, streams: int, memories: Path) -> None:
-        self.worlds = [World(FIRST_SEED + i, questions) for i in range(streams)]
+    def __init__(self, scans: Scans, questions: int | None, streams: int, folder: Path) -> None:
+        self.worlds = [World(scans, FIRST_SEED + i, questions) for i in range(streams)]
         self.questions = len(self.worlds[0])
         self.half = self.questions // 2
         self.window = min(200, max(1, self.questions // 3))
         self.off = [Stream(world.seed) for world in self.worlds]
         self.on = [Stream(world.seed) for world in self.worlds]
-        self._memories = memories
+        self._folder = folder
+        self._scans = folder / "scans.npz"
+        scans.write(self._scans)
 
     # ------------------------------------------------------------ one stream, step by step
 
@@ -75,6 +78,7 @@ class Demo:
                 for line in death.wrong:
                     say(f"    {red(line)}")
                 say(f"  found by searching       {bold(f'{death.searchable:5}')} experiences")
+                say(dim(f"  {event['report']}"))
             elif event["event"] == "relived":
                 say()
                 say("  The network died with the process, and is learnt again from the memory:")
@@ -112,9 +116,9 @@ class Demo:
         return life.pid
 
     def _options(self, stream: Stream | None = None, *more: str) -> list[str]:
-        options = ["--questions", str(self.questions), *more]
+        options = ["--scans", str(self._scans), "--questions", str(self.questions), *more]
         if stream is not None:
-            options += ["--memory", str(self._memories / f"stream-{stream.seed}")]
+            options += ["--memory", str(self._folder / f"stream-{stream.seed}")]
         return options
 
     # ------------------------------------------------------------ the other streams
@@ -227,7 +231,8 @@ def main() -> int:
     memories = arguments.output / "memories"
     shutil.rmtree(memories, ignore_errors=True)
     memories.mkdir(parents=True)
-    demo = Demo(arguments.questions, arguments.streams, memories)
+    scans = Scans.load()
+    demo = Demo(scans, arguments.questions, arguments.streams, memories)
     say()
     say(f"  {bold('An agent that remembers')}")
     say(
@@ -244,7 +249,7 @@ def main() -> int:
         from plots import draw  # matplotlib takes a while to import
 
         picture = arguments.output / "demo.png"
-        draw(figures, picture)
+        draw(figures, scans.images, picture)
         say(f"  The picture: {bold(str(picture))}")
     say(dim(f"  {time.monotonic() - began:.0f} s"))
     say()

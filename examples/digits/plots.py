@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
-from world import load_scans
+from world import Scans
 
 # Okabe and Ito's colours: told apart also by those who see fewer.
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#8C8C8C"
@@ -41,14 +41,14 @@ STYLE: Any = {
 }
 
 
-def draw(figures: dict[str, Any], path: Path) -> None:
-    """Draw the picture of a demo into a PNG file."""
+def draw(figures: dict[str, Any], images: NDArray[np.float32], path: Path) -> None:
+    """Draw the picture of a demo, whose scans are `images`, into a PNG file."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=SIZE, dpi=150)
         FigureCanvasAgg(figure)  # draws without a display
         _head(figure, figures)
         _curves(figure.add_axes((0.066, 0.478, 0.80, 0.375)), figures)
-        _memories(figure, figures)
+        _memories(figure, figures, images)
         figure.savefig(path, pil_kwargs={"optimize": True})
 
 
@@ -145,7 +145,7 @@ def _beside(
 # ---------------------------------------------------------------- what came to mind
 
 
-def _memories(figure: Figure, figures: dict[str, Any]) -> None:
+def _memories(figure: Figure, figures: dict[str, Any], images: NDArray[np.float32]) -> None:
     recalled = figures["streams"][0]["recalled"][-4:]
     if not recalled:
         return
@@ -156,11 +156,10 @@ def _memories(figure: Figure, figures: dict[str, Any]) -> None:
         "at the last question of each kind: the most similar experiences, and how similar; "
         "✓ speaks for its answer, ✗ against it",
     )
-    scans, _ = load_scans()
     verdicts = figures["streams"][0]["memory_on"]
     for i, memory in enumerate(recalled):
         left, top = 0.03 + 0.487 * (i % 2), 0.362 - 0.187 * (i // 2)
-        _card(figure, left, top, memory, verdicts[memory["position"]] == "1", scans)
+        _card(figure, left, top, memory, verdicts[memory["position"]] == "1", images)
 
 
 def _card(
@@ -169,11 +168,11 @@ def _card(
     top: float,
     memory: dict[str, Any],
     right: bool,
-    scans: NDArray[np.float32],
+    images: NDArray[np.float32],
 ) -> None:
     big, small, gap = 0.083, 0.052, 0.0095
     ratio = SIZE[0] / SIZE[1]
-    _scan(figure, (left, top - big * ratio, big, big * ratio), scans[memory["scan"]], INK, 1.0)
+    _scan(figure, (left, top - big * ratio, big, big * ratio), images[memory["scan"]], INK, 1.0)
     words = left + big + 0.016
     figure.text(words, top - 0.008, f"“{memory['question']}”", size=10, weight="bold", va="center")
     mark, colour = _verdict(right)
@@ -190,7 +189,7 @@ def _card(
     for i, hit in enumerate(memory["hits"]):
         x, y = words + i * (small + gap), top - 0.028 - small * ratio
         mark, colour = _verdict(hit["reward"] > 0)
-        _scan(figure, (x, y, small, small * ratio), scans[hit["scan"]], colour, 1.6)
+        _scan(figure, (x, y, small, small * ratio), images[hit["scan"]], colour, 1.6)
         middle = x + small / 2
         figure.text(
             middle, y - 0.014, f"{hit['answer']} {mark}", size=8.5, color=colour,
@@ -226,4 +225,8 @@ def _scan(
 
 
 if __name__ == "__main__":
-    draw(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))
+    draw(
+        json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")),
+        Scans.load().images,
+        Path(sys.argv[2]),
+    )

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from agent import MEMORY, Agent
-from world import Question, World
+from world import Question, Scans, World
 
 from expbuf_core import ExperienceBuffer
 
@@ -130,6 +130,7 @@ def live(agent: Agent, world: World, start: int, die_at: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scans", type=Path, required=True, help="as written by Scans.write")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--questions", type=int)
     parser.add_argument("--memory", type=Path, help="folder of the memory; default: none")
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--die-at", type=int, default=-1, help="position of the last question")
     arguments = parser.parse_args()
 
-    world = World(arguments.seed, arguments.questions)
+    world = World(Scans.read(arguments.scans), arguments.seed, arguments.questions)
     if arguments.memory is None:
         live(Agent(None), world, 0, arguments.die_at)
         return

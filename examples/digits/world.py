@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,19 +98,51 @@ class Question:
     text: str
 
 
+class Scans(NamedTuple):
+    """Scanned digits.
+
+    Attributes:
+        images: (n, 8, 8) float32 in [0, 1].
+        digits: (n,) int64: what they show.
+    """
+
+    images: NDArray[np.float32]
+    digits: NDArray[np.int64]
+
+    @classmethod
+    def load(cls) -> Scans:
+        """The 1797 scans that come with scikit-learn."""
+        from sklearn.datasets import load_digits  # takes a second, which no agent needs to wait
+
+        bundled = load_digits()
+        images = (bundled.images / 16.0).astype(np.float32)
+        return cls(images, bundled.target.astype(np.int64))
+
+    def write(self, path: Path) -> None:
+        """Put them into a file, from which `read` gets them faster."""
+        np.savez(path, images=self.images, digits=self.digits)
+
+    @classmethod
+    def read(cls, path: Path) -> Scans:
+        """The inverse of `write`."""
+        with np.load(path) as file:
+            return cls(file["images"], file["digits"])
+
+
 class World:
     """A stream of questions, and who knows the answers.
 
     Args:
+        scans: What they are about.
         seed: The same seed, the same stream.
         questions: Length; None: every scan once.
     """
 
-    def __init__(self, seed: int, questions: int | None = None) -> None:
+    def __init__(self, scans: Scans, seed: int, questions: int | None = None) -> None:
         self.seed = seed
-        self._images, self._digits = load_scans()
+        self._scans = scans
         rng = np.random.default_rng(seed)
-        self._order = rng.permutation(len(self._digits))[:questions]
+        self._order = rng.permutation(len(scans.digits))[:questions]
         self._kinds = rng.integers(len(KINDS), size=len(self._order))
         self._draws = rng.random(len(self._order))
 
@@ -121,22 +153,15 @@ class World:
         scan, kind = int(self._order[position]), int(self._kinds[position])
         phrasings = KINDS[kind].phrasings
         text = phrasings[int(self._draws[position] * len(phrasings))]
-        return Question(position, scan, self._images[scan], kind, text)
+        return Question(position, scan, self._scans.images[scan], kind, text)
 
     def judge(self, position: int, answer: Any) -> bool:
         """Whether an answer is right: the only thing that the agent is ever told."""
-        right = KINDS[int(self._kinds[position])].answer(int(self._digits[self._order[position]]))
+        right = KINDS[int(self._kinds[position])].answer(
+            int(self._scans.digits[self._order[position]])
+        )
         return bool(answer == right)
 
     def last_of_each_kind(self) -> tuple[int, ...]:
         """Positions, one a kind."""
         return tuple(int(np.flatnonzero(self._kinds == kind)[-1]) for kind in set(self._kinds))
-
-
-@cache
-def load_scans() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The 1797 scans, (n, 8, 8) float32 in [0, 1], and what they show, (n,) int64."""
-    from sklearn.datasets import load_digits  # takes a second to import
-
-    scans = load_digits()
-    return (scans.images / 16.0).astype(np.float32), scans.target.astype(np.int64)

@@ -245,7 +245,8 @@ class FusionSuite:
         return ExperienceBuffer.open(
             plugins=[] if isinstance(self.provider, str) else [_Offer(provider)],
             fusion={"backend": provider.name, provider.name: dict(self.settings)},
-            metric="cosine",
+            embedding={"metric": "cosine"},
+            index="exact",
         )
 
     def _provider(self) -> FusionProvider:

@@ -234,6 +234,7 @@ class ScorerSuite:
         return ExperienceBuffer.open(
             plugins=[] if isinstance(self.provider, str) else [_Offer(provider)],
             priority={"backend": provider.name, provider.name: dict(self.settings)},
+            index="exact",
         )
 
     def _provider(self) -> ScorerProvider:
