@@ -136,11 +136,22 @@ class State:
     def live_slots(self) -> NDArray[np.int64]:
         """Slots of the live experiences, oldest first."""
         order = self.slots()
-        return order[self.live[order]]
+        return order if self.count == len(order) else order[self.live[order]]
+
+    def _in_order(self, name: str, order: NDArray[np.int64]) -> NDArray[Any]:
+        """A copy of a column for these live slots, oldest first."""
+        column: NDArray[Any] = getattr(self, name)
+        if len(order) != self.tail - self.head:
+            return column[order]
+        # All slots are live: two plain copies are an order of magnitude faster than picking.
+        mask = self.capacity - 1
+        head, n = self.head & mask, len(order)
+        first = column[head : head + n]
+        return np.concatenate([first, column[: n - len(first)]])
 
     def live_ids(self) -> NDArray[np.int64]:
         """Ids of the live experiences, rising."""
-        return self.id[self.live_slots()]
+        return self._in_order("id", self.live_slots())
 
     def find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Slots of these ids; -1 where the experience is not (or no longer) here.
@@ -478,7 +489,7 @@ class State:
             "rewards": {str(id_): named for id_, named in self.rewards.items()},
             "tag_sets": {str(code): list(self.tag_sets[code]) for code in used if code},
         }
-        return tree, {name: getattr(self, name)[order] for name in COLUMNS}
+        return tree, {name: self._in_order(name, order) for name in COLUMNS}
 
     @classmethod
     def load(cls, tree: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> State:
