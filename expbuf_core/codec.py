@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -341,22 +342,37 @@ def encode_add(body: AddBody, representation: int = 0) -> bytes:
     return b"".join(parts)
 
 
-def decode_add(data: Buffer) -> AddBody:
-    """The inverse of `encode_add`."""
+@lru_cache(maxsize=64)
+def _add_type(n: int, dim: int) -> np.dtype[Any]:
+    """An add without sections as one record."""
+    return np.dtype(
+        [
+            ("head", "<u4", (4,)),
+            ("timestamp", "<f8", (n,)),
+            ("reward", "<f8", (n,)),
+            ("confidence", "<f4", (n,)),
+            ("priority", "<f4", (n,)),
+            ("vectors", "<f4", (n, dim)),
+        ]
+    )
+
+
+def decode_add(*bodies: Buffer) -> AddBody:
+    """The inverse of `encode_add`; several bodies become one, as if they had been added at once."""
+    data = bodies[0]
     n, dim, _representation, sections = _ADD.unpack_from(data)
-    at = _ADD.size
-    if at + n * (24 + 4 * dim) > len(data):
+    at = _ADD.size + n * (24 + 4 * dim)
+    if at > len(data):
         raise ValueError("an add whose columns exceed its body")
-
-    def column(dtype: Any, count: int) -> NDArray[Any]:
-        nonlocal at
-        array = np.frombuffer(data, dtype, count, at)
-        at += array.nbytes
-        return array
-
-    timestamp, reward = column(np.float64, n), column(np.float64, n)
-    confidence, priority = column(np.float32, n), column(np.float32, n)
-    vectors = column(np.float32, n * dim).reshape(n, dim)
+    kind = _add_type(n, dim)
+    if len(bodies) > 1:
+        if sections or any(len(body) != at for body in bodies):
+            return _joined([decode_add(body) for body in bodies])
+        table = np.frombuffer(b"".join(bodies), kind)
+        if (table["head"] != table["head"][0]).any():
+            return _joined([decode_add(body) for body in bodies])
+    else:
+        table = np.frombuffer(memoryview(data)[:at], kind)
     labels = None
     for _ in range(sections):
         kind, size = _SECTION.unpack_from(data, at)
@@ -367,6 +383,26 @@ def decode_add(data: Buffer) -> AddBody:
             raise FormatVersionError(f"an add has a section of kind {kind}, unknown to this expbuf")
         labels = load_json(memoryview(data)[at : at + size])
         at += size
+    return AddBody(
+        table["timestamp"].ravel(),
+        table["reward"].ravel(),
+        table["confidence"].ravel(),
+        table["priority"].ravel(),
+        table["vectors"].reshape(len(bodies) * n, dim),
+        labels,
+    )
+
+
+def _joined(parts: list[AddBody]) -> AddBody:
+    """Several adds as one."""
+    timestamp, reward, confidence, priority, vectors = (
+        np.concatenate([part[i] for part in parts]) for i in range(5)
+    )
+    labels: dict[str, list[Any]] = {"tags": [], "keys": []}
+    for part in parts:
+        n = len(part.timestamp)
+        labels["tags"] += part.labels["tags"] if part.labels else [[]] * n
+        labels["keys"] += part.labels["keys"] if part.labels else [None] * n
     return AddBody(timestamp, reward, confidence, priority, vectors, labels)
 
 
@@ -440,7 +476,7 @@ def encode_remove(ids: NDArray[np.int64]) -> Operation:
 
 
 def decode_ids(data: Buffer) -> NDArray[np.int64]:
-    """Ids of a remove."""
+    """The ids that a body begins with."""
     (n,) = _COUNT.unpack_from(data)
     return np.frombuffer(data, np.int64, n, _COUNT.size)
 
@@ -450,10 +486,23 @@ def encode_priority(ids: NDArray[np.int64], priorities: NDArray[np.float32]) -> 
     return _operation(PRIORITY, _COUNT.pack(len(ids)) + ids.tobytes() + priorities.tobytes())
 
 
-def decode_priority(data: Buffer) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Ids and priorities."""
-    ids = decode_ids(data)
-    return ids, np.frombuffer(data, np.float32, len(ids), _COUNT.size + ids.nbytes)
+@lru_cache(maxsize=64)
+def _priority_type(n: int) -> np.dtype[Any]:
+    return np.dtype([("n", "<u4"), ("zero", "<u4"), ("ids", "<i8", (n,)), ("p", "<f4", (n,))])
+
+
+def decode_priority(*bodies: Buffer) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Ids and priorities, of several bodies one behind the other."""
+    (n,) = _COUNT.unpack_from(bodies[0])
+    size = _COUNT.size + 12 * n
+    if all(len(body) == size for body in bodies):
+        table = np.frombuffer(b"".join(bodies), _priority_type(n))
+        if len(bodies) == 1 or (table["n"] == n).all():
+            return table["ids"].ravel(), table["p"].ravel()
+    elif len(bodies) == 1:
+        raise ValueError(f"{n} priorities in {len(bodies[0])} bytes")
+    parts = [decode_priority(body) for body in bodies]
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
 def encode_reward(

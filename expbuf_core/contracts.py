@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from expbuf_core.errors import StorageError
+from expbuf_core.errors import CorruptionError, StorageError
 
 if TYPE_CHECKING:
     from expbuf_core.filesystem import FileSystem
@@ -384,6 +384,26 @@ class Problem(NamedTuple):
     damage: bool
 
 
+class Damage(NamedTuple):
+    """What `salvage` met and could not read, or had to read elsewhere.
+
+    Attributes:
+        path: The file.
+        offset: In it; -1 where the whole file is meant.
+        first_lsn: First operation that is lost here; 0 where none is.
+        last_lsn: Last one; 0 where that cannot be told: all from `first_lsn` to the end of the log.
+        message: What is wrong.
+        torn: Nothing that is stored says that it was ever durable: it may be a torn tail.
+    """
+
+    path: str
+    offset: int
+    first_lsn: int
+    last_lsn: int
+    message: str
+    torn: bool = False
+
+
 class PersistenceAdapter(ABC):
     """Keeps a log of operations with their payloads, and nothing else.
 
@@ -513,6 +533,34 @@ class PersistenceAdapter(ABC):
         Args:
             until_lsn: Operations behind it may be half-written by live processes: no finding.
         """
+
+    def identify(self) -> bytes:
+        """UUID that the stored files carry, for a buffer whose identity is lost; b"" if none does.
+
+        The adapter was made with a `uuid` of zeros, and is asked nothing else. Nothing may change.
+        """
+        return b""
+
+    def salvage(self, after_lsn: int) -> Iterator[LoggedOperation | Damage]:
+        """Read what is intact of a damaged log behind `after_lsn`, in order of LSNs.
+
+        Called in the place of `recover`, on an adapter that is not `writable`; nothing may change.
+        Afterwards `pin` reads what it can of damaged storage, and need not have checked it.
+        Default: what `recover` yields before it meets damage.
+
+        Yields:
+            Operations whose bodies are intact; their rows may be damaged. An operation whose rows
+            are in place and whose body is lost comes with an empty body. Before an operation, the
+            damage in which those that should stand there were lost.
+        """
+        last = after_lsn
+        try:
+            for operation in self.recover(after_lsn, 0):
+                yield operation
+                last = operation.lsn
+        except CorruptionError as exc:
+            offset = -1 if exc.offset is None else exc.offset
+            yield Damage(exc.path or "", offset, last + 1, 0, str(exc))
 
     @abstractmethod
     def stats(self) -> dict[str, Any]:

@@ -87,16 +87,17 @@ def check_new(folder: Path) -> None:
         return
     with storage_errors("list", folder):
         names = set(os.listdir(folder))
-    foreign = {
-        name for name in names - _OWN if not name.endswith((".wal", ".tmp", ".mdb", ".lmdb"))
-    }
+    leftovers = (".wal", ".tmp", ".mdb", ".mdb-lock")
+    foreign = {name for name in names - _OWN if not name.endswith(leftovers)}
     if foreign:
         shown = ", ".join(sorted(foreign)[:5])
         raise StorageError(
             f"{folder} is no buffer, and holds other files ({shown}); choose a new or empty folder"
         )
     # A creation that was interrupted leaves the first log at most. More than that was a buffer.
-    logs = sorted(name for name in names if name.startswith("experience_data."))
+    logs = sorted(
+        name for name in names if name.startswith("experience_data.") and name.endswith(".wal")
+    )
     if any((folder / "snapshots").glob("*.snap")) or (
         logs and logs[-1] > "experience_data.000001.wal"
     ):

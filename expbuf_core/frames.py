@@ -55,14 +55,9 @@ class Header(NamedTuple):
     rows_len: int
 
     @property
-    def index_bytes(self) -> int:
-        """Size of the frame without rows, padded."""
-        return _padded(HEADER_BYTES + self.body_len + 8 * self.row_count)
-
-    @property
     def data_bytes(self) -> int:
         """Size of the frame with its rows, padded."""
-        return _padded(HEADER_BYTES + self.body_len + 8 * self.row_count + self.rows_len)
+        return padded(HEADER_BYTES + self.body_len + 8 * self.row_count + self.rows_len)
 
     @property
     def rows_offset(self) -> int:
@@ -70,7 +65,8 @@ class Header(NamedTuple):
         return self.data_offset + HEADER_BYTES + self.body_len + 8 * self.row_count
 
 
-def _padded(n: int) -> int:
+def padded(n: int) -> int:
+    """Size with its padding to whole 8 bytes."""
     return (n + 7) & ~7
 
 
@@ -118,10 +114,10 @@ def encode(
     bare = HEADER_BYTES + body_len + 8 * n
     index_parts = [head, operation.body, table_bytes, _PADDING[-bare % 8]]
     if not rows_len:
-        return index_parts, index_parts, _padded(bare), _padded(bare)
+        return index_parts, index_parts, padded(bare), padded(bare)
     whole = bare + rows_len
     data_parts = [head, operation.body, table_bytes, operation.rows, _PADDING[-whole % 8]]
-    return data_parts, index_parts, _padded(whole), _padded(bare)
+    return data_parts, index_parts, padded(whole), padded(bare)
 
 
 def decode_header(data: Buffer, offset: int, salt_crc: int) -> Header | None:
@@ -134,12 +130,12 @@ def decode_header(data: Buffer, offset: int, salt_crc: int) -> Header | None:
     """
     if offset + HEADER_BYTES > len(data):
         return None
-    magic, stored, *fields = HEADER.unpack_from(data, offset)
-    if magic != MAGIC:
+    fields = HEADER.unpack_from(data, offset)
+    if fields[0] != MAGIC:
         return None
-    if crc32(memoryview(data)[offset + 8 : offset + HEADER_BYTES], salt_crc) != stored:
+    if crc32(memoryview(data)[offset + 8 : offset + HEADER_BYTES], salt_crc) != fields[1]:
         return None
-    return Header(*fields)
+    return Header._make(fields[2:])
 
 
 def find_header(data: Buffer, start: int, salt_crc: int) -> tuple[int, Header] | None:
@@ -180,8 +176,7 @@ def check_rows(
     """
     view = memoryview(data)
     at = start
-    lengths, crcs = table["length"].tolist(), table["crc"].tolist()
-    for i, (length, crc) in enumerate(zip(lengths, crcs, strict=True)):
+    for i, (length, crc) in enumerate(table.tolist()):
         found = check_row(view[at : at + length]) if at + length <= len(view) else None
         if found is None or found[1] != crc or (first_id is not None and found[0] != first_id + i):
             return at

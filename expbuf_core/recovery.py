@@ -11,6 +11,7 @@ from expbuf_core import snapshots
 from expbuf_core.contracts import LogGone
 from expbuf_core.errors import CorruptionError
 from expbuf_core.replica import Replica
+from expbuf_core.state import runs
 
 _log = logging.getLogger("expbuf")
 _TRIES = 10
@@ -80,9 +81,9 @@ def recover(replica: Replica, path: Path, witness: int) -> Loaded:
     snapshot_lsn = replica.state.lsn
     replayed = 0
     try:
-        for operation in replica.adapter.recover(snapshot_lsn, witness):
-            replica.apply(operation)
-            replayed += 1
+        for run in runs(replica.adapter.recover(snapshot_lsn, witness)):
+            replica.apply(*run)
+            replayed += len(run)
         if not replica.state.settings:
             raise CorruptionError(
                 f"{path}: neither a snapshot nor the beginning of the log can be read",

@@ -161,10 +161,10 @@ class Replica:
 
     # ------------------------------------------------------------ applying
 
-    def apply(self, operation: LoggedOperation) -> Change:
-        """Apply the next operation to columns, tiers and sampler (lock held)."""
+    def apply(self, *run: LoggedOperation) -> Change:
+        """Apply the next operation or run to columns, tiers and sampler (lock held)."""
         state, tiers = self.state, self.tiers
-        change = state.apply(operation)
+        change = state.apply(*run)
         if change.settings:
             metric = str(state.settings.get("metric", "cosine"))
             if metric != tiers.metric:

@@ -212,9 +212,9 @@ def write_segment(
     stored_ids, stored = map_vectors(target, dim)
     path = index_path(folder, name, backend_name)
     temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    fs.unlink(temporary)
-    backend.build(stored_ids, stored, temporary)
     with storage_errors("write", path):
+        fs.unlink(temporary)
+        backend.build(stored_ids, stored, temporary)
         fd = fs.open(temporary)
         try:
             fs.fsync(fd)

@@ -12,7 +12,7 @@ holds the same state, whatever its configuration.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -39,6 +39,8 @@ COLUMNS: dict[str, Any] = {
 }
 SCALAR_REWARD = 1  # the reward was updated by one number, which replaces the payload's components
 _FIRST_CAPACITY = 1024
+_IN_RUNS = (codec.ADD, codec.REMOVE, codec.PRIORITY, codec.OUTCOME)
+_RUN_BYTES = 1 << 20
 
 
 class Change(NamedTuple):
@@ -63,6 +65,44 @@ class Change(NamedTuple):
     touched: NDArray[np.int64] | None = None
     cleared: bool = False
     settings: bool = False
+
+
+def runs(operations: Iterable[LoggedOperation]) -> Iterator[list[LoggedOperation]]:
+    """Group operations for `State.apply`: successive ones of a kind, where the kind allows it.
+
+    What a run does is exactly what its operations do one by one; it takes a fraction of the time.
+    """
+    run: list[LoggedOperation] = []
+    kind = size = 0
+    for operation in operations:
+        if operation.kind != kind or size > _RUN_BYTES or kind not in _IN_RUNS:
+            if run:
+                yield run
+            run, kind, size = [], operation.kind, 0
+        run.append(operation)
+        size += len(operation.body) + 1024
+    if run:
+        yield run
+
+
+def _rows(
+    run: Sequence[LoggedOperation],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]]:
+    """Ids, locations and lengths of all payloads."""
+    lengths = [operation.lengths for operation in run]
+    if all(len(one) == 1 for one in lengths):
+        ids = np.array([operation.first_id for operation in run], np.int64)
+        locations = np.array([operation.location for operation in run], np.int64)
+        return ids, locations, np.concatenate(lengths)
+    places = [
+        operation.location + np.cumsum(operation.lengths, dtype=np.int64) - operation.lengths
+        for operation in run
+    ]
+    numbers = [
+        np.arange(operation.first_id, operation.first_id + len(operation.lengths))
+        for operation in run
+    ]
+    return np.concatenate(numbers), np.concatenate(places), np.concatenate(lengths)
 
 
 class State:
@@ -158,18 +198,16 @@ class State:
 
         Cost O(len(ids)) while no ids are missing, else O(len(ids) * log N).
         """
-        n = self.tail - self.head
-        if n == 0 or len(ids) == 0:
+        if self.tail == self.head or len(ids) == 0:
             return np.full(len(ids), -1, np.int64)
         mask = self.capacity - 1
-        oldest = self.id[self.head & mask]
-        offset = ids - oldest
-        inside = (offset >= 0) & (offset < n)
-        slots = (self.head + np.where(inside, offset, 0)) & mask
-        if not bool(((self.id[slots] == ids) | ~inside).all()) or not inside.all():
+        slots = (ids + (self.head - int(self.id[self.head & mask]))) & mask
+        found = self.id[slots] == ids
+        if not found.all():
             slots = self._bisect(ids)
-        ok = (self.id[slots] == ids) & self.live[slots]
-        return np.where(ok, slots, -1)
+            found = self.id[slots] == ids
+        found &= self.live[slots]
+        return slots if found.all() else np.where(found, slots, -1)
 
     def _bisect(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         mask = self.capacity - 1
@@ -196,85 +234,71 @@ class State:
 
     # ------------------------------------------------------------ operations
 
-    def apply(self, operation: LoggedOperation) -> Change:
-        """Apply the next operation.
+    def apply(self, *run: LoggedOperation) -> Change:
+        """Apply the next operation, or the next run of operations (see `runs`).
 
         Raises:
-            CorruptionError: Its body is intact and makes no sense.
+            CorruptionError: A body is intact and makes no sense.
         """
+        first = run[0]
         try:
-            handler = self._HANDLERS[operation.kind]
+            handler = self._HANDLERS[first.kind]
         except KeyError:
             raise FormatVersionError(
-                f"operation {operation.lsn} is of kind {operation.kind}, unknown to this expbuf; "
-                "a newer version wrote it"
+                f"operation {first.lsn} is of kind {first.kind}, unknown to this expbuf; a newer "
+                "version wrote it"
             ) from None
         try:
-            change = handler(self, operation)
+            change = handler(self, *run)
         except codec.UNDECODABLE as exc:
-            raise codec.corrupt_body(operation.lsn, operation.kind, exc) from exc
-        self.lsn = operation.lsn
+            raise codec.corrupt_body(first.lsn, first.kind, exc) from exc
+        self.lsn = run[-1].lsn
         return change
 
-    def _add(self, operation: LoggedOperation) -> Change:
-        body = codec.decode_add(operation.body)
+    def _add(self, *run: LoggedOperation) -> Change:
+        body = codec.decode_add(*[operation.body for operation in run])
+        ids, locations, lengths = _rows(run)
         n = len(body.timestamp)
-        if n != len(operation.lengths):
-            raise ValueError(f"{n} experiences with {len(operation.lengths)} payloads")
-        first = operation.first_id
-        if first < self.next_id:
-            raise ValueError(f"id {first} was issued before")
+        if n != len(ids):
+            raise ValueError(f"{n} experiences with {len(ids)} payloads")
+        if ids[0] < self.next_id or (len(run) > 1 and (ids[1:] <= ids[:-1]).any()):
+            raise ValueError("an id was issued before")
         max_size = int(self.settings["max_size"])
         removed = self._make_room(n, max_size)
-        mask = self.capacity - 1
-        position = self.tail
-        if n == 1:
-            at: Any = position & mask
-            self.location[at] = operation.location
-        else:
-            at = np.arange(position, position + n) & mask
-            self.location[at] = operation.location
-            ends = np.cumsum(operation.lengths[:-1], dtype=np.int64)
-            self.location[at[1:]] += ends
-        self.id[at] = first if n == 1 else np.arange(first, first + n)
-        self.length[at] = operation.lengths if n > 1 else operation.lengths[0]
-        if n == 1:
-            self.timestamp[at] = body.timestamp[0]
-            self.reward[at] = body.reward[0]
-            self.confidence[at] = body.confidence[0]
-            self.priority[at] = body.priority[0]
-        else:
-            self.timestamp[at] = body.timestamp
-            self.reward[at] = body.reward
-            self.confidence[at] = body.confidence
-            self.priority[at] = body.priority
+        at, touched = self._claim(n)
+        self.id[at] = ids
+        self.location[at] = locations
+        self.length[at] = lengths
+        self.timestamp[at] = body.timestamp
+        self.reward[at] = body.reward
+        self.confidence[at] = body.confidence
+        self.priority[at] = body.priority
         self.retrieval_count[at] = 0
         self.success_count[at] = 0
-        tags = self._tag_column(body.labels, n) if body.labels else None
-        self.tags[at] = 0 if tags is None else tags if n > 1 else tags[0]
+        self.tags[at] = self._tag_column(body.labels, n) if body.labels else 0
         self.flags[at] = 0
         self.live[at] = True
-        total = self.total_added
-        self.sequence[at] = total if n == 1 else np.arange(total, total + n)
-        self.tail += n
-        self.count += n
+        self.sequence[at] = np.arange(self.total_added, self.total_added + n)
         self.total_added += n
-        self.next_id = first + n
+        self.next_id = int(ids[-1]) + 1
         if self.count > max_size:  # one add larger than the buffer
             more = self._evict(self.count - max_size)
             removed = more if removed is None else np.concatenate([removed, more])
-        touched = np.array([at], np.int64) if n == 1 else at
         dropped = self._take_dropped()
         if dropped is not None:
             touched = np.concatenate([touched, dropped])
-        return Change(
-            n,
-            added=np.arange(first, first + n),
-            vectors=body.vectors,
-            removed=removed,
-            evicted=0 if removed is None else len(removed),
-            touched=touched,
-        )
+        return Change(n, ids, body.vectors, removed, 0 if removed is None else len(removed), touched)
+
+    def _claim(self, n: int) -> tuple[slice | NDArray[np.int64], NDArray[np.int64]]:
+        """Slots for n new experiences, for indexing (a slice is faster) and as an array."""
+        start = self.tail & (self.capacity - 1)
+        self.tail += n
+        self.count += n
+        slots = np.arange(start, start + n)
+        if start + n <= self.capacity:
+            return slice(start, start + n), slots
+        slots &= self.capacity - 1
+        return slots, slots
 
     def _relog(self, operation: LoggedOperation) -> Change:
         body = codec.decode_relog(operation.body)
@@ -292,7 +316,7 @@ class State:
         if not len(new):
             return Change(int(here.sum()))
         removed = self._make_room(len(new), int(self.settings["max_size"]))
-        at = np.arange(self.tail, self.tail + len(new)) & (self.capacity - 1)
+        at, touched = self._claim(len(new))
         for name in codec.RELOG_COLUMNS:
             getattr(self, name)[at] = body.columns[name][new]
         self.location[at], self.length[at] = locations[new], operation.lengths[new]
@@ -301,11 +325,9 @@ class State:
         for id_, named in labels.get("rewards", {}).items():
             self.rewards[int(id_)] = {str(name): float(x) for name, x in named.items()}
         self.live[at] = True
-        self.tail += len(new)
-        self.count += len(new)
         self.next_id = int(ids[-1]) + 1
-        self.total_added = max(self.total_added, int(self.sequence[at[-1]]) + 1)
-        touched, dropped = at, self._take_dropped()
+        self.total_added = max(self.total_added, int(self.sequence[touched[-1]]) + 1)
+        dropped = self._take_dropped()
         if dropped is not None:
             touched = np.concatenate([touched, dropped])
         return Change(
@@ -362,7 +384,9 @@ class State:
                 at += 1
             slots = np.array([at & mask], np.int64)
         else:
-            slots = self.live_slots()[:n]
+            slots = np.arange(self.head, self.head + n) & mask
+            if not self.live[slots].all():
+                slots = self.live_slots()[:n]
         return self._drop(slots)
 
     def _drop(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -378,11 +402,12 @@ class State:
         if self.count == 0:
             self.head = self.tail
         else:
-            for _ in range(8):  # almost always the first
-                if self.live[self.head & mask]:
-                    return ids
-                self.head += 1
-            self.head += int(self.live[self.slots()].argmax())
+            look = 16
+            while not self.live[self.head & mask]:
+                start = self.head & mask
+                ahead = self.live[start : start + min(look, self.tail - self.head)]
+                self.head += int(ahead.argmax()) or len(ahead)
+                look *= 4
         return ids
 
     def _take_dropped(self) -> NDArray[np.int64] | None:
@@ -394,14 +419,15 @@ class State:
         known = slots >= 0
         return slots[known], known
 
-    def _remove(self, operation: LoggedOperation) -> Change:
-        slots, _ = self._live_of(np.unique(codec.decode_ids(operation.body)))
+    def _remove(self, *run: LoggedOperation) -> Change:
+        ids = [codec.decode_ids(operation.body) for operation in run]
+        slots, _ = self._live_of(np.unique(np.concatenate(ids)))
         if not len(slots):
             return Change()
         return Change(len(slots), removed=self._drop(slots), touched=self._take_dropped())
 
-    def _priority(self, operation: LoggedOperation) -> Change:
-        ids, priorities = codec.decode_priority(operation.body)
+    def _priority(self, *run: LoggedOperation) -> Change:
+        ids, priorities = codec.decode_priority(*[operation.body for operation in run])
         slots, known = self._live_of(ids)
         self.priority[slots] = priorities[known]  # of repeated ids the last counts
         return Change(len(slots), touched=slots)
@@ -421,19 +447,29 @@ class State:
                 self.rewards[id_] = {str(name): float(x) for name, x in named.items()}
         return Change(len(slots), touched=slots)
 
-    def _outcome(self, operation: LoggedOperation) -> Change:
-        outcome = codec.decode_outcome(operation.body)
-        if outcome.receipt:
-            if outcome.receipt in self.receipts or outcome.receipt_lsn < self.receipts_horizon:
-                return Change()  # counted before, or too old to tell
-            self.receipts[outcome.receipt] = operation.lsn
-            while len(self.receipts) > int(self.settings["receipts_kept"]):
-                _, self.receipts_horizon = self.receipts.popitem(last=False)
-        slots, known = self._live_of(outcome.ids)
+    def _outcome(self, *run: LoggedOperation) -> Change:
+        outcomes = [codec.decode_outcome(operation.body) for operation in run]
+        counted = [
+            outcome
+            for outcome, operation in zip(outcomes, run, strict=True)
+            if not outcome.receipt or self._redeem(outcome, operation.lsn)
+        ]
+        if not counted:
+            return Change()
+        slots, known = self._live_of(np.concatenate([outcome.ids for outcome in counted]))
         np.add.at(self.retrieval_count, slots, 1)
-        if outcome.success:
-            np.add.at(self.success_count, slots, outcome.credit[known])
+        credit = [outcome.credit * outcome.success for outcome in counted]
+        np.add.at(self.success_count, slots, np.concatenate(credit)[known])
         return Change(len(slots), touched=slots)
+
+    def _redeem(self, outcome: codec.OutcomeBody, lsn: int) -> bool:
+        """Remember a receipt; False if it was counted before, or is too old to tell."""
+        if outcome.receipt in self.receipts or outcome.receipt_lsn < self.receipts_horizon:
+            return False
+        self.receipts[outcome.receipt] = lsn
+        while len(self.receipts) > int(self.settings["receipts_kept"]):
+            _, self.receipts_horizon = self.receipts.popitem(last=False)
+        return True
 
     def _clear(self, operation: LoggedOperation) -> Change:
         slots = self.live_slots()
@@ -458,7 +494,7 @@ class State:
         self.reserved_id, self.reserved_lsn = codec.decode_reserve(operation.body)
         return Change()
 
-    _HANDLERS: ClassVar[dict[int, Callable[[State, LoggedOperation], Change]]] = {
+    _HANDLERS: ClassVar[dict[int, Callable[..., Change]]] = {
         codec.ADD: _add,
         codec.REMOVE: _remove,
         codec.PRIORITY: _priority,

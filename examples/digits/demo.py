@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from life import Event, Life, Stream
+from life import Event, Life, Stream, WorkerFailed
 from numpy.typing import NDArray
 from screen import Bar, bold, dim, red, say, table
 from world import KINDS, Scans, World
@@ -261,3 +261,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
+    except WorkerFailed as failed:
+        sys.exit(f"\n{failed}")

@@ -86,6 +86,7 @@ def _rolling(verdicts: str) -> NDArray[np.float64]:
 
 def _curves(axes: Axes, figures: dict[str, Any]) -> None:
     total = figures["questions"]
+    labels: list[float] = []
     for name, label, colour in (("memory_off", "off", GREY), ("memory_on", "on", BLUE)):
         curves = np.array([_rolling(stream[name]) for stream in figures["streams"]])
         mean = curves.mean(axis=0)
@@ -94,9 +95,13 @@ def _curves(axes: Axes, figures: dict[str, Any]) -> None:
             spread = curves.std(axis=0, ddof=1)
             axes.fill_between(at, mean - spread, mean + spread, color=colour, alpha=0.14, lw=0)
         axes.plot(at, mean, color=colour, lw=2.4, solid_capstyle="round")
-        _beside(axes, (total, mean[-1]), 14, f"memory {label}", colour, size=10)
-        _beside(axes, (total, mean[-1]), -3, f"{figures[name]:.0%}", colour, size=18, weight="bold")
-        _beside(axes, (total, mean[-1]), -19, f"of the last {figures['window']}", SOFT, size=8)
+        # The labels must not touch where the curves do.
+        above = labels and abs(labels[0] - mean[-1]) < 0.22
+        end = (total, labels[0] + 0.22 if above else mean[-1])
+        labels.append(float(mean[-1]))
+        _beside(axes, end, 14, f"memory {label}", colour, size=10)
+        _beside(axes, end, -3, f"{figures[name]:.0%}", colour, size=18, weight="bold")
+        _beside(axes, end, -19, f"of the last {figures['window']}", SOFT, size=8)
     _kill(axes, figures, dict(zip(at.tolist(), mean.tolist(), strict=True)))
     axes.set_xlim(0, total)
     axes.set_ylim(0, 1)
@@ -158,7 +163,7 @@ def _memories(figure: Figure, figures: dict[str, Any], images: NDArray[np.float3
     )
     verdicts = figures["streams"][0]["memory_on"]
     for i, memory in enumerate(recalled):
-        left, top = 0.03 + 0.487 * (i % 2), 0.362 - 0.187 * (i // 2)
+        left, top = 0.03 + 0.487 * (i % 2), 0.364 - 0.183 * (i // 2)
         _card(figure, left, top, memory, verdicts[memory["position"]] == "1", images)
 
 
@@ -201,7 +206,7 @@ def _card(
         )  # fmt: skip
         if hit["question"] != memory["question"]:
             asked = textwrap.fill(hit["question"], 14)
-            figure.text(middle, y - 0.041, asked, size=5.6, color=SOFT, ha="center", va="top")
+            figure.text(middle, y - 0.040, asked, size=5.6, color=SOFT, ha="center", va="top")
 
 
 def _verdict(right: bool) -> tuple[str, str]:

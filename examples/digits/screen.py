@@ -47,9 +47,10 @@ class Bar:
     """
 
     def __init__(self, label: str, total: int, done: int = 0) -> None:
-        self._label, self._total, self._first = label, max(1, total), done
+        self._label, self._total = label, max(1, total)
         self._began = self._drawn = time.monotonic()
         self._quarter = 4 * done // self._total
+        self._printed = done
 
     def update(self, done: int, note: Callable[[], str]) -> None:
         """Show how far it is, and a note, which is only asked for when it is shown."""
@@ -60,6 +61,7 @@ class Bar:
                 self._draw(done, note())
         elif 4 * done // self._total > self._quarter:
             self._quarter = 4 * done // self._total
+            self._printed = done
             say(self._line(done, note()))
 
     def finish(self, done: int, note: Callable[[], str]) -> None:
@@ -67,15 +69,18 @@ class Bar:
         if _TERMINAL:
             self._draw(done, note())
             say()
-        elif done < self._total:
+        elif done != self._printed:
             say(self._line(done, note()))
 
     def _line(self, done: int, note: str) -> str:
         return f"  {self._label:<13} {done:>5}/{self._total}  {note}"
 
     def _draw(self, done: int, note: str) -> None:
-        room = shutil.get_terminal_size().columns - 34 - len(note) - 7
-        width = max(8, min(36, room))
+        columns = shutil.get_terminal_size().columns
+        width = min(36, columns - 41 - len(note))
+        if width < 8:  # a line that wraps could not be drawn over
+            print(f"\r\x1b[K{self._line(done, note)[: columns - 1]}", end="", flush=True)
+            return
         steps = len(_BLOCKS) - 1
         filled = min(width * steps, width * steps * done // self._total)
         bar = _BLOCKS[-1] * (filled // steps)

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from agent import MEMORY, Agent
 from world import Question, Scans, World
 
@@ -64,21 +63,21 @@ def take_stock(memory: ExperienceBuffer, opened_in_s: float) -> None:
 
 
 def catch_up(memory: ExperienceBuffer, world: World) -> int:
-    """Get the verdict that a dead process did not live to hear.
+    """Get the verdict that a dead process did not live to hear, or to pass on.
 
     Returns:
         Where in the stream to go on.
     """
-    start = 0
-    for experience in list(memory):
-        position = int((experience.metadata or {})["position"])
-        start = position + 1
-        if experience.total_reward is None:
-            right = world.judge(position, experience.answer)
-            tell("judging", id=experience.id, neighbours=(), credit=())
-            memory.update_rewards(np.array([experience.id]), [1.0 if right else -1.0])
-            tell("judged", position=position, right=right)
-    return start
+    if not len(memory):
+        return 0
+    newest = memory.get(int(memory.ids()[-1]))
+    position = int((newest.metadata or {})["position"])
+    right = world.judge(position, newest.answer)
+    if newest.total_reward is None:
+        tell("judging", id=newest.id, neighbours=(), credit=())
+        memory.update_rewards(memory.ids()[-1:], [1.0 if right else -1.0])
+    tell("judged", position=position, right=right)
+    return position + 1
 
 
 def remember_aloud(memory: ExperienceBuffer, agent: Agent, question: Question) -> None:

@@ -62,7 +62,10 @@ class FusionSuite:
             try:
                 fusion.output_dim(v_dim, q_dim)
             except ValueError as exc:
-                assert str(exc).strip(), f"({v_dim}, {q_dim}) is refused without a reason"
+                reason = str(exc).strip()
+            else:
+                reason = "not needed"
+            assert reason, f"({v_dim}, {q_dim}) is refused without a reason"
 
     @pytest.mark.parametrize("n", [1, 2, 33, 500])
     def test_f2_shape_and_type(self, n: int) -> None:
@@ -113,7 +116,9 @@ class FusionSuite:
 
             in_child(work)
             return
-        code = "import sys; from expbuf_core.testing import fusion_suite as s; s._stranger(sys.argv)"
+        code = (
+            "import sys; from expbuf_core.testing import fusion_suite as s; s._stranger(sys.argv)"
+        )
         settings, dims = json.dumps(dict(self.settings)), json.dumps([list(d) for d in self.dims])
         done = subprocess.run(
             [sys.executable, "-c", code, self.provider, settings, dims],
@@ -191,7 +196,7 @@ class FusionSuite:
         """F9, F2: in a buffer under cosine every experience finds itself, at similarity 1."""
         for v_dim, q_dim, _ in self.accepted():
             v, q = parts(30, v_dim, q_dim)
-            given = [
+            given: list[dict[str, Any]] = [
                 {"v_embed": x if v_dim else None, "q_embed": y if q_dim else None}
                 for x, y in zip(v, q, strict=True)
             ]

@@ -17,6 +17,7 @@ from expbuf_core.filesystem import FileSystem
 from expbuf_core.testing.crash import Acknowledge, explore
 from expbuf_core.testing.faults import FaultyFileSystem
 from expbuf_core.testing.recording import NoFolderSync, NoFsync, RecordingFileSystem
+from expbuf_file import layout
 from expbuf_file.adapter import FilePersistenceAdapter
 from expbuf_file.settings import FileSettings
 
@@ -28,15 +29,17 @@ UUID = bytes(range(16))
 NONE = np.empty(0, np.uint32)
 
 
-def make(fs: FileSystem, folder: Path) -> FilePersistenceAdapter:
+def make(
+    fs: FileSystem, folder: Path, kind: type[FilePersistenceAdapter] = FilePersistenceAdapter
+) -> FilePersistenceAdapter:
     settings = FileSettings(initial_bytes=1 << 14, segment_bytes=1 << 14)
-    return FilePersistenceAdapter(settings, PersistenceContext(folder, UUID, fs, [0] * 8))
+    return kind(settings, PersistenceContext(folder, UUID, fs, [0] * 8))
 
 
-def operation(lsn: int) -> Stamped:
-    """Operation `lsn`, always the same: with or without rows."""
+def operation(lsn: int, run: int = 1) -> Stamped:
+    """Operation `lsn`, always the same, with or without rows; in another run as large, but new."""
     rng = random.Random(lsn)
-    body = rng.randbytes(rng.randrange(8, 200))
+    body = bytes(byte ^ run for byte in rng.randbytes(rng.randrange(8, 200)))
     count = rng.choice((0, 1, 1, 5, 0, 12))
     if not count:
         return Stamped(lsn, 0, Operation(codec.REMOVE, body, crc32(body), b"", NONE, NONE))
@@ -53,8 +56,9 @@ def operation(lsn: int) -> Stamped:
 class Program:
     """A random sequence of calls, and what may be left of it."""
 
-    def __init__(self, seed: int, *, faults: bool) -> None:
+    def __init__(self, seed: int, *, faults: bool, syncs: float = 0.5) -> None:
         self.seed = seed
+        self.syncs = syncs
         self.faults = faults
         self.given_up: dict[int, int] = {}  # operation -> the one that was to follow it
 
@@ -73,7 +77,7 @@ class Program:
             adapter.append([operation(lsn)], durable)
             appended = lsn
             dice = rng.random()
-            if dice < 0.5:
+            if dice < self.syncs:
                 adapter.sync()
                 durable = lsn
                 ack(lsn)
@@ -118,20 +122,25 @@ class Program:
         return found
 
 
-def recovered(folder: Path) -> list[int]:
-    """LSNs in the log, each operation and each row compared with what was written."""
+def recovered(folder: Path, second_run: int = 1 << 60) -> list[int]:
+    """LSNs in the log, each operation and each row compared with what was written.
+
+    Args:
+        folder: Of the log.
+        second_run: Operations from here on are of run 2.
+    """
     adapter = make(FileSystem(), folder)
     try:
         found = list(adapter.recover(0, 0))
         for logged in found:
-            same(adapter, logged)
+            same(adapter, logged, 2 if logged.lsn >= second_run else 1)
         return [logged.lsn for logged in found]
     finally:
         adapter.close()
 
 
-def same(adapter: FilePersistenceAdapter, logged: LoggedOperation) -> None:
-    expected = operation(logged.lsn)
+def same(adapter: FilePersistenceAdapter, logged: LoggedOperation, run: int) -> None:
+    expected = operation(logged.lsn, run)
     assert bytes(logged.body) == bytes(expected.operation.body)
     assert logged.first_id == expected.first_id
     assert logged.lengths.tolist() == expected.operation.lengths.tolist()
@@ -144,32 +153,50 @@ def same(adapter: FilePersistenceAdapter, logged: LoggedOperation) -> None:
         assert rows == bytes(expected.operation.rows)
 
 
-def crash_again(folder: Path, known: list[int], states: int, rng: random.Random, depth: int) -> int:
+class KeepsTail(FilePersistenceAdapter):
+    """Broken on purpose: goes on behind the last intact frame, in the same file."""
+
+    def start(self, lsn: int, recovered_lsn: int) -> None:
+        number, end = self._reader.number, self._reader.end
+        temporary = self._logs._make(layout.INDEX, number, 1 << 16, bytes(16), (), "again")
+        temporary.replace(layout.path_of(self._folder, layout.INDEX, number))
+        self._set_end(number, end, layout.HEADER_BYTES)
+
+
+def crash_again(
+    folder: Path,
+    known: list[int],
+    states: int,
+    rng: random.Random,
+    depth: int,
+    kind: type[FilePersistenceAdapter] = FilePersistenceAdapter,
+) -> int:
     """Recover and write on, crash in the midst of it, and so on; how many states were checked."""
     count = 0
+    run, step = (2, 1) if kind is KeepsTail else (1, 1000)
 
     def go_on(fs: RecordingFileSystem, folder: Path, ack: Acknowledge) -> None:
-        adapter = make(fs, folder)
+        adapter = make(fs, folder, kind)
         found = [logged.lsn for logged in adapter.recover(0, 0)]
         assert found == known
         last = found[-1] if found else 0
-        first = last + 1000
+        first = last + step
         adapter.start(first, last)
         durable = last
         for lsn in range(first, first + 4):
             ack.start(lsn)
-            adapter.append([operation(lsn)], durable)
+            adapter.append([operation(lsn, run)], durable)
             adapter.sync()
             ack(lsn)
             durable = lsn
-            if lsn == first + 1:
+            if lsn == first + 1 and kind is not KeepsTail:
                 adapter.switch(lsn + 1, durable)
         adapter.finish(durable)
         adapter.close()
 
     def check(folder: Path, acknowledged: Sequence[int], started: Sequence[int]) -> None:
         nonlocal count
-        found = recovered(folder)
+        found = recovered(folder, max([0, *known]) + 1 if run == 2 else 1 << 60)
         assert found[: len(known)] == known
         new = found[len(known) :]
         assert new == list(started)[: len(new)]
@@ -203,3 +230,25 @@ def test_broken_variants_are_caught(broken: type[RecordingFileSystem]) -> None:
     program = Program(1, faults=False)
     result = explore(program.run, program.check, states=200, seed=1, broken=broken, stop_after=1)
     assert result.failures
+
+
+def test_keeping_a_torn_tail_is_caught() -> None:
+    program = Program(1, faults=False, syncs=0.1)
+    rng = random.Random(1)
+    caught: list[Exception] = []
+
+    def check(folder: Path, acknowledged: Sequence[int], started: Sequence[int]) -> None:
+        found = program.check(folder, acknowledged, started)
+        if not found or caught:
+            return
+        adapter = make(FileSystem(), folder)
+        list(adapter.recover(0, 0))
+        adapter.close()
+        if adapter.torn()[0]:
+            try:
+                crash_again(folder, found, 10, rng, depth=1, kind=KeepsTail)
+            except AssertionError as exc:
+                caught.append(exc)
+
+    explore(program.run, check, states=600, seed=1).raise_for_failures()
+    assert caught

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from expbuf_core.testing.crash import scratch_folder
 
 _HERE = str(Path(__file__).parent)
 if _HERE not in sys.path:
@@ -16,9 +19,11 @@ from module_helpers import OpenBuffer, Opened  # noqa: E402  (after the path is 
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where a buffer may be created."""
-    return tmp_path / "memory"
+def folder() -> Iterator[Path]:
+    """Where a buffer may be created; on no disk, where the machine offers that, to be quick."""
+    home = scratch_folder()
+    yield home / "memory"
+    shutil.rmtree(home)
 
 
 @pytest.fixture

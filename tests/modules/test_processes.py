@@ -516,15 +516,14 @@ def test_a_moved_folder_is_a_buffer(open_buffer: OpenBuffer, folder: Path) -> No
 def test_relative_paths_and_changed_directories(
     open_buffer: OpenBuffer, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder.parent)
     buffer = open_buffer(Path(folder.name))
     assert buffer.path == folder
-    (tmp_path / "other").mkdir()
-    monkeypatch.chdir(tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
     add_all(buffer, range(50))
     buffer.save_snapshot()
     assert answers(buffer) == expected(range(50))
-    assert os.listdir(tmp_path / "other") == []
+    assert os.listdir(tmp_path) == []
 
 
 def test_opening_together_recovers_once(folder: Path, open_buffer: OpenBuffer) -> None:

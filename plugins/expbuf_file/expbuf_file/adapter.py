@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from expbuf_core import frames
 from expbuf_core.contracts import (
     Appended,
+    Damage,
     LogFollower,
     LoggedOperation,
     LogGone,
@@ -32,6 +33,7 @@ from expbuf_file.follower import FileFollower, FilePin
 from expbuf_file.logfile import BadFrame, LogFile
 from expbuf_file.logfolder import INDEX_SLACK, LogFolder
 from expbuf_file.recovering import LogReader
+from expbuf_file.salvage import Salvage, uuid_of
 from expbuf_file.settings import FileSettings
 from expbuf_file.verifying import verify_file
 from expbuf_file.writing import begin_frame, end_frame, lay_out, pages, repeated
@@ -75,6 +77,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
         self._writable: _Writable | None = None
         self._sync_fds: dict[int, tuple[int, Path]] = {}
         self._prepared: tuple[int, Path, Path] | None = None
+        self._salvaged: dict[int, LogFile] = {}
 
     # ------------------------------------------------------------ creation and recovery
 
@@ -82,7 +85,8 @@ class FilePersistenceAdapter(PersistenceAdapter):
         for log in (layout.DATA, layout.INDEX):
             for number in layout.numbers(self._folder, log):
                 self._logs.unlink(log, number)
-        *ends, _ = self._logs.begin_file(1, lsn, previous=(0, 0, lsn - 1), durable=lsn - 1)
+        # Nothing comes before it, whatever its number.
+        *ends, _ = self._logs.begin_file(1, lsn, previous=(0, 0, 0), durable=0)
         self._set_end(1, *ends)
         self._words[_SYNCED] = 1
 
@@ -354,7 +358,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
                 if header.lsn > keep_lsn:
                     break
                 if header.lsn <= durable_lsn:
-                    previous = (number, found.offset + header.data_bytes, durable_lsn)
+                    previous = (number, found.end, durable_lsn)
                 elif header.kind != frames.LOG_BEGIN and (
                     # A retirement that failed may have repeated some already.
                     not again or header.lsn > again[-1].lsn
@@ -384,7 +388,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
                 found.header.lsn > keep_lsn and at > layout.HEADER_BYTES
             ):
                 break
-            at = found.offset + found.header.index_bytes
+            at = found.end
         _, parts, _, _, _ = lay_out(
             [end_frame(keep_lsn, following)], number, file.header.salt, keep_lsn, at, at
         )
@@ -421,7 +425,9 @@ class FilePersistenceAdapter(PersistenceAdapter):
             number = place >> layout.OFFSET_BITS
             if number not in files:
                 try:
-                    files[number] = self._logs.shared(layout.DATA, number)
+                    files[number] = self._salvaged.get(number) or self._logs.shared(
+                        layout.DATA, number
+                    )
                 except StorageError as exc:
                     if isinstance(exc.__cause__, FileNotFoundError):
                         raise LogGone from exc
@@ -488,6 +494,14 @@ class FilePersistenceAdapter(PersistenceAdapter):
             ]
             yield from verify_file(file, min(ends, default=None), until_lsn, number == last)
 
+    def identify(self) -> bytes:
+        return uuid_of(self._folder)
+
+    def salvage(self, after_lsn: int) -> Iterator[LoggedOperation | Damage]:
+        salvage = Salvage(self._folder, self._uuid)
+        self._salvaged = salvage.files
+        return salvage.operations(after_lsn)
+
     def stats(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for log in (layout.DATA, layout.INDEX):
@@ -524,6 +538,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
         for fd, _ in self._sync_fds.values():
             self._fs.close(fd)
         self._sync_fds.clear()
+        self._salvaged = {}
         self._logs.forget_all()
 
     def after_fork(self) -> None:

@@ -54,10 +54,7 @@ class FileFollower(LogFollower):
                     break
                 if header.lsn > until_lsn and header.kind != frames.LOG_BEGIN:
                     return  # numbers were left out; what comes next is not wanted yet
-                data_log = file.header.log == 0
-                self._offset = found.offset + (
-                    header.data_bytes if data_log else header.index_bytes
-                )
+                self._offset = found.end
                 if header.kind == frames.LOG_BEGIN or header.lsn <= self._lsn:
                     continue
                 self._lsn = header.lsn

@@ -97,9 +97,9 @@ class LogReader:
                 lsn += 1
                 if header.lsn > self.last_lsn:
                     self.last_lsn = header.lsn
-                    self.end = found.offset + header.data_bytes
+                    self.end = found.end
                     yield file.operation(found)
-            self.end = found.offset + header.data_bytes
+            self.end = found.end
         if size < (limit if successor else file.header.size) and not sealed:
             # Sizes are made durable before a file is used: this is no torn tail.
             raise file.corrupt(BadFrame(self.end, size, "the file was cut"), lsn)

@@ -1,0 +1,561 @@
+"""Copying a whole buffer into a new folder, to another storage backend or the same.
+
+The copy is the same buffer: UUID, ids, counters, priorities, rewards, tags, receipts and settings
+stay, and its log goes on behind the LSN of the source. So receipts and ids that are out remain
+valid; only the place is new.
+
+    migration.json -> SETTINGS, RELOG …, CARRY, synced -> read back and compared -> expbuf.json
+
+A target without `expbuf.json` does not open. So a copy that was interrupted at any instant is no
+buffer yet; the next call goes on behind the last experience that is in the target's log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from expbuf_core import codec, folder
+from expbuf_core import control as c
+from expbuf_core.buffer import ExperienceBuffer
+from expbuf_core.config_schema import BufferConfig, load_config
+from expbuf_core.contracts import (
+    LoggedOperation,
+    Operation,
+    PersistenceAdapter,
+    PersistenceContext,
+    PersistenceProvider,
+    Stamped,
+)
+from expbuf_core.control import Control
+from expbuf_core.errors import ConfigError, CorruptionError, StorageError
+from expbuf_core.filesystem import FileSystem, storage_errors
+from expbuf_core.locks import ProcessLock
+from expbuf_core.plugins import PluginRegistry, default_registry
+from expbuf_core.relog import relog_draft
+from expbuf_core.state import State
+
+NOTE = "migration.json"
+"""Marks a target that is not finished: what is being copied into it."""
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total); each experience counts twice: written, and read back."""
+
+_BATCH_ROWS = 512
+_BATCH_BYTES = 4 << 20  # of payloads in one operation
+_SYNC_BYTES = 64 << 20  # written between two syncs
+_TARGET_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What was copied.
+
+    Attributes:
+        target: The new folder.
+        uuid: Of the buffer, old and new.
+        backend: That the new folder is stored with.
+        experiences: That were copied.
+        resumed: How many of them an interrupted call had copied before.
+        lsn: Last operation of the new buffer.
+    """
+
+    target: Path
+    uuid: str
+    backend: str
+    experiences: int
+    resumed: int
+    lsn: int
+
+
+class Content(NamedTuple):
+    """A buffer that is to be copied. Nothing of it changes meanwhile.
+
+    Attributes:
+        uuid: Its 16 bytes.
+        state: Its columns, at its last LSN.
+        next_id: Ids from here on are free.
+        next_lsn: LSNs from here on are free.
+        adapter: Pins its payloads.
+        vectors: The fused vectors, (n, dim) float32, of (n,) live ids.
+    """
+
+    uuid: bytes
+    state: State
+    next_id: int
+    next_lsn: int
+    adapter: PersistenceAdapter
+    vectors: Callable[[NDArray[np.int64]], NDArray[np.float32]]
+
+    def carried(self) -> dict[str, Any]:
+        """What is taken over besides experiences."""
+        state = self.state
+        return {
+            "next_id": self.next_id,
+            "total_added": state.total_added,
+            "receipts": [[receipt.hex(), lsn] for receipt, lsn in state.receipts.items()],
+            "receipts_horizon": state.receipts_horizon,
+        }
+
+
+class Storage(NamedTuple):
+    """A storage backend with its settings."""
+
+    name: str
+    provider: PersistenceProvider
+    settings: BaseModel
+
+    @classmethod
+    def choose(cls, registry: PluginRegistry, name: str, config: BufferConfig) -> Storage:
+        """The backend of this name, with its section of a configuration.
+
+        Raises:
+            PluginError: It cannot be selected.
+            ConfigError: It keeps nothing when its process ends.
+        """
+        provider = registry.get("persistence", name)
+        if "durable" not in provider.capabilities:
+            raise ConfigError(
+                f"the persistence backend {name!r} keeps nothing when its process ends; choose "
+                "one that does",
+                key="persistence.backend",
+            )
+        settings = registry.settings("persistence", name, config.persistence.section(name))
+        return cls(name, provider, settings)
+
+    def open(
+        self, path: Path, uuid: bytes, fs: FileSystem, words: Any = None, *, writable: bool
+    ) -> PersistenceAdapter:
+        """An adapter for a folder."""
+        own = [0] * 8 if words is None else words
+        adapter: PersistenceAdapter = self.provider.factory(
+            self.settings,
+            PersistenceContext(path=path, uuid=uuid, fs=fs, words=own, writable=writable),
+        )
+        return adapter
+
+
+# ---------------------------------------------------------------- a live buffer
+
+
+def migrate(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    persistence: str,
+    *,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    filesystem: FileSystem | None = None,
+) -> TransferReport:
+    """Copy a buffer into a new folder, with another storage backend or the same.
+
+    The source may be in use. Its readers go on; its writers wait, since its append lock is held
+    until the copy is finished, and get a `LockTimeout` after their `lock_timeout_s`. The source is
+    left as it is. Close it, and open the target in its place: both have the same UUID.
+
+    May be interrupted at any instant, and called again to go on. If the source has changed
+    meanwhile, the copy begins anew.
+
+    Args:
+        source: Folder of the buffer.
+        target: A folder that does not exist, is empty, or holds an unfinished copy of the same.
+        persistence: Name of the storage backend.
+        config: A YAML file or a mapping whose section `persistence` has its settings.
+        progress: Called now and then with (done, total).
+        filesystem: Does all writing to the target; for tests that record or fail it.
+
+    Raises:
+        StorageError: The target holds something else, or cannot be written.
+        CorruptionError: The source is damaged; `expbuf repair` salvages.
+        LockTimeout: Another process holds a lock of the source or the target for too long.
+        PluginError: The backend cannot be used.
+    """
+    origin, goal = _resolved(source), _resolved(target)
+    _check_apart(origin, goal)
+    registry = default_registry()
+    storage = Storage.choose(registry, persistence, load_config(config, env={}, registry=registry))
+    _check_target(goal)
+    with _opened(origin) as content:
+        return copy(content, goal, storage, progress=progress, fs=filesystem or FileSystem())
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Content]:
+    """A buffer with its writers shut out."""
+    # Not what the environment says: that is for the programs that use the buffer.
+    config = load_config({"index": {"backend": "exact", "builder": "off"}}, env={})
+    # Where nothing may be written nobody writes, and there is no lock to be had.
+    mode = "a" if os.access(path, os.W_OK) else "r"
+    with ExperienceBuffer.load_from_disk(path, config=config, mode=mode) as buffer:
+        session = buffer._live()
+        with contextlib.ExitStack() as held:
+            words = session.control.words
+            if session.writable:
+                lock = ProcessLock(path / folder.LOCKS / "append", config.lock_timeout_s)
+                held.callback(lock.close)
+                session.commit_log.sync()
+                held.enter_context(lock)
+                session.commit_log.sync()  # what others have written before the lock was ours
+            session.refresh()
+            with session.replica.lock:
+                state = session.replica.state
+                settings = state.settings
+                intake = session.intake() if None not in _dims(settings) else None
+                if intake is not None:
+                    session.replica.fill(intake.refuse)
+                vectors = session.replica.tiers.gatherer(0 if intake is None else intake.dim)
+            next_id, next_lsn = state.next_id, state.lsn + 1
+            if session.writable:
+                next_id, next_lsn = max(next_id, words[c.NEXT_ID]), words[c.NEXT_LSN]
+            else:  # how the last process ended is not known
+                next_id = max(next_id, state.reserved_id)
+                next_lsn = max(next_lsn, state.reserved_lsn)
+            yield Content(session.uuid, state, next_id, next_lsn, session.adapter, vectors)
+
+
+def _dims(settings: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    return settings["v_dim"], settings["q_dim"]
+
+
+# ---------------------------------------------------------------- copying
+
+
+def copy(
+    content: Content,
+    target: Path,
+    storage: Storage,
+    *,
+    progress: Progress | None,
+    fs: FileSystem,
+) -> TransferReport:
+    """Write a buffer into a new folder, read it back, and only then let it be one.
+
+    Raises:
+        StorageError: As for `migrate`; or what was read back is not what was to be written.
+    """
+    _check_target(target)
+    with storage_errors("create", target):
+        fs.mkdir(target / folder.LOCKS)
+        fs.sync_folder(target.parent)
+    lock = ProcessLock(target / folder.LOCKS / "opening", _TARGET_TIMEOUT_S)
+    try:
+        with lock:
+            _check_target(target)  # again, under the lock
+            return _Copy(content, target, storage, progress, fs).run()
+    finally:
+        lock.close()
+
+
+class _Copy:
+    """One call of `copy`, under the lock of the target."""
+
+    def __init__(
+        self,
+        content: Content,
+        target: Path,
+        storage: Storage,
+        progress: Progress | None,
+        fs: FileSystem,
+    ) -> None:
+        self.content = content
+        self.target = target
+        self.storage = storage
+        self.fs = fs
+        state = content.state
+        slots = state.live_slots()
+        self.ids = state.id[slots]
+        self.lengths = state.length[slots]
+        self._progress = progress
+        self._done = 0
+
+    def run(self) -> TransferReport:
+        content, fs = self.content, self.fs
+        note = _read_note(self.target)
+        if folder.read_identity(self.target) is not None:
+            # Interrupted behind the very last step but one.
+            if note is None or note["uuid"] != content.uuid.hex():
+                raise StorageError(f"{self.target} holds a buffer already; choose a new folder")
+            adapter = self._open(writable=False)
+            with contextlib.closing(adapter):
+                lsn = _recovered(adapter, 0).lsn
+            self._finish_note()
+            return self._report(len(self.ids), lsn)
+        wanted = self._note()
+        resumable = note is not None and all(
+            note.get(key) == wanted[key] for key in ("uuid", "lsn", "backend")
+        )
+        if note is not None and note["uuid"] != wanted["uuid"]:
+            raise StorageError(
+                f"{self.target} holds the unfinished copy of another buffer ({note['uuid']}); "
+                "remove it, or choose a new folder"
+            )
+        if not resumable:
+            self._clear()
+            with storage_errors("write", self.target / NOTE):
+                fs.write_atomically(self.target / NOTE, [json.dumps(wanted, indent=1).encode()])
+        control = Control.map(self.target / folder.CONTROL, writable=True)
+        try:
+            control.reset(content.uuid)
+            lsn, resumed = self._write(control, resumable)
+            self._verify(lsn)
+            control.mark_clean(self.target / folder.CONTROL, fs)
+        finally:
+            control.close()
+        folder.write_identity(self.target, self.storage.name, content.uuid, fs)
+        self._finish_note()
+        return self._report(resumed, lsn)
+
+    def _report(self, resumed: int, lsn: int) -> TransferReport:
+        uuid = self.content.uuid.hex()
+        return TransferReport(self.target, uuid, self.storage.name, len(self.ids), resumed, lsn)
+
+    def _note(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "uuid": self.content.uuid.hex(),
+            "lsn": self.content.state.lsn,
+            "backend": self.storage.name,
+        }
+        return {**facts, "crc": crc32(json.dumps(facts).encode())}
+
+    def _finish_note(self) -> None:
+        with storage_errors("remove", self.target / NOTE):
+            self.fs.unlink(self.target / NOTE)
+            self.fs.sync_folder(self.target)
+
+    def _open(self, words: Any = None, *, writable: bool) -> PersistenceAdapter:
+        return self.storage.open(self.target, self.content.uuid, self.fs, words, writable=writable)
+
+    def _clear(self) -> None:
+        """Remove what an earlier copy of another state has left."""
+        for path in sorted(self.target.rglob("*"), reverse=True):
+            inside = path.relative_to(self.target).parts[0]
+            if inside in (folder.LOCKS, NOTE):
+                continue
+            with storage_errors("remove", path):
+                if path.is_dir() and not path.is_symlink():
+                    path.rmdir()
+                else:
+                    self.fs.unlink(path)
+
+    def _step(self, count: int) -> None:
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, 2 * len(self.ids))
+
+    # ------------------------------------------------------------ writing
+
+    def _write(self, control: Control, resumable: bool) -> tuple[int, int]:
+        """Write what the target lacks; its last LSN, and how many experiences were there."""
+        content, words = self.content, control.words
+        own = words[c.ADAPTER : c.ADAPTER + 8] if isinstance(words, memoryview) else None
+        adapter, state = self._resumed(own) if resumable else (None, State())
+        with contextlib.ExitStack() as opened:
+            if isinstance(own, memoryview):
+                opened.callback(own.release)
+            if adapter is None:
+                adapter = self._open(own, writable=True)
+                opened.callback(adapter.close)
+                adapter.create(content.next_lsn)
+                log = _Log(adapter, content.next_lsn)
+                log.append(codec.encode_settings(content.state.settings))
+            else:
+                opened.callback(adapter.close)
+                adapter.start(state.lsn + 1, state.lsn)
+                log = _Log(adapter, state.lsn + 1)
+            resumed = int(np.searchsorted(self.ids, state.next_id))
+            self._step(resumed)
+            for part in self._batches(resumed):
+                log.append(self._relogged(part))
+                self._step(part.stop - part.start)
+            carry = codec.encode_carry(content.carried())
+            if state.settings == {} or not _carries(state, content):
+                log.append(carry)
+            log.sync()
+            last = log.next_lsn - 1
+            adapter.finish(last)
+        words[c.APPENDED] = words[c.PUBLISHED] = words[c.DURABLE] = last
+        words[c.NEXT_LSN], words[c.NEXT_ID] = last + 1, content.next_id
+        return last, resumed
+
+    def _resumed(self, own: Any) -> tuple[PersistenceAdapter | None, State]:
+        """What an interrupted call has written; None where that is of no use."""
+        adapter = self._open(own, writable=True)
+        try:
+            state = _recovered(adapter, 0)
+            ids = state.live_ids()
+            if state.settings == self.content.state.settings and np.array_equal(
+                ids, self.ids[: len(ids)]
+            ):
+                return adapter, state
+        except CorruptionError:
+            pass  # nothing in it is needed
+        except BaseException:
+            adapter.close()
+            raise
+        adapter.close()
+        return None, State()
+
+    def _batches(self, start: int) -> Iterator[slice]:
+        """Places of the experiences that go into one operation each."""
+        while start < len(self.ids):
+            sizes = np.cumsum(self.lengths[start : start + _BATCH_ROWS], dtype=np.int64)
+            count = max(1, int(np.searchsorted(sizes, _BATCH_BYTES, side="right")))
+            yield slice(start, start + count)
+            start += count
+
+    def _relogged(self, part: slice) -> Operation:
+        content, ids = self.content, self.ids[part]
+        state = content.state
+        slots = state.find(ids)
+        pin = content.adapter.pin(ids, state.location[slots], state.length[slots])
+        return relog_draft(state, ids, slots, pin, content.vectors(ids)).operation
+
+    # ------------------------------------------------------------ reading back
+
+    def _verify(self, lsn: int) -> None:
+        """Read the target as a stranger would, and compare everything."""
+        content = self.content
+        adapter = self._open(writable=False)
+        with contextlib.closing(adapter):
+            state = _recovered(adapter, lsn)
+            self._compare(content.state, state)
+            if not _carries(state, content):
+                raise self._differs("its receipts and numbers")
+            self._done = len(self.ids)
+            for part in self._batches(0):
+                ids = self.ids[part]
+                pins = []
+                for side, held in ((content.state, content.adapter), (state, adapter)):
+                    slots = side.find(ids)
+                    pins.append(held.pin(ids, side.location[slots], side.length[slots]))
+                for i, id_ in enumerate(ids.tolist()):
+                    if pins[0].read(i) != pins[1].read(i):
+                        raise self._differs(f"the payload of experience {id_}")
+                self._step(len(ids))
+
+    def _compare(self, one: State, other: State) -> None:
+        here, there = one.live_slots(), other.live_slots()
+        for name in ("length", *codec.RELOG_COLUMNS):
+            left, right = getattr(one, name)[here], getattr(other, name)[there]
+            if left.tobytes() != right.tobytes():  # by bytes: NaN is a value, too
+                raise self._differs(f"the column {name!r}")
+        tags = [
+            [s.tag_sets[code] for code in s.tags[at].tolist()]
+            for s, at in ((one, here), (other, there))
+        ]
+        if tags[0] != tags[1]:
+            raise self._differs("the tags")
+        if one.rewards != other.rewards:
+            raise self._differs("the named rewards")
+        if one.settings != other.settings:
+            raise self._differs("the settings")
+
+    def _differs(self, what: str) -> StorageError:
+        return StorageError(
+            f"{self.target}: {what}, read back, differs from the source; the copy was not "
+            "finished. Remove the folder and try again, on another disk if it happens again"
+        )
+
+
+class _Log:
+    """Appends operations and syncs now and then. Only this process can see the target."""
+
+    def __init__(self, adapter: PersistenceAdapter, lsn: int) -> None:
+        self._adapter = adapter
+        self.next_lsn = lsn
+        self._durable = 0
+        self._unsynced = 0
+
+    def append(self, operation: Operation) -> None:
+        self._adapter.append([Stamped(self.next_lsn, 0, operation)], self._durable)
+        self.next_lsn += 1
+        self._unsynced += len(operation.body) + len(operation.rows)
+        if self._unsynced > _SYNC_BYTES:
+            self.sync()
+
+    def sync(self) -> None:
+        self._adapter.sync()
+        self._durable, self._unsynced = self.next_lsn - 1, 0
+
+
+def _recovered(adapter: PersistenceAdapter, durable_lsn: int) -> State:
+    """The state that a log leads to."""
+    state = State()
+    operation: LoggedOperation
+    for operation in adapter.recover(0, durable_lsn):
+        state.apply(operation)
+    return state
+
+
+def _carries(state: State, content: Content) -> bool:
+    """Whether what is taken over besides experiences is there."""
+    return (
+        state.next_id == content.next_id
+        and state.total_added == content.state.total_added
+        and list(state.receipts.items()) == list(content.state.receipts.items())
+        and state.receipts_horizon == content.state.receipts_horizon
+    )
+
+
+# ---------------------------------------------------------------- folders
+
+
+def _resolved(path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.realpath(os.fspath(path)))
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    if source == target or source in target.parents or target in source.parents:
+        raise StorageError(f"{target} and {source}: one must not be, or hold, the other")
+
+
+def _check_target(target: Path) -> None:
+    """See that a copy may be written here, or gone on with.
+
+    Raises:
+        StorageError: The folder holds something else.
+    """
+    with storage_errors("list", target):
+        if not target.exists():
+            return
+        if not target.is_dir():
+            raise StorageError(f"{target} is a file; a buffer is a folder")
+        names = {name for name in os.listdir(target) if not name.endswith(".tmp")}
+    if NOTE in names or names <= {folder.LOCKS}:
+        return
+    what = "a buffer already" if folder.IDENTITY in names else "other files"
+    raise StorageError(f"{target} holds {what}; choose a new or empty folder")
+
+
+def _read_note(target: Path) -> dict[str, Any] | None:
+    """What is being copied into a target; None where nothing is."""
+    path = target / NOTE
+    try:
+        with storage_errors("read", path):
+            raw = path.read_bytes()
+    except StorageError as exc:
+        if isinstance(exc.__cause__, FileNotFoundError):
+            return None
+        raise
+    try:
+        note = dict(json.loads(raw))
+        stored = note.pop("crc")
+        if stored != crc32(json.dumps(note).encode()) or not isinstance(note["uuid"], str):
+            raise ValueError("checksum mismatch")
+    except (ValueError, KeyError, TypeError) as exc:
+        raise CorruptionError(
+            f"{path}: damaged ({exc}); remove the folder and begin the copy anew",
+            path=path,
+            offset=0,
+        ) from exc
+    return note

@@ -1,0 +1,717 @@
+"""`LMDBPersistenceAdapter`: operations and payloads in LMDB, behind a short log of what is new.
+
+    append  ->  stage.wal           (append lock; no sync)
+    sync    ->  log.mdb             (flush lock; one transaction for all that the stage holds)
+
+LMDB syncs in every transaction, and its transactions exclude one another. So an append must not be
+one: commits of many threads and processes gather in the stage, where everybody can read them and
+where a killed process leaves them, and each sync moves all of them into LMDB at once. What is in
+the stage only is not durable, and nobody was told that it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from zlib import crc32
+
+import lmdb
+import numpy as np
+from numpy.typing import NDArray
+
+from expbuf_core import frames
+from expbuf_core.contracts import (
+    Appended,
+    Buffer,
+    LogFollower,
+    LoggedOperation,
+    LogGone,
+    LogInterrupted,
+    PersistenceAdapter,
+    PersistenceContext,
+    Pin,
+    Problem,
+    Stamped,
+    Words,
+)
+from expbuf_core.errors import StorageError, StorageFull
+from expbuf_core.filesystem import storage_errors
+from expbuf_lmdb import layout
+from expbuf_lmdb.environment import (
+    PRIVATE,
+    READING,
+    WRITING,
+    Environment,
+    Tables,
+    Txn,
+    acquire,
+    release,
+    wrapped,
+)
+from expbuf_lmdb.follower import LMDBFollower, LMDBPin
+from expbuf_lmdb.layout import (
+    BASE,
+    END,
+    GENERATION,
+    LAST,
+    STAGE_HEADER_BYTES,
+    STORED,
+    StageHeader,
+    State,
+    key,
+)
+from expbuf_lmdb.recovering import Recovered, recover
+from expbuf_lmdb.settings import LMDBSettings
+from expbuf_lmdb.stage import Stage, StagedFrame
+from expbuf_lmdb.store import Checked, Store, checked_operation
+from expbuf_lmdb.verifying import verify
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_ROOM_STEP = 1 << 20
+_MOST_ROOM_AHEAD = 16 << 20
+_RESERVE = 256 << 10  # for operations without rows, which must work on a full disk
+_PAGE = 4096
+_DELETED_AT_ONCE = 2000
+_LOOKED_AT_ONCE = 20_000
+_TRIES = 50
+
+
+class LMDBPersistenceAdapter(PersistenceAdapter):
+    """See `PersistenceAdapter` for the contract and FORMAT.md for the files.
+
+    Attributes:
+        path: Of the environment.
+        uuid: Of the buffer.
+        store: Its tables.
+        stage: What LMDB does not have yet.
+    """
+
+    def __init__(self, settings: LMDBSettings, context: PersistenceContext) -> None:
+        if context.path is None:
+            raise StorageError("the lmdb backend needs a folder")
+        self._settings = settings
+        self._folder: Path = context.path
+        self._fs = context.fs
+        self._shared_words = context.words
+        self._private_words: Words | None = None
+        self._writes = context.writable
+        self.path = context.path / layout.DATA
+        self.uuid = context.uuid
+        self.store = Store(self.path, context.uuid)
+        self.stage = Stage(context.path, context.fs)
+        self._env: Environment | None = None
+        self._mutex = threading.Lock()
+        self._recovered = Recovered(0)
+        self._drained = (0, STAGE_HEADER_BYTES)  # generation and offset: LMDB has what is before
+        self._data_fd = -1
+
+    @property
+    def words(self) -> Words:
+        """Shared with all processes; what has just recovered has its own."""
+        return self._shared_words if self._private_words is None else self._private_words
+
+    # ------------------------------------------------------------ the environment
+
+    def _environment(self) -> Environment:
+        env = self._env
+        if env is None or env.lost:
+            with self._mutex:
+                env = self._env
+                if env is None or env.lost:
+                    env = self._acquire()
+        return env
+
+    def _acquire(self) -> Environment:
+        mode = WRITING
+        if not self._writes:
+            mode = READING if self._private_words is None else PRIVATE
+        settings = self._settings
+        if not self.path.exists():
+            raise layout.corrupt(self.path, "the file is missing")
+        env = acquire(self.path, mode, settings.map_bytes, settings.max_readers)
+        try:
+            env.read(self.store.read_header)
+        except BaseException:
+            release(env)
+            raise
+        self._env = env
+        return env
+
+    def read(
+        self,
+        work: Callable[Concatenate[Txn, Tables, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Run `work` in a transaction for reading."""
+        return self._environment().read(lambda txn, tables: work(txn, tables, *args, **kwargs))
+
+    def last_transaction(self) -> int:
+        """Number of LMDB's newest state."""
+        return self._environment().last_transaction()
+
+    def _write(
+        self,
+        work: Callable[Concatenate[Txn, Tables, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Run `work` in a transaction that is durable on return."""
+        return self._environment().write(lambda txn, tables: work(txn, tables, *args, **kwargs))
+
+    # ------------------------------------------------------------ creation and recovery
+
+    def create(self, lsn: int) -> None:
+        self._refuse_to_replace()
+        self.close()
+        self._private_words = None
+        self.store = Store(self.path, self.uuid)
+        salt = secrets.token_bytes(16)
+        state = State(floor=lsn - 1, address=STAGE_HEADER_BYTES, generation=1)
+        header = StageHeader(self.uuid, salt, 1, 0, lsn - 1, self._stage_bytes())
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        try:
+            self._make_environment(temporary, salt, state)
+            self.stage.make(header)
+            with storage_errors("create", self.path):
+                self._fs.replace(temporary, self.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._fs.unlink(temporary)
+            raise
+        with storage_errors("sync", self._folder):
+            self._fs.sync_folder(self._folder)
+        self._set_words(header, lsn - 1, lsn - 1)
+
+    def _refuse_to_replace(self) -> None:
+        """A creation that was interrupted leaves no experiences; what has some was a buffer."""
+        if not self.path.exists():
+            return
+        try:
+            found = self._environment().stats()["rows"]
+        except StorageError as exc:
+            raise layout.corrupt(
+                self.path, f"something is there and cannot be read ({exc})"
+            ) from exc
+        if found:
+            raise layout.corrupt(
+                self.path, f"{found} experiences are there, and no buffer is; restore its identity"
+            )
+
+    def _make_environment(self, temporary: Path, salt: bytes, state: State) -> None:
+        """Create it aside, complete and synced: LMDB's own creation is not atomic."""
+        with storage_errors("create", temporary):
+            self._fs.unlink(temporary)
+        try:
+            env = lmdb.open(
+                str(temporary),
+                subdir=False,
+                lock=False,
+                map_size=self._settings.map_bytes,
+                max_dbs=layout.DATABASES,
+                mode=0o644,
+                lib_version=0,
+            )
+            try:
+                tables = Tables(env, create=True)
+                with env.begin(write=True) as txn:
+                    record = layout.encode_header(self.uuid, salt)
+                    txn.put(layout.HEADER_KEY, record, db=tables.meta)
+                    record = layout.encode_state(state, salt)
+                    txn.put(layout.STATE_KEY, record, db=tables.meta)
+            finally:
+                env.close()
+        except lmdb.Error as exc:
+            raise wrapped(exc, "create", self.path) from exc
+        with storage_errors("create", self.path):
+            fd = self._fs.open(temporary)
+            try:
+                end = os.fstat(fd).st_size
+                self._fs.pwrite(fd, bytes(_ROOM_STEP), end)
+                self._fs.fsync(fd)
+            finally:
+                self._fs.close(fd)
+
+    def _stage_bytes(self) -> int:
+        return (self._settings.stage_bytes + _PAGE - 1) // _PAGE * _PAGE
+
+    def _set_words(self, header: StageHeader, last: int, stored: int) -> None:
+        words = self.words
+        words[GENERATION] = 0
+        words[STORED] = stored
+        words[LAST] = last
+        words[BASE] = header.base
+        words[END] = STAGE_HEADER_BYTES
+        words[GENERATION] = header.generation
+
+    def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
+        if self._private_words is None:
+            # Until `start`, or for as long as this is a reader that nobody else is beside.
+            self._private_words = [0] * 8
+            if not self._writes:
+                self._give_back()
+        found = self._recovered = Recovered(after_lsn)
+        yield from recover(self, found, after_lsn, durable_lsn)
+        if found.stage is not None:
+            self._set_words(found.stage, found.last_lsn, found.stored_lsn)
+            self._private_words[END] = found.end
+
+    def torn(self) -> tuple[int, int]:
+        return self._recovered.torn_bytes, int(self._recovered.torn_bytes > 0)
+
+    def start(self, lsn: int, recovered_lsn: int) -> None:
+        found = self._recovered
+        generation = found.generation + 1
+        self._write(self._start, lsn, recovered_lsn, generation)
+        for name in os.listdir(self._folder):
+            if name.startswith((layout.DATA, layout.STAGE)) and name.endswith(".tmp"):
+                with contextlib.suppress(OSError):  # room only
+                    self._fs.unlink(self._folder / name)
+        base = found.address - STAGE_HEADER_BYTES
+        size = self._stage_bytes()
+        header = StageHeader(self.uuid, self.store.salt, generation, base, recovered_lsn, size)
+        # An old stage counts for nothing from now on, whether the new one is on disk or not.
+        if found.stage is not None and self.stage.size() == size:
+            self.stage.begin(header, durable=True)
+        else:
+            self.stage.make(header)
+        self._private_words = None
+        self._set_words(header, recovered_lsn, recovered_lsn)
+        self._environment().clear_dead_readers()
+
+    def _start(
+        self, txn: Txn, tables: Tables, lsn: int, recovered_lsn: int, generation: int
+    ) -> None:
+        found, store = self._recovered, self.store
+        state = store.state(txn, tables)
+        stored = store.last_lsn(txn, tables, state)
+        if found.stage is not None:
+            stage = found.stage
+            for frame in self.stage.frames(
+                STAGE_HEADER_BYTES, found.end, stage.salt, stage.generation, stage.base
+            ):
+                if stored < frame.header.lsn <= recovered_lsn:
+                    store.put(txn, tables, frame.header, frame.data)
+        store.delete_behind(txn, tables, recovered_lsn)
+        store.put_begin(txn, tables, lsn, recovered_lsn)
+        address = max(state.address, found.address)
+        store.put_state(txn, tables, state._replace(address=address, generation=generation))
+
+    def attach(self) -> None:
+        self._private_words = None
+        self._give_back()
+        self._environment()
+
+    # ------------------------------------------------------------ appending
+
+    def append(self, stamped: Sequence[Stamped], durable_lsn: int) -> list[Appended]:
+        words, salt = self.words, self._salt()
+        generation, base, start = words[GENERATION], words[BASE], words[END]
+        parts, places, end = self._laid_out(stamped, salt, generation, base, start, durable_lsn)
+        self._make_room(end - start, any(len(item.operation.lengths) for item in stamped))
+        if end > self._stage_bytes():
+            if end - start > self._stage_bytes() - STAGE_HEADER_BYTES:
+                return self._append_directly(stamped, parts, places, end - start)
+            self._drain()
+            self._begin_stage(base + start)
+            return self.append(stamped, durable_lsn)
+        self.stage.write(parts, start)
+        words[LAST] = stamped[-1].lsn
+        words[END] = end
+        return places
+
+    def _salt(self) -> bytes:
+        if not self.store.salt:
+            self._environment()
+        return self.store.salt
+
+    def _laid_out(
+        self,
+        stamped: Sequence[Stamped],
+        salt: bytes,
+        generation: int,
+        base: int,
+        at: int,
+        durable_lsn: int,
+    ) -> tuple[list[Buffer], list[Appended], int]:
+        """Parts for the stage, where each operation goes, and where they end."""
+        parts: list[Buffer] = []
+        places: list[Appended] = []
+        epoch = generation & 0xFFFFFFFF
+        for item in stamped:
+            data, _, size, _ = frames.encode(
+                item, salt=salt, epoch=epoch, durable_before=durable_lsn, data_offset=base + at
+            )
+            parts += data
+            operation = item.operation
+            rows = frames.HEADER_BYTES + len(operation.body) + 8 * len(operation.lengths)
+            places.append(Appended(base + at + rows, (generation, at + size)))
+            at += size
+        return parts, places, at
+
+    def _append_directly(
+        self, stamped: Sequence[Stamped], parts: list[Buffer], places: list[Appended], size: int
+    ) -> list[Appended]:
+        """Write a commit that the stage cannot hold into LMDB."""
+        words = self.words
+        data = memoryview(b"".join(parts))
+        end = words[BASE] + words[END] + size
+
+        def put(txn: Txn, tables: Tables) -> None:
+            self._put_staged(txn, tables)
+            at, salt_crc = 0, crc32(self.store.salt)
+            while at < len(data):
+                header = frames.decode_header(data, at, salt_crc)
+                assert header is not None
+                self.store.put(txn, tables, header, data[at : at + header.data_bytes])
+                at += header.data_bytes
+
+        self._write(put)
+        words[LAST] = stamped[-1].lsn
+        self._note_stored(stamped[-1].lsn)
+        try:
+            self._begin_stage(end)
+        except StorageError as exc:
+            raise LogInterrupted(str(exc)) from exc
+        generation = words[GENERATION]
+        return [Appended(place.location, (generation, STAGE_HEADER_BYTES)) for place in places]
+
+    def _begin_stage(self, address: int, generation: int | None = None) -> None:
+        """Begin the stage anew: LMDB has everything (append lock held)."""
+        words = self.words
+        generation = generation or words[GENERATION] + 1
+        header = StageHeader(
+            self.uuid,
+            self.store.salt,
+            generation,
+            address - STAGE_HEADER_BYTES,
+            words[LAST],
+            self._stage_bytes(),
+        )
+        # Not synced: if power fails, the old stage returns, and LMDB has all that it held.
+        self.stage.begin(header, durable=False)
+        self._set_words(header, words[LAST], words[LAST])
+
+    # ------------------------------------------------------------ from the stage into LMDB
+
+    def sync(self) -> None:
+        self._drain()
+
+    def _drain(self) -> None:
+        """Move everything that is staged into LMDB, in one transaction, durably."""
+        words = self.words
+        if words[STORED] >= words[LAST]:
+            return
+        stored, generation, at = self._write(self._put_staged)
+        self._note_stored(stored)
+        self._drained = (generation, at)
+
+    def _note_stored(self, lsn: int) -> None:
+        # Two may do this at once; then the lower one may win, which is true as well.
+        if lsn > self.words[STORED]:
+            self.words[STORED] = lsn
+
+    def _put_staged(self, txn: Txn, tables: Tables) -> tuple[int, int, int]:
+        """Put what LMDB does not have yet.
+
+        Returns:
+            The last LSN that it then has; generation and offset in the stage up to where that is.
+
+        The stage is not begun anew meanwhile: that waits until LMDB has all of it.
+        """
+        words, store = self.words, self.store
+        state = store.state(txn, tables)
+        stored = store.last_lsn(txn, tables, state)
+        generation, end, base = words[GENERATION], words[END], words[BASE]
+        at = self._drained[1] if self._drained[0] == generation else STAGE_HEADER_BYTES
+        if stored >= words[LAST] or not generation:
+            return stored, generation, at
+        for frame in self.staged(generation, at, end, base):
+            lsn = frame.header.lsn
+            if lsn > stored:
+                if not store.follows(txn, tables, lsn, stored):
+                    raise layout.corrupt(
+                        self.path, f"operation {stored + 1} is missing", lsn=stored + 1
+                    )
+                store.put(txn, tables, frame.header, frame.data)
+                stored = lsn
+            at = frame.offset + frame.header.data_bytes
+        if at != end:
+            raise layout.corrupt(
+                self.stage.path, "a damaged frame that LMDB does not have", offset=at
+            )
+        return stored, generation, at
+
+    def staged(
+        self, generation: int, offset: int, end: int, base: int | None = None
+    ) -> Iterator[StagedFrame]:
+        """Frames in the stage, from `offset` to `end`."""
+        where = self.words[BASE] if base is None else base
+        return self.stage.frames(offset, end, self.store.salt, generation, where)
+
+    def checked_frame(self, frame: StagedFrame, *, rows: bool = False) -> Checked | None:
+        """Check a frame of the stage behind its header; None if it is damaged."""
+        header, data = frame.header, frame.data
+        start = frames.HEADER_BYTES
+        body = bytes(data[start : start + header.body_len])
+        if crc32(body) != header.body_crc:
+            return None
+        try:
+            checked = checked_operation(header, data, body, self.stage.path)
+        except StorageError:
+            return None
+        if rows and header.row_count:
+            table = frames.decode_table(data, header, 0)
+            first = start + header.body_len + 8 * header.row_count
+            if (
+                table is None
+                or frames.check_rows(data, first, header.first_id or None, table) is not None
+            ):
+                return None
+        return checked
+
+    # ------------------------------------------------------------ room on the disk
+
+    def _make_room(self, size: int, rows: bool) -> None:
+        """See that LMDB will find room for this and all that is staged (append lock held).
+
+        So a full disk shows before anything was written, and a sync need not fail of it.
+        """
+        words = self.words
+        if words[STORED] < words[LAST]:
+            own = self._drained[0] == words[GENERATION]
+            size += max(0, words[END] - (self._drained[1] if own else STAGE_HEADER_BYTES))
+        # A row takes whole pages, where it does not fit into half of one.
+        wanted = 2 * size + 64 * _PAGE
+        wanted += _RESERVE if rows else 0
+        env = self._environment()
+        with storage_errors("read", self.path):
+            have = os.fstat(self._data_descriptor()).st_size
+        lacking = env.used_bytes() + wanted - have
+        if lacking > 0:
+            try:
+                self._extend(lacking, have)
+            except StorageFull:
+                if rows:
+                    raise
+
+    def _extend(self, lacking: int, have: int) -> None:
+        """Let the file grow by written zeros, at least by so many."""
+        step = min(max(have // 4, _ROOM_STEP), _MOST_ROOM_AHEAD)
+        grow = (lacking + step - 1) // step * step
+
+        def extend(txn: Txn, tables: Tables) -> None:
+            # In LMDB's writer lock: nobody else can write behind the end now.
+            fd = self._data_descriptor()
+            with storage_errors("extend", self.path):
+                end = os.fstat(fd).st_size
+                for at in range(end, end + grow, _ROOM_STEP):
+                    self._fs.pwrite(fd, bytes(min(_ROOM_STEP, end + grow - at)), at)
+
+        self._write(extend)
+
+    def _data_descriptor(self) -> int:
+        if self._data_fd < 0:
+            with storage_errors("open", self.path):
+                self._data_fd = self._fs.open(self.path)
+        return self._data_fd
+
+    def needs_preparation(self) -> bool:
+        words = self.words
+        # At "os" nobody syncs: without this an append would have to wait for LMDB now and then.
+        return words[STORED] < words[LAST] and words[END] > self._settings.stage_bytes // 2
+
+    def prepare(self) -> None:
+        self._drain()
+
+    # ------------------------------------------------------------ switching and retiring
+
+    def switch(self, next_lsn: int, durable_lsn: int) -> None:
+        pass  # there is one log, and what is dropped from it leaves no hole
+
+    def retire(self, durable_lsn: int, keep_lsn: int, next_lsn: int) -> None:
+        words = self.words
+        address, generation = self._write(self._retire, keep_lsn, next_lsn)
+        words[LAST] = keep_lsn
+        self._begin_stage(address, generation)
+
+    def _retire(self, txn: Txn, tables: Tables, keep_lsn: int, next_lsn: int) -> tuple[int, int]:
+        """Take over what is kept, delete what is not; where and how the next stage begins."""
+        words, store = self.words, self.store
+        state = store.state(txn, tables)
+        stored = store.last_lsn(txn, tables, state)
+        address = max(store.end_address(txn, tables, state), words[BASE] + words[END])
+        for frame in self.staged(words[GENERATION], STAGE_HEADER_BYTES, words[END]):
+            if stored < frame.header.lsn <= keep_lsn:
+                store.put(txn, tables, frame.header, frame.data)
+                stored = frame.header.lsn
+        if stored < keep_lsn:
+            raise StorageError(
+                f"{self.path}: the log was given up, and operations {stored + 1} to {keep_lsn} "
+                "cannot be read back"
+            )
+        store.delete_behind(txn, tables, keep_lsn)
+        store.put_begin(txn, tables, next_lsn, keep_lsn)
+        # An appender may have died while it began the stage anew.
+        header = self.stage.header()
+        known = 0 if header is None else header.generation
+        generation = max(words[GENERATION], state.generation, known) + 1
+        store.put_state(txn, tables, state._replace(address=address, generation=generation))
+        return address, generation
+
+    # ------------------------------------------------------------ reading
+
+    def follow(self, after_lsn: int) -> LogFollower:
+        if self.read(self._floor) > after_lsn:
+            raise LogGone
+        return LMDBFollower(self, after_lsn)
+
+    def _floor(self, txn: Txn, tables: Tables) -> int:
+        return self.store.state(txn, tables).floor
+
+    def pin(
+        self, ids: NDArray[np.int64], locations: NDArray[np.int64], lengths: NDArray[np.uint32]
+    ) -> Pin:
+        places, sizes = locations.tolist(), lengths.tolist()
+        for _ in range(_TRIES):
+            generation = self.words[GENERATION]
+            rows = self.read(self._rows_at, places)
+            missing = [i for i, row in enumerate(rows) if row is None]
+            if not missing:
+                break
+            staged = [self._staged_row(places[i], sizes[i]) for i in missing]
+            # Read first, asked then: a stage that was begun anew meanwhile has other bytes there.
+            if generation and generation == self.words[GENERATION]:
+                if None in staged:
+                    raise LogGone
+                for i, row in zip(missing, staged, strict=True):
+                    rows[i] = row
+                break
+        else:
+            raise LogGone
+        return LMDBPin([row for row in rows if row is not None], sizes, self.path)
+
+    def _rows_at(self, txn: Txn, tables: Tables, places: list[int]) -> list[bytes | None]:
+        db = tables.rows
+        return [txn.get(key(place), db=db) for place in places]
+
+    def _staged_row(self, place: int, length: int) -> bytes | None:
+        """The row at this address, if the stage reaches there."""
+        words = self.words
+        offset = place - words[BASE]
+        if offset < STAGE_HEADER_BYTES or offset + length > words[END]:
+            return None
+        return self.stage.read(offset, length)
+
+    # ------------------------------------------------------------ upkeep
+
+    def drop_below(
+        self, lsn: int, live_ids: NDArray[np.int64], live_locations: NDArray[np.int64]
+    ) -> None:
+        self._drain()
+        live = np.sort(live_locations)
+        address = self._write(self._raise_floor, lsn)
+        at = 0
+        while True:
+            keys = self.read(self._keys, layout.ROWS, at, address)
+            if not keys:
+                break
+            numbers = np.frombuffer(b"".join(keys), ">u8").astype(np.int64)
+            at = int(numbers[-1]) + 1
+            dead = numbers[~np.isin(numbers, live, assume_unique=True)].tolist()
+            for start in range(0, len(dead), _DELETED_AT_ONCE):
+                part = [key(place) for place in dead[start : start + _DELETED_AT_ONCE]]
+                self._write(self._delete, layout.ROWS, part)
+        while keys := self.read(self._keys, layout.OPERATIONS, 0, lsn + 1):
+            for start in range(0, len(keys), _DELETED_AT_ONCE):
+                part = keys[start : start + _DELETED_AT_ONCE]
+                self._write(self._delete, layout.OPERATIONS, part)
+        self._environment().clear_dead_readers()
+
+    def _raise_floor(self, txn: Txn, tables: Tables, lsn: int) -> int:
+        """Let nobody begin below `lsn` any more; the address below which rows may go."""
+        store = self.store
+        state = store.state(txn, tables)
+        address = store.dropping_from(txn, tables, state, lsn)
+        # Operations behind `lsn` may all be in the stage.
+        end = store.end_address(txn, tables, state)
+        floor = max(state.floor, min(lsn, store.last_lsn(txn, tables, state)))
+        store.put_state(txn, tables, state._replace(floor=floor, address=max(end, state.address)))
+        with txn.cursor(db=tables.meta) as cursor:  # begins that nobody can come to any more
+            found = cursor.set_range(layout.BEGIN_PREFIX)
+            while found and cursor.key() < layout.begin_key(floor + 1):
+                if not cursor.key().startswith(layout.BEGIN_PREFIX):
+                    break
+                cursor.delete()
+                found = bool(cursor.key())
+        return address
+
+    def _keys(self, txn: Txn, tables: Tables, name: bytes, first: int, end: int) -> list[bytes]:
+        """Some keys in [first, end)."""
+        found: list[bytes] = []
+        with txn.cursor(db=getattr(tables, name.decode())) as cursor:
+            if not cursor.set_range(key(first)):
+                return found
+            last = key(end)
+            for raw in cursor.iternext(keys=True, values=False):
+                if raw >= last or len(found) >= _LOOKED_AT_ONCE:
+                    break
+                found.append(raw)
+        return found
+
+    def _delete(self, txn: Txn, tables: Tables, name: bytes, keys: list[bytes]) -> None:
+        db = getattr(tables, name.decode())
+        for raw in keys:
+            txn.delete(raw, db=db)
+
+    def verify(self, until_lsn: int) -> Iterator[Problem]:
+        return verify(self, until_lsn)
+
+    def stats(self) -> dict[str, Any]:
+        words = self.words
+        facts = self._environment().stats()
+        with contextlib.suppress(OSError):
+            facts["file_bytes"] = os.stat(self.path).st_size
+        facts["staged_operations"] = max(0, words[LAST] - words[STORED])
+        facts["staged_bytes"] = max(0, words[END] - STAGE_HEADER_BYTES)
+        return facts
+
+    def finish(self, last_lsn: int) -> None:
+        self._drain()
+        words = self.words
+        if words[END] > STAGE_HEADER_BYTES:
+            self._begin_stage(words[BASE] + words[END])
+        header = self.stage.header()
+        if header is None or header.last_lsn != words[LAST]:
+            raise StorageError(f"{self.stage.path} was changed while the buffer was open")
+        self.stage.begin(header, durable=True)
+        used = self._environment().used_bytes()
+        with storage_errors("finish", self.path):
+            if os.fstat(self._data_descriptor()).st_size > used:
+                self._fs.truncate(self._data_descriptor(), used)
+                self._fs.fsync(self._data_descriptor())
+
+    def close(self) -> None:
+        self._give_back()
+        self.stage.close()
+        if self._data_fd >= 0:
+            self._fs.close(self._data_fd)
+            self._data_fd = -1
+
+    def _give_back(self) -> None:
+        env, self._env = self._env, None
+        if env is not None and not env.lost:
+            release(env)
+
+    def after_fork(self) -> None:
+        # The environment was given up right after the fork; see `environment`.
+        self._env = None
+        self._mutex = threading.Lock()
+        self.close()

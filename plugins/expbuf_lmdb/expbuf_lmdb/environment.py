@@ -1,0 +1,515 @@
+"""The LMDB environment of one file, shared by everything in this process that has it open.
+
+LMDB allows a process to open a file once only: its locks are record locks, which belong to the
+process, and go when any descriptor of the lock file is closed. So there is one object a file here,
+however many buffers use it. All transactions are short and run inside `read` or `write`; nothing
+that LMDB owns leaves them. That is what makes it possible to grow the map, and to fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import lmdb
+
+from expbuf_core.errors import FormatVersionError, StorageError, StorageFull
+from expbuf_core.filesystem import storage_errors
+from expbuf_lmdb import layout
+
+_log = logging.getLogger("expbuf")
+T = TypeVar("T")
+if TYPE_CHECKING:
+    Txn = lmdb.Transaction[bytes]
+else:  # generic in its stubs only
+    Txn = lmdb.Transaction
+
+# How a file is open; a higher number can do all that a lower one can.
+PRIVATE = 0  # reading, without LMDB's locks: nobody writes, or each read is checked
+READING = 1  # reading, registered, so that no page is reused that is being read
+WRITING = 2
+
+_TRIES = 200
+_FORK_WAIT_S = 20.0
+_GROWN_AT_ONCE = 1 << 40
+
+
+class Tables:
+    """The databases of an environment."""
+
+    def __init__(self, env: lmdb.Environment, *, create: bool = False) -> None:
+        self.meta = env.open_db(layout.META, create=create)
+        self.operations = env.open_db(layout.OPERATIONS, create=create)
+        self.rows = env.open_db(layout.ROWS, create=create)
+
+
+class _Gate:
+    """Lets many through, or one alone."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Condition()
+        self._inside = 0
+        self._closed_by: int | None = None
+
+    def enter(self) -> None:
+        with self._turn:
+            while self._closed_by is not None:
+                self._turn.wait()
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._turn:
+            self._inside -= 1
+            if self._closed_by is not None:
+                self._turn.notify_all()
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Wait until nobody is inside, and keep others out."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._turn:
+            while self._closed_by is not None or self._inside:
+                rest = None if deadline is None else deadline - time.monotonic()
+                if rest is not None and rest <= 0:
+                    return False
+                self._turn.wait(rest)
+            self._closed_by = threading.get_ident()
+            return True
+
+    def open(self) -> None:
+        with self._turn:
+            self._closed_by = None
+            self._turn.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        self.close()
+        try:
+            yield
+        finally:
+            self.open()
+
+
+class Environment:
+    """One file, open in this process. Made by `acquire`, given back by `release`.
+
+    Attributes:
+        path: The file.
+        lost: The process has forked since: acquire it anew.
+    """
+
+    def __init__(self, path: Path, mode: int, map_bytes: int, max_readers: int) -> None:
+        self.path = path
+        self.lost = False
+        self._mode = mode
+        self._map_bytes = map_bytes
+        self._max_readers = max_readers
+        self._gate = _Gate()
+        self._open()
+
+    def _open(self) -> None:
+        check_file(self.path)
+        try:
+            self._env = self._opened()
+            try:
+                self.tables = Tables(self._env)
+            except lmdb.MapResizedError:  # another process has grown it since we looked
+                self._env.set_mapsize(0)
+                self.tables = Tables(self._env)
+        except lmdb.ReadonlyError as exc:
+            raise StorageError(f"cannot open {self.path}: {exc}") from exc
+        except lmdb.NotFoundError as exc:
+            raise layout.corrupt(self.path, "a database is missing") from exc
+        except lmdb.Error as exc:
+            raise wrapped(exc, "open", self.path) from exc
+
+    def _opened(self) -> lmdb.Environment:
+        def opened(mode: int) -> lmdb.Environment:
+            return lmdb.open(
+                str(self.path),
+                subdir=False,
+                create=False,
+                map_size=self._map_bytes,
+                max_dbs=layout.DATABASES,
+                max_readers=self._max_readers,
+                # A reader that is kept for later would hold its place over a fork.
+                max_spare_txns=0,
+                readonly=mode != WRITING,
+                lock=mode != PRIVATE,
+                # A plain write map would let a full disk kill the process.
+                writemap=False,
+            )
+
+        if self._mode == READING:
+            try:
+                return opened(READING)
+            except (lmdb.Error, OSError) as exc:
+                # No permission for the lock file: read unregistered, and check each read.
+                denied = os.strerror(errno.EACCES) in str(exc) or os.strerror(errno.EROFS) in str(
+                    exc
+                )
+                if not denied:
+                    raise
+                self._mode = PRIVATE
+        return opened(self._mode)
+
+    def strengthen(self, mode: int) -> None:
+        """Be able to do what `mode` can."""
+        if mode <= self._mode:
+            return
+        with self._gate.alone():
+            if mode > self._mode:
+                self._env.close()
+                self._mode = mode
+                self._open()
+
+    def close(self) -> None:
+        """For `release` alone."""
+        with self._gate.alone():
+            self._env.close()
+
+    # ------------------------------------------------------------ transactions
+
+    def read(self, work: Callable[[Txn, Tables], T]) -> T:
+        """Run `work` on one state of the file; it returns nothing that belongs to LMDB."""
+        for attempt in range(_TRIES):
+            self._gate.enter()
+            try:
+                with self._env.begin() as txn:
+                    if self._mode != PRIVATE:
+                        return work(txn, self.tables)
+                    state = txn.id()
+                    try:
+                        result = work(txn, self.tables)
+                    except (lmdb.Error, StorageError):
+                        if not self._reused_since(state):
+                            raise
+                        continue
+                    if not self._reused_since(state):
+                        return result
+            except lmdb.MapResizedError:
+                pass
+            except lmdb.ReadersFullError as exc:
+                if attempt > 20:
+                    raise StorageError(
+                        f"{self.path}: more than {self._env.max_readers()} reads at one instant; "
+                        "raise persistence.lmdb.max_readers"
+                    ) from exc
+                self._env.reader_check()
+                time.sleep(0.001 * attempt)
+                continue
+            except lmdb.Error as exc:
+                raise wrapped(exc, "read", self.path) from exc
+            finally:
+                self._gate.leave()
+            self._adopt_map()
+        raise StorageError(f"{self.path}: changes faster than it can be read")
+
+    def _reused_since(self, state: int) -> bool:
+        """Whether pages of this state may have been written over.
+
+        What transaction n + 1 frees can be reused from n + 2 on: a reader that is not registered
+        may trust what it read while no more than one was committed.
+        """
+        return self._env.info()["last_txnid"] > state + 1
+
+    def write(self, work: Callable[[Txn, Tables], T]) -> T:
+        """Run `work` in a transaction that is durable on return; if it raises, nothing happened.
+
+        `work` may be run again where the map had to grow.
+        """
+        for _ in range(_TRIES):
+            self._gate.enter()
+            try:
+                with self._env.begin(write=True) as txn:
+                    return work(txn, self.tables)
+            except lmdb.MapFullError:
+                grow, panic = True, False
+            except lmdb.MapResizedError:
+                grow, panic = False, False
+            except lmdb.PanicError:
+                # The first page could not be written once: LMDB wants to be opened anew.
+                grow, panic = False, True
+            except lmdb.Error as exc:
+                raise wrapped(exc, "write", self.path) from exc
+            finally:
+                self._gate.leave()
+            if panic:
+                self._reopen()
+            elif grow:
+                self._grow_map()
+            else:
+                self._adopt_map()
+        raise StorageError(f"{self.path}: the map does not become large enough")
+
+    def _reopen(self) -> None:
+        with self._gate.alone():
+            self._env.close()
+            self._open()
+
+    def _adopt_map(self) -> None:
+        """Another process has grown the map."""
+        with self._gate.alone():
+            self._set_map(0)
+
+    def _grow_map(self) -> None:
+        """Double the map, unless another thread has."""
+        with self._gate.alone():
+            # Readers that died hold pages that could be reused instead.
+            self._env.reader_check()
+            now = self._env.info()
+            if (now["last_pgno"] + 1) * self._env.stat()["psize"] * 2 > now["map_size"]:
+                self._set_map(now["map_size"] + min(now["map_size"], _GROWN_AT_ONCE))
+
+    def _set_map(self, size: int) -> None:
+        try:
+            self._env.set_mapsize(size)
+        except lmdb.Error as exc:
+            raise wrapped(exc, "map", self.path) from exc
+
+    # ------------------------------------------------------------ facts
+
+    def clear_dead_readers(self) -> int:
+        """Free the places of readers that died; how many there were."""
+        self._gate.enter()
+        try:
+            return self._env.reader_check() if self._mode != PRIVATE else 0
+        except lmdb.Error as exc:
+            raise wrapped(exc, "check the readers of", self.path) from exc
+        finally:
+            self._gate.leave()
+
+    def used_bytes(self) -> int:
+        """Bytes of the file that were ever in use."""
+        self._gate.enter()
+        try:
+            return (self._env.info()["last_pgno"] + 1) * self._page_bytes()
+        finally:
+            self._gate.leave()
+
+    def last_transaction(self) -> int:
+        """Number of the newest state."""
+        self._gate.enter()
+        try:
+            return self._env.info()["last_txnid"]
+        finally:
+            self._gate.leave()
+
+    _psize = 0
+
+    def _page_bytes(self) -> int:
+        if not self._psize:
+            self._psize = self._env.stat()["psize"]
+        return self._psize
+
+    def stats(self) -> dict[str, Any]:
+        """Facts worth showing."""
+
+        def counted(txn: Txn, tables: Tables) -> dict[str, Any]:
+            return {
+                "operations": txn.stat(tables.operations)["entries"],
+                "rows": txn.stat(tables.rows)["entries"],
+            }
+
+        facts = self.read(counted)
+        self._gate.enter()
+        try:
+            info = self._env.info()
+            facts["map_bytes"] = info["map_size"]
+            facts["used_bytes"] = (info["last_pgno"] + 1) * self._page_bytes()
+            facts["readers"] = info["num_readers"]
+            return facts
+        finally:
+            self._gate.leave()
+
+
+# ---------------------------------------------------------------- one object a file
+
+_registry: dict[tuple[int, int], tuple[Environment, int]] = {}
+_mutex = threading.RLock()
+_leaked: list[object] = []  # what a fork left unusable; closing it could hang
+
+
+def acquire(path: Path, mode: int, map_bytes: int, max_readers: int) -> Environment:
+    """The environment in this file, able to do what `mode` says.
+
+    Raises:
+        CorruptionError: The file is no environment, or was cut.
+        StorageError: It cannot be opened.
+    """
+    with storage_errors("open", path):
+        where = os.stat(path)
+    key = (where.st_dev, where.st_ino)
+    with _mutex:
+        env, users = _registry.get(key, (None, 0))
+        if env is None:
+            env = Environment(path, mode, map_bytes, max_readers)
+        else:
+            env.strengthen(mode)
+        _registry[key] = (env, users + 1)
+        return env
+
+
+def release(env: Environment) -> None:
+    """The last to give it back closes it."""
+    with _mutex:
+        for key, (known, users) in list(_registry.items()):
+            if known is env:
+                if users > 1:
+                    _registry[key] = (env, users - 1)
+                else:
+                    del _registry[key]
+                    env.close()
+
+
+def _before_fork() -> None:
+    # With no transaction under way anywhere, the child can close what it inherits without touching
+    # anything that is shared. It must: LMDB's binding refuses to open one file twice.
+    _mutex.acquire()
+    for env, _ in _registry.values():
+        if not env._gate.close(_FORK_WAIT_S):
+            _leaked.append(env)
+
+
+def _after_fork_in_parent() -> None:
+    for env, _ in _registry.values():
+        if env in _leaked:
+            _leaked.remove(env)
+        else:
+            env._gate.open()
+    _mutex.release()
+
+
+def _after_fork_in_child() -> None:
+    global _mutex
+    for env, _ in _registry.values():
+        env.lost = True
+        if env not in _leaked:
+            env._env.close()
+            env._gate = _Gate()
+    _registry.clear()
+    _mutex = threading.RLock()
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
+
+
+# ---------------------------------------------------------------- errors and first pages
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DAMAGED = (
+    lmdb.CorruptedError,
+    lmdb.InvalidError,
+    lmdb.PageNotFoundError,
+    lmdb.BadValsizeError,
+    lmdb.CursorFullError,
+    lmdb.BadTxnError,
+    lmdb.IncompatibleError,
+)
+
+
+def wrapped(exc: lmdb.Error, what: str, path: Path) -> StorageError:
+    """The error of ours for one of LMDB's."""
+    text = f"cannot {what} {path}: {exc}"
+    if isinstance(exc, lmdb.DiskError | lmdb.MapFullError) or _says(exc, _FULL):
+        return StorageFull(f"{text}; free some room and try again")
+    # LMDB takes a short write, which is what a full disk gives first, for an I/O error.
+    if _says(exc, (errno.EIO,)) and _is_full(path):
+        return StorageFull(f"{text}; the disk is full: free some room and try again")
+    if isinstance(exc, lmdb.VersionMismatchError):
+        return FormatVersionError(f"{text}; another version of LMDB wrote it")
+    if isinstance(exc, _DAMAGED):
+        return layout.corrupt(path, str(exc))
+    return StorageError(text)
+
+
+def _says(exc: lmdb.Error, codes: tuple[int, ...]) -> bool:
+    return exc.code in codes or any(os.strerror(code) in str(exc) for code in codes)
+
+
+def _is_full(path: Path) -> bool:
+    try:
+        room = os.statvfs(path)
+    except OSError:
+        return False
+    return room.f_bavail * room.f_frsize < 1 << 20
+
+
+# LMDB's first two pages, as its version 0.9 writes them: page number, padding, flags, two unused;
+# magic, version, address, map size, two B-trees (page size or padding, flags, depth, branch, leaf
+# and overflow pages, entries, root), last page, transaction.
+_PAGE = struct.Struct("=QHHHHIIQQIHHQQQQQIHHQQQQQQQ")
+_IS_META = 0x08
+_MAGIC = 0xBEEFC0DE
+_FORMAT = 1
+_NOWHERE = (1 << 64) - 1
+
+
+def check_file(path: Path) -> None:
+    """See that LMDB can map this file without running off its end.
+
+    LMDB believes its first pages, and a map behind the end of a file kills the process.
+
+    Raises:
+        CorruptionError: It was cut, or its first pages are damaged.
+        FormatVersionError: Another version of LMDB wrote it.
+    """
+    wrong: str | None = ""
+    for attempt in range(5):  # another process may be writing one of the two pages right now
+        with storage_errors("read", path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                raw = os.pread(fd, 2 * 65536, 0)
+                size = os.fstat(fd).st_size
+            finally:
+                os.close(fd)
+        wrong = _wrong_with(raw, size)
+        if wrong is None:
+            return
+        time.sleep(0.002 * attempt)
+    assert wrong is not None
+    if wrong.startswith("version"):
+        raise FormatVersionError(f"{path.name}: {wrong}; expbuf reads version {_FORMAT} of LMDB")
+    raise layout.corrupt(path, wrong, offset=0)
+
+
+def _wrong_with(raw: bytes, size: int) -> str | None:
+    """What is wrong with the first pages of a file of this size; None: nothing."""
+    if len(raw) < _PAGE.size:
+        return f"the file was cut to {size} bytes"
+    page_bytes = _PAGE.unpack_from(raw)[9]
+    if page_bytes not in (512, 1024, 2048, 4096, 8192, 16384, 32768):
+        return f"a page size of {page_bytes}"
+    newest: tuple[int, int] = (-1, 0)
+    for i in range(2):
+        if len(raw) < i * page_bytes + _PAGE.size:
+            return f"the file was cut to {size} bytes"
+        fields = _PAGE.unpack_from(raw, i * page_bytes)
+        page, flags, (magic, version), map_size = fields[0], fields[2], fields[5:7], fields[8]
+        roots, last, transaction = (fields[16], fields[24]), fields[25], fields[26]
+        if magic != _MAGIC or not flags & _IS_META or page != i:
+            return f"page {i} is no first page of LMDB"
+        if version != _FORMAT:
+            return f"version {version} of LMDB's format"
+        if fields[9] != page_bytes:
+            return "page sizes that contradict each other"
+        if map_size > 1 << 47 or last < 1:
+            return f"a map of {map_size} bytes and {last} pages"
+        if any(root > last and root != _NOWHERE for root in roots):
+            return "a tree behind the end of the file"
+        newest = max(newest, (transaction, last))
+    # The older state may name pages that were never written again; the newer one counts.
+    if (newest[1] + 1) * page_bytes > size:
+        return f"the file was cut to {size} of {(newest[1] + 1) * page_bytes} bytes"
+    return None

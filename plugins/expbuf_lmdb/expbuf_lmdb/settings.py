@@ -1,0 +1,23 @@
+"""What can be configured under `persistence.lmdb`."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+
+class LMDBSettings(BaseModel, extra="forbid", frozen=True):
+    """Sizes. None of them limits what the buffer can hold."""
+
+    map_bytes: int = Field(
+        1 << 30,
+        ge=1 << 20,
+        description="Address space that LMDB maps at first; it doubles when the data outgrow it.",
+    )
+    stage_bytes: int = Field(
+        4 << 20,
+        ge=1 << 14,
+        description="Size of the log that holds commits until LMDB has them.",
+    )
+    max_readers: int = Field(
+        512, ge=8, description="Most reads at one instant, over all processes that have it open."
+    )

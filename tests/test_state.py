@@ -1,0 +1,439 @@
+"""The columns of a replica against a plain model: operations, the ring, dump and load."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from expbuf_core import codec
+from expbuf_core.codec import AddBody, OutcomeBody
+from expbuf_core.contracts import LoggedOperation, Operation
+from expbuf_core.errors import CorruptionError, FormatVersionError
+from expbuf_core.state import COLUMNS, Change, State
+
+NO_ROWS = np.empty(0, np.uint32)
+
+
+class Log:
+    """Applies operations to a state, numbered as a log would."""
+
+    def __init__(self, max_size: int = 8, receipts_kept: int = 4) -> None:
+        self.state = State()
+        self.lsn = 0
+        self.next_id = 0
+        self.sizes = {"max_size": max_size, "receipts_kept": receipts_kept}
+        self.settings()
+
+    def settings(self, **changes: int) -> Change:
+        self.sizes |= changes
+        return self.apply(codec.encode_settings({"metric": "cosine", **self.sizes}))
+
+    def apply(self, operation: Operation, first_id: int = 0, lengths: Any = NO_ROWS) -> Change:
+        self.lsn += 1
+        return self.state.apply(
+            LoggedOperation(
+                self.lsn, operation.kind, first_id, operation.body, self.lsn << 32, lengths
+            )
+        )
+
+    def add(
+        self, n: int = 1, *, rewards: Any = None, tags: Any = None, keys: Any = None, gap: int = 0
+    ) -> list[int]:
+        """Ids of n new experiences whose columns follow from their ids."""
+        first = self.next_id + gap
+        ids = np.arange(first, first + n)
+        labels = None
+        if tags is not None or keys is not None:
+            labels = {"tags": tags or [[]] * n, "keys": keys or [None] * n}
+        body = codec.encode_add(
+            AddBody(
+                timestamp=ids + 0.5,
+                reward=np.full(n, np.nan) if rewards is None else np.asarray(rewards, float),
+                confidence=np.full(n, 0.25, np.float32),
+                priority=(ids + 1).astype(np.float32),
+                vectors=np.full((n, 2), first, np.float32),
+                labels=labels,
+            )
+        )
+        lengths = np.full(n, 100, np.uint32) + np.arange(n, dtype=np.uint32)
+        self.last = self.apply(Operation(codec.ADD, body, 0, b"", lengths, lengths), first, lengths)
+        self.next_id = first + n
+        return ids.tolist()
+
+    def live(self) -> list[int]:
+        return self.state.live_ids().tolist()
+
+
+def ids(*values: int) -> Any:
+    return np.array(values, np.int64)
+
+
+def outcome(receipt: bytes, lsn: int, *wanted: int, success: bool = True) -> Operation:
+    credit = np.ones(len(wanted), np.float32)
+    return codec.encode_outcome(OutcomeBody(receipt, lsn, success, ids(*wanted), credit))
+
+
+# ---------------------------------------------------------------- single operations
+
+
+def test_an_add_fills_every_column() -> None:
+    log = Log()
+    log.add(2)
+    (third,) = log.add(1, rewards=[2.0])
+    state = log.state
+    slot = state.find_one(third)
+    assert state.location[slot] == log.lsn << 32
+    assert state.length[slot] == 100
+    assert state.timestamp[slot] == 2.5
+    assert state.reward[slot] == 2.0
+    assert state.confidence[slot] == 0.25
+    assert state.priority[slot] == 3.0
+    assert state.sequence[slot] == 2
+    assert (state.retrieval_count[slot], state.success_count[slot], state.flags[slot]) == (0, 0, 0)
+    assert (state.count, state.total_added, state.next_id, state.lsn) == (3, 3, 3, log.lsn)
+    assert np.isnan(state.reward[state.find_one(0)])
+
+
+def test_rows_of_a_batch_lie_one_behind_the_other() -> None:
+    log = Log()
+    log.add(4)
+    at = log.state.find(ids(0, 1, 2, 3))
+    assert log.state.location[at].tolist() == [(log.lsn << 32) + x for x in (0, 100, 201, 303)]
+    assert log.state.length[at].tolist() == [100, 101, 102, 103]
+
+
+def test_what_an_add_says_it_did() -> None:
+    log = Log(max_size=3)
+    log.add(2)
+    assert (log.last.applied, log.last.evicted, log.last.removed) == (2, 0, None)
+    log.add(2)
+    assert log.last.removed is not None
+    assert log.last.removed.tolist() == [0]
+    assert log.last.evicted == 1
+    log.add(5)  # more than there is room for: its own first ones go, too
+    assert log.last.removed is not None
+    assert log.last.removed.tolist() == [1, 2, 3, 4, 5]
+    assert log.live() == [6, 7, 8]
+    assert log.state.find_one(5) == -1
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_tags_of_one_and_of_several(n: int) -> None:
+    log = Log(max_size=20)
+    log.add(n, tags=[["a", "b"]] * n)
+    log.add(n, tags=[["c"]] * n, keys=[f"k{i}" for i in range(n)])
+    log.add(n)
+    state = log.state
+    sets = [state.tag_sets[state.tags[slot]] for slot in state.live_slots()]
+    assert sets == [("a", "b")] * n + [("c",)] * n + [()] * n
+
+
+def test_remove_skips_what_is_gone_and_counts_the_rest() -> None:
+    log = Log()
+    log.add(5)
+    change = log.apply(codec.encode_remove(ids(1, 1, 3, 77)))
+    assert change.applied == 2
+    assert change.removed is not None
+    assert change.removed.tolist() == [1, 3]
+    assert log.live() == [0, 2, 4]
+    assert log.apply(codec.encode_remove(ids(1, 3))).applied == 0
+    assert log.live() == [0, 2, 4]
+
+
+def test_of_a_priority_that_is_given_twice_the_last_counts() -> None:
+    log = Log()
+    log.add(3)
+    log.apply(codec.encode_priority(ids(1, 2, 1), np.array([5, 6, 7], np.float32)))
+    assert log.state.priority[log.state.find(ids(0, 1, 2))].tolist() == [1, 7, 6]
+
+
+def test_rewards_and_their_components() -> None:
+    log = Log()
+    log.add(3, rewards=[1.0, 2.0, 3.0])
+    values, priorities = np.array([0.5, -1.0]), np.array([8, 9], np.float32)
+    named = {"0": {"a": 0.25, "b": 0.25}}
+    log.apply(codec.encode_reward(ids(0, 1), values, priorities, named))
+    at = log.state.find(ids(0, 1, 2))
+    assert log.state.reward[at].tolist() == [0.5, -1.0, 3.0]
+    assert log.state.priority[at].tolist() == [8, 9, 3]
+    assert log.state.rewards == {0: {"a": 0.25, "b": 0.25}}
+    assert log.state.flags[at].tolist() == [0, 1, 0]
+    log.apply(codec.encode_remove(ids(0)))
+    assert log.state.rewards == {}
+
+
+def test_a_receipt_counts_once_and_old_ones_never() -> None:
+    log = Log(receipts_kept=2)
+    log.add(2)
+    tokens = [bytes([i]) * 16 for i in range(1, 6)]
+    made_at = log.lsn
+    for token in tokens[:3]:
+        assert log.apply(outcome(token, made_at, 0, 1)).applied == 2
+    assert log.apply(outcome(tokens[2], made_at, 0, 1)).applied == 0  # a repeat
+    assert log.apply(outcome(tokens[0], made_at, 0, 1)).applied == 0  # forgotten: too old to tell
+    assert log.apply(outcome(tokens[3], made_at, 0, 1)).applied == 0  # new, as old as that
+    assert log.apply(outcome(tokens[4], log.lsn, 0)).applied == 1
+    assert log.state.retrieval_count[log.state.find(ids(0, 1))].tolist() == [4, 3]
+    assert len(log.state.receipts) == 2
+
+
+def test_outcomes_without_a_receipt_count_every_time() -> None:
+    log = Log()
+    log.add(2)
+    for success in (True, False, True):
+        log.apply(outcome(bytes(16), 0, 0, 0, 1, success=success))
+    at = log.state.find(ids(0, 1))
+    assert log.state.retrieval_count[at].tolist() == [6, 3]
+    assert log.state.success_count[at].tolist() == [4, 2]
+    assert not log.state.receipts
+
+
+def test_clear_empties_and_goes_on() -> None:
+    log = Log()
+    log.add(5)
+    change = log.apply(codec.encode_clear())
+    assert (change.applied, change.cleared) == (5, True)
+    assert log.live() == []
+    assert log.add(2) == [5, 6]
+    assert log.live() == [5, 6]
+
+
+def test_a_smaller_size_evicts() -> None:
+    log = Log(max_size=8)
+    log.add(8)
+    change = log.settings(max_size=3)
+    assert change.settings
+    assert change.evicted == 5
+    assert log.live() == [5, 6, 7]
+    assert log.settings(max_size=10).evicted == 0
+
+
+def test_reservations_are_remembered() -> None:
+    log = Log()
+    log.apply(codec.encode_reserve(500, 700))
+    assert (log.state.reserved_id, log.state.reserved_lsn) == (500, 700)
+
+
+# ---------------------------------------------------------------- what makes no sense
+
+
+def test_an_unknown_kind_is_a_newer_versions() -> None:
+    log = Log()
+    with pytest.raises(FormatVersionError, match="kind 99"):
+        log.apply(Operation(99, b"", 0, b"", NO_ROWS, NO_ROWS))
+
+
+@pytest.mark.parametrize(
+    "kind", [codec.ADD, codec.REMOVE, codec.PRIORITY, codec.REWARD, codec.OUTCOME, codec.SETTINGS]
+)
+@pytest.mark.parametrize("body", [b"", b"\xff" * 7, b"\xff" * 64, b"[]", b"{", b"[" * 100_000])
+def test_a_body_without_sense_is_corruption(kind: int, body: bytes) -> None:
+    """Its checksum fits, so nothing but the decoder can notice."""
+    log = Log()
+    log.add(3)
+    before = (log.live(), log.state.settings)
+    lengths = np.full(1, 10, np.uint32) if kind == codec.ADD else NO_ROWS
+    with pytest.raises(CorruptionError, match=f"operation {log.lsn + 1} "):
+        log.apply(Operation(kind, body, 0, b"", lengths, lengths), 3, lengths)
+    assert (log.live(), log.state.settings) == before
+
+
+def test_ids_never_come_again() -> None:
+    log = Log()
+    log.add(3)
+    log.next_id = 2
+    with pytest.raises(CorruptionError, match="issued before"):
+        log.add(1)
+
+
+def test_an_add_needs_a_payload_for_each() -> None:
+    log = Log()
+    body = codec.encode_add(
+        AddBody(*(np.zeros(2),) * 2, *(np.zeros(2, np.float32),) * 2, np.zeros((2, 2), np.float32), None)
+    )  # fmt: skip
+    with pytest.raises(CorruptionError, match="2 experiences with 0 payloads"):
+        log.apply(Operation(codec.ADD, body, 0, b"", NO_ROWS, NO_ROWS))
+
+
+# ---------------------------------------------------------------- the ring
+
+
+def test_the_ring_stays_small() -> None:
+    """FIFO for ever, with removals in the middle: the columns do not grow."""
+    log = Log(max_size=500)
+    rng = np.random.default_rng(3)
+    for _ in range(800):
+        log.add(int(rng.integers(1, 60)))
+        if rng.random() < 0.5:
+            live = log.state.live_ids()
+            log.apply(codec.encode_remove(rng.choice(live, len(live) // 3, replace=False)))
+    assert log.state.capacity <= 2048
+    assert log.state.count <= 500
+    live = log.state.live_ids()
+    assert (np.diff(live) > 0).all()
+    assert (log.state.id[log.state.find(live)] == live).all()
+
+
+def test_growth_keeps_order_and_values() -> None:
+    log = Log(max_size=100_000)
+    for n in (700, 1, 900, 3000, 1, 1):
+        log.add(n)
+    assert log.state.capacity >= log.state.count == 4603
+    assert log.live() == list(range(4603))
+    at = log.state.find(np.arange(4603))
+    np.testing.assert_array_equal(log.state.priority[at], np.arange(1, 4604, dtype=np.float32))
+    np.testing.assert_array_equal(log.state.sequence[at], np.arange(4603))
+
+
+def test_find_with_gaps_and_strangers() -> None:
+    log = Log(max_size=100)
+    for gap in (0, 50, 7, 0, 1000):
+        log.add(5, gap=gap)
+    live = log.live()
+    wanted = np.array([*live, -1, 2**62, -(2**62), 30, 1061, 10**6], np.int64)
+    slots = log.state.find(wanted)
+    assert log.state.id[slots[: len(live)]].tolist() == live
+    assert (slots[len(live) :] == -1).all()
+    for id_ in wanted.tolist():
+        assert (log.state.find_one(id_) >= 0) == (id_ in live)
+    assert log.state.find(np.empty(0, np.int64)).shape == (0,)
+
+
+# ---------------------------------------------------------------- dump and load
+
+
+def columns(state: State) -> dict[str, Any]:
+    tree, found = state.dump()
+    del tree["tag_sets"]
+    sets = [state.tag_sets[code] for code in found.pop("tags").tolist()]
+    return {"tree": tree, "tags": sets, **{name: x.tolist() for name, x in found.items()}}
+
+
+def assert_equal(first: State, second: State) -> None:
+    a, b = columns(first), columns(second)
+    reward = a.pop("reward"), b.pop("reward")
+    np.testing.assert_array_equal(*reward)
+    assert a == b
+    assert (first.count, first.tail - first.head >= first.count) == (second.count, True)
+
+
+def test_dump_and_load_give_the_same_state() -> None:
+    log = Log(max_size=50)
+    for i in range(30):
+        log.add(3, tags=[[f"t{i % 4}"], [], ["x", f"t{i % 3}"]])
+        log.apply(codec.encode_remove(ids(3 * i)))
+        log.apply(outcome(bytes([i + 1]) * 16, log.lsn, 3 * i + 1))
+    log.apply(
+        codec.encode_reward(ids(88, 89), np.ones(2), np.ones(2, np.float32), {"88": {"a": 1.0}})
+    )
+    tree, found = log.state.dump()
+    assert set(found) == set(COLUMNS)
+    loaded = State.load(json.loads(json.dumps(tree)), found)
+    assert_equal(log.state, loaded)
+    # And they stay the same.
+    other = Log()
+    other.state, other.lsn, other.next_id, other.sizes = loaded, log.lsn, log.next_id, log.sizes
+    for each in (log, other):
+        each.add(4, tags=[["new"], ["x", "t1"], [], ["t0"]])
+        each.apply(codec.encode_remove(ids(88)))
+    assert_equal(log.state, other.state)
+
+
+class StateMachine(RuleBasedStateMachine):
+    """Random operations; after each, the state and a copy that is dumped and loaded agree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: dict[int, dict[str, Any]] = {}
+
+    @initialize(max_size=st.integers(1, 12))
+    def start(self, max_size: int) -> None:
+        self.log = Log(max_size=max_size)
+        self.total = 0
+
+    def _trim(self) -> None:
+        while len(self.model) > self.log.sizes["max_size"]:
+            del self.model[min(self.model)]
+
+    @rule(n=st.integers(1, 20), gap=st.sampled_from([0, 0, 0, 5]), tagged=st.booleans())
+    def add(self, n: int, gap: int, tagged: bool) -> None:
+        tags = [[f"t{i % 2}"] for i in range(n)] if tagged else None
+        for i, id_ in enumerate(self.log.add(n, gap=gap, tags=tags)):
+            self.model[id_] = {
+                "priority": id_ + 1.0,
+                "retrievals": 0,
+                "reward": None,
+                "tags": (f"t{i % 2}",) if tagged else (),
+                "sequence": self.total + i,
+            }
+        self.total += n
+        self._trim()
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.model)), max_size=6))
+        assert self.log.apply(codec.encode_remove(ids(*chosen))).applied == len(set(chosen))
+        for id_ in set(chosen):
+            del self.model[id_]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), value=st.integers(0, 9))
+    def update(self, data: st.DataObject, value: int) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.model)), unique=True, max_size=4))
+        array = ids(*chosen)
+        values = np.full(len(chosen), value, np.float32)
+        self.log.apply(codec.encode_priority(array, values))
+        self.log.apply(codec.encode_reward(array, values.astype(np.float64), values, None))
+        self.log.apply(outcome(bytes(16), 0, *chosen))
+        for id_ in chosen:
+            row = self.model[id_]
+            row.update(priority=value, reward=value, retrievals=row["retrievals"] + 1)
+
+    @rule(max_size=st.integers(1, 12))
+    def resize(self, max_size: int) -> None:
+        self.log.settings(max_size=max_size)
+        self._trim()
+
+    @rule()
+    def clear(self) -> None:
+        assert self.log.apply(codec.encode_clear()).applied == len(self.model)
+        self.model.clear()
+
+    @rule()
+    def reload(self) -> None:
+        tree, found = self.log.state.dump()
+        loaded = State.load(json.loads(json.dumps(tree)), found)
+        assert_equal(self.log.state, loaded)
+        self.log.state = loaded
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "log"):
+            return
+        state = self.log.state
+        live = sorted(self.model)
+        assert state.live_ids().tolist() == live
+        assert state.count == len(live)
+        assert state.total_added == self.total
+        assert int(state.live.sum()) == len(live)
+        at = state.find(np.array(live, np.int64))
+        rows = [self.model[id_] for id_ in live]
+        assert state.priority[at].tolist() == [row["priority"] for row in rows]
+        assert state.retrieval_count[at].tolist() == [row["retrievals"] for row in rows]
+        assert state.sequence[at].tolist() == [row["sequence"] for row in rows]
+        assert [state.tag_sets[code] for code in state.tags[at]] == [row["tags"] for row in rows]
+        rewards = [np.nan if row["reward"] is None else row["reward"] for row in rows]
+        np.testing.assert_array_equal(state.reward[at], rewards)
+        for id_ in range(self.log.next_id):
+            assert (state.find_one(id_) >= 0) == (id_ in self.model)
+
+
+StateMachine.TestCase.settings = hypothesis_settings(stateful_step_count=30)
+TestAgainstAModel = StateMachine.TestCase
