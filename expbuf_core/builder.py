@@ -97,5 +97,7 @@ def main(path: str, config: str | None, idle_s: float | None) -> int:
         _log.exception("the index builder of %s ended with an error", path)
         return 1
     finally:
+        if not Path(path).exists():
+            logging.disable()  # deleted under us: there is nothing to close, and nobody to tell
         builder.close()
     return 0

@@ -32,6 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plugins = commands.add_parser("plugins", help="installed plugins, and what they offer")
     plugins.add_argument("--json", action="store_true", help="for programs")
 
+    plugin = commands.add_parser("plugin", help="begin a plugin of your own")
+    new = plugin.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "new", help="write a module, its test, its pyproject.toml and its README"
+    )
+    new.add_argument("name", help="by which the configuration will select it")
+    new.add_argument("--kind", required=True, choices=["persistence", "index", "scorer", "fusion"])
+    new.add_argument("--into", default=".", help="where its folder is made; default: here")
+
     builder = commands.add_parser("builder", help="build the index whenever enough has changed")
     builder.add_argument("folder")
     builder.add_argument("--config", help="sections of the configuration, as JSON")
@@ -94,6 +102,14 @@ def _plugins(options: argparse.Namespace) -> int:
         )
         if plugin.error:
             print(f"{'':12s} {plugin.error}")
+    return 0
+
+
+def _plugin(options: argparse.Namespace) -> int:
+    from expbuf_core.scaffold import new_plugin
+
+    for path in new_plugin(options.name, options.kind, options.into):
+        print(path)
     return 0
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import codec
-from expbuf_core.errors import CorruptionError, FormatVersionError
+from expbuf_core.errors import CorruptionError, FormatVersionError, StorageError
 from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_core.state import COLUMNS, State
 
@@ -146,13 +146,17 @@ def newest(folder: Path, uuid: bytes) -> tuple[State | None, list[CorruptionErro
     Returns:
         The state (None if there is no intact snapshot), errors of those that were passed over.
     """
-    errors: list[CorruptionError] = []
-    for lsn in available(folder):
+    errors: dict[int, CorruptionError] = {}
+    while lsns := [lsn for lsn in available(folder) if lsn not in errors]:
         try:
-            return read(folder, lsn, uuid), errors
+            return read(folder, lsns[0], uuid), list(errors.values())
         except CorruptionError as exc:
-            errors.append(exc)
-    return None, errors
+            errors[lsns[0]] = exc
+        except StorageError as exc:
+            if not isinstance(exc.__cause__, FileNotFoundError):
+                raise
+            # Dropped since it was listed: there are newer ones.
+    return None, list(errors.values())
 
 
 def drop_old(folder: Path, fs: FileSystem, keep: int = KEPT) -> int:

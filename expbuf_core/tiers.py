@@ -240,7 +240,7 @@ def _search_unfiltered(
         at = np.searchsorted(segment.ids, ids)
         at[at == rows] = 0
         good = (ids >= 0) & (segment.ids[at] == ids) & live[at]
-        if ask >= rows or int(good.sum(axis=1).min()) >= wanted or ask > 2048:
+        if ask >= rows or bool((good.sum(axis=1) >= wanted).all()) or ask > 2048:
             break
         ask *= _WIDEN
     similarities = np.where(good, similarities, -np.inf)

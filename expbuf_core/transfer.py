@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from zlib import crc32
 
 import numpy as np
@@ -30,7 +30,6 @@ from expbuf_core import control as c
 from expbuf_core.buffer import ExperienceBuffer
 from expbuf_core.config_schema import BufferConfig, load_config
 from expbuf_core.contracts import (
-    LoggedOperation,
     Operation,
     PersistenceAdapter,
     PersistenceContext,
@@ -43,7 +42,7 @@ from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_core.locks import ProcessLock
 from expbuf_core.plugins import PluginRegistry, default_registry
 from expbuf_core.relog import relog_draft
-from expbuf_core.state import State
+from expbuf_core.state import State, runs
 
 NOTE = "migration.json"
 """Marks a target that is not finished: what is being copied into it."""
@@ -123,7 +122,7 @@ class Storage(NamedTuple):
             PluginError: It cannot be selected.
             ConfigError: It keeps nothing when its process ends.
         """
-        provider = registry.get("persistence", name)
+        provider = cast("PersistenceProvider", registry.get("persistence", name))
         if "durable" not in provider.capabilities:
             raise ConfigError(
                 f"the persistence backend {name!r} keeps nothing when its process ends; choose "
@@ -198,6 +197,11 @@ def _opened(path: Path) -> Iterator[Content]:
     mode = "a" if os.access(path, os.W_OK) else "r"
     with ExperienceBuffer.load_from_disk(path, config=config, mode=mode) as buffer:
         session = buffer._live()
+        if mode == "r" and session.control.is_mapped():
+            raise StorageError(
+                f"{path} is open for writing elsewhere, and this user may not write there, so "
+                "writers cannot be kept waiting; close it, or migrate as its owner"
+            )
         with contextlib.ExitStack() as held:
             words = session.control.words
             if session.writable:
@@ -491,9 +495,8 @@ class _Log:
 def _recovered(adapter: PersistenceAdapter, durable_lsn: int) -> State:
     """The state that a log leads to."""
     state = State()
-    operation: LoggedOperation
-    for operation in adapter.recover(0, durable_lsn):
-        state.apply(operation)
+    for run in runs(adapter.recover(0, durable_lsn)):
+        state.apply(*run)
     return state
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from expbuf_core import Experience, ExperienceBuffer, locks
+from expbuf_core import Experience, ExperienceBuffer
 from expbuf_core.errors import ExpbufError, StorageError
 from expbuf_core.filesystem import FileSystem
 from expbuf_core.testing.crash import Acknowledge, CrashState, explore
@@ -262,7 +262,6 @@ class Story:
                 fs.clear()
             if buffer is not None:
                 buffer.close()
-            forget_locks(folder)
 
     def _settle_failures(self, step: int, found: State) -> None:
         """After a close that failed, recovery decides what becomes of a step that failed."""
@@ -447,12 +446,6 @@ class Story:
 
     def check(self, folder: Path, acknowledged: Sequence[int], started: Sequence[int]) -> None:
         """The oracle."""
-        try:
-            self._check(folder, acknowledged, started)
-        finally:
-            forget_locks(folder)
-
-    def _check(self, folder: Path, acknowledged: Sequence[int], started: Sequence[int]) -> None:
         copy: Path | None = None
         if self.deep > 0 and folder.exists() and self.rng.random() < 0.02:
             copy = folder.with_name("copy")
@@ -545,15 +538,6 @@ def age_control(path: Path, *, rebooted: bool) -> None:
         raw[_BOOT : _BOOT + 16] = bytes(16)
     with open(path, "r+b") as file:
         file.write(raw)
-
-
-def forget_locks(folder: Path) -> None:
-    """Close the lock files of a folder that goes; thousands of them would exhaust descriptors."""
-    files: dict[Any, Any] = getattr(locks, "_files", {})
-    for key, file in list(files.items()):
-        if file.path.is_relative_to(folder) and not file.sharers:
-            del files[key]
-            os.close(file.fd)
 
 
 def is_refused(folder: Path) -> ExpbufError | None:

@@ -20,7 +20,6 @@ from crash_model import (
     age_control,
     check_search,
     experience,
-    forget_locks,
     is_refused,
     open_buffer,
     state_of,
@@ -210,7 +209,6 @@ def test_every_byte(scenes: dict[str, Scene], name: str, tmp_path: Path) -> None
                         reason = str(exc).partition("\n")[0]
                         failures.append(f"{path}, {kind} at {at}: {type(exc).__name__}: {reason}")
                     outcomes[path.name, outcome] += 1
-                    forget_locks(folder)
                     shutil.rmtree(folder)
     finally:
         shutil.rmtree(home)

@@ -31,7 +31,7 @@ class USearchSegment(IndexSegment):
         self._ids, self._vectors, self._metric = ids, vectors, metric
         self.lock = threading.Lock()  # usearch gives all searches with one thread the same scratch
 
-    def search(self, queries: Any, k: int, allowed: None) -> tuple[Any, Any]:
+    def search(self, queries: Any, k: int, allowed: Any) -> tuple[Any, Any]:
         count = len(self._ids)
         wanted = max(10, k + k // 2)
         if wanted * 4 > count:  # a graph pays off only where a part of it is looked at

@@ -57,35 +57,45 @@ class _Gate:
     def __init__(self) -> None:
         self._turn = threading.Condition()
         self._inside = 0
-        self._closed_by: int | None = None
+        self._closed = False
 
     def enter(self) -> None:
         with self._turn:
-            while self._closed_by is not None:
+            while self._closed:
                 self._turn.wait()
             self._inside += 1
 
     def leave(self) -> None:
         with self._turn:
             self._inside -= 1
-            if self._closed_by is not None:
+            if self._closed:
                 self._turn.notify_all()
 
     def close(self, timeout_s: float | None = None) -> bool:
-        """Wait until nobody is inside, and keep others out."""
+        """Keep others out, and wait until nobody is inside; False if that took too long."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._turn:
-            while self._closed_by is not None or self._inside:
-                rest = None if deadline is None else deadline - time.monotonic()
-                if rest is not None and rest <= 0:
+            while self._closed:
+                if not self._wait(deadline):
                     return False
-                self._turn.wait(rest)
-            self._closed_by = threading.get_ident()
+            self._closed = True
+            while self._inside:
+                if not self._wait(deadline):
+                    self._closed = False
+                    self._turn.notify_all()
+                    return False
             return True
+
+    def _wait(self, deadline: float | None) -> bool:
+        rest = None if deadline is None else deadline - time.monotonic()
+        if rest is not None and rest <= 0:
+            return False
+        self._turn.wait(rest)
+        return True
 
     def open(self) -> None:
         with self._turn:
-            self._closed_by = None
+            self._closed = False
             self._turn.notify_all()
 
     @contextlib.contextmanager

@@ -1,0 +1,204 @@
+"""Segment files and their manifest: derived, checked, replaced as a whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from expbuf_core import segments
+from expbuf_core.builtin.exact import ExactIndexBackend, ExactSettings
+from expbuf_core.contracts import IndexContext
+from expbuf_core.errors import CorruptionError, StorageError
+from expbuf_core.filesystem import FileSystem
+from expbuf_core.segments import Manifest, OpenSegment, SegmentInfo
+from expbuf_core.testing.faults import FaultyFileSystem
+
+DIM, ROWS = 3, 50
+BACKEND = ExactIndexBackend(ExactSettings(), IndexContext(DIM, "l2"))
+IDS = np.arange(10, 10 + 2 * ROWS, 2)
+VECTORS = np.random.default_rng(0).standard_normal((ROWS, DIM)).astype(np.float32)
+
+
+def write(folder: Path, name: str = "000001", fs: FileSystem | None = None) -> SegmentInfo:
+    return segments.write_segment(
+        folder,
+        name,
+        uuid=bytes(16),
+        ids=IDS,
+        vectors=iter([VECTORS[:20], VECTORS[20:]]),
+        dim=DIM,
+        end_id=200,
+        backend_name="exact",
+        backend=BACKEND,
+        fs=fs or FileSystem(),
+    )
+
+
+def open_it(folder: Path, info: SegmentInfo, live: np.ndarray | None = None) -> OpenSegment:
+    wanted = IDS if live is None else live
+    return segments.open_segment(folder, info, DIM, BACKEND, wanted, filters=True)
+
+
+def manifest(*infos: SegmentInfo, generation: int = 1) -> Manifest:
+    return Manifest(7, generation, DIM, "l2", "('ü', 0)", infos)
+
+
+def test_a_segment_round_trips(tmp_path: Path) -> None:
+    info = write(tmp_path)
+    assert (info.rows, info.first_id, info.end_id) == (ROWS, 10, 200)
+    assert sorted(os.listdir(tmp_path / "index")) == ["000001.exact", "000001.vectors"]
+    opened = open_it(tmp_path, info)
+    np.testing.assert_array_equal(opened.ids, IDS)
+    np.testing.assert_array_equal(opened.vectors, VECTORS)
+    assert opened.vectors.ctypes.data % 64 == 0
+    assert not opened.vectors.flags.writeable
+    assert (opened.dead, bool(opened.live.all())) == (0, True)
+    ids, similarities = opened.index.search(VECTORS[7:8], 1, None)
+    assert ids[0, 0] == IDS[7]
+    assert similarities[0, 0] == pytest.approx(0, abs=1e-6)
+    assert segments.describe(opened)["rows"] == ROWS
+
+
+def test_rows_that_are_gone_are_out_from_the_start(tmp_path: Path) -> None:
+    info = write(tmp_path)
+    live = np.array([*IDS[5:20], *IDS[30:], 500, 501])
+    opened = open_it(tmp_path, info, live)
+    assert opened.dead == 15
+    np.testing.assert_array_equal(opened.ids[opened.live], np.intersect1d(IDS, live))
+    np.testing.assert_array_equal(
+        np.unpackbits(opened.bitmap, bitorder="little")[:ROWS].astype(bool), opened.live
+    )
+    assert open_it(tmp_path, info, np.empty(0, np.int64)).dead == ROWS
+
+
+def test_rows_only_ever_go_out(tmp_path: Path) -> None:
+    opened = open_it(tmp_path, write(tmp_path))
+    opened.remove(np.array([10, 11, 12, 12, 999, -5, IDS[-1]]))
+    assert opened.dead == 3
+    opened.remove(np.array([10, 12]))
+    opened.remove(np.empty(0, np.int64))
+    assert opened.dead == 3
+    bits = np.unpackbits(opened.bitmap, bitorder="little")[:ROWS].astype(bool)
+    np.testing.assert_array_equal(bits, opened.live)
+    assert opened.ids[~opened.live].tolist() == [10, 12, IDS[-1]]
+
+
+@pytest.mark.parametrize("kind", ["vectors", "exact"])
+def test_damage_is_noticed_before_it_is_used(tmp_path: Path, kind: str) -> None:
+    info = write(tmp_path)
+    path = tmp_path / "index" / f"000001.{kind}"
+    good = path.read_bytes()
+    for at in (*range(0, len(good), max(1, len(good) // 50)), len(good) - 1):
+        raw = bytearray(good)
+        raw[at] ^= 1
+        path.write_bytes(raw)
+        with pytest.raises(CorruptionError, match="built again") as caught:
+            open_it(tmp_path, info)
+        assert caught.value.path == str(path)
+    for raw in (good[:-1], good + b"\0", good[:10], b""):
+        path.write_bytes(raw)
+        with pytest.raises(CorruptionError):
+            open_it(tmp_path, info)
+    path.unlink()
+    with pytest.raises(StorageError):
+        open_it(tmp_path, info)
+    path.write_bytes(good)
+    open_it(tmp_path, info)
+
+
+def test_vectors_of_another_dimension(tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(CorruptionError, match="dimension 4"):
+        segments.map_vectors(segments.vectors_path(tmp_path, "000001"), 4)
+    (tmp_path / "empty").write_bytes(b"")
+    with pytest.raises(CorruptionError):
+        segments.map_vectors(tmp_path / "empty", DIM)
+
+
+@pytest.mark.parametrize("call", ["create", "pwrite", "fsync", "replace", "sync_folder", "open"])
+def test_what_fails_is_no_segment(tmp_path: Path, call: str) -> None:
+    fs = FaultyFileSystem()
+    fs.fail(call)
+    with pytest.raises(StorageError):
+        write(tmp_path, fs=fs)
+    info = write(tmp_path, "000002", fs)
+    segments.write_manifest(tmp_path, manifest(info), fs)
+    segments.drop_unlisted(tmp_path, manifest(info), fs)
+    names = ["000002.exact", "000002.vectors", "manifest.json"]
+    assert sorted(os.listdir(tmp_path / "index")) == names
+
+
+# ---------------------------------------------------------------- the manifest
+
+
+def test_a_manifest_round_trips(tmp_path: Path) -> None:
+    assert segments.read_manifest(tmp_path) is None
+    info = write(tmp_path)
+    wanted = manifest(info, info._replace(name="000002"))
+    segments.write_manifest(tmp_path, wanted, FileSystem())
+    assert segments.read_manifest(tmp_path) == wanted
+    newer = manifest(generation=2)
+    segments.write_manifest(tmp_path, newer, FileSystem())
+    assert segments.read_manifest(tmp_path) == newer
+
+
+def test_every_changed_byte_of_a_manifest_is_noticed_or_harmless(tmp_path: Path) -> None:
+    wanted = manifest(write(tmp_path))
+    segments.write_manifest(tmp_path, wanted, FileSystem())
+    path = tmp_path / "index" / "manifest.json"
+    good = path.read_bytes()
+    for at in range(len(good)):
+        for flip in (1, 0x80):
+            raw = bytearray(good)
+            raw[at] ^= flip
+            path.write_bytes(raw)
+            try:
+                assert segments.read_manifest(tmp_path) == wanted
+            except CorruptionError as exc:
+                assert exc.path == str(path)
+                assert segments.read_manifest_or_none(tmp_path) is None
+    for end in range(len(good)):
+        path.write_bytes(good[:end])
+        assert segments.read_manifest_or_none(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", "[]", "7", '"x"', "{}", '{"manifest": 1, "crc": 0}', '{"manifest": [], "crc": 1}',
+     "[" * 100_000, '{"crc": 223132457, "manifest": []}', '{"manifest": [], "crc": 3733663341}'],
+)  # fmt: skip
+def test_what_is_no_manifest(tmp_path: Path, text: str) -> None:
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "manifest.json").write_text(text)
+    with pytest.raises(CorruptionError, match="built again"):
+        segments.read_manifest(tmp_path)
+
+
+def test_a_manifest_with_a_fitting_checksum_and_no_sense(tmp_path: Path) -> None:
+    from zlib import crc32
+
+    (tmp_path / "index").mkdir()
+    for body in ([], 7, "x", {}, {"segments": 1}, {"segments": [{}]}, {"segments": [], "lsn": 1}):
+        document = {"manifest": body, "crc": crc32(json.dumps(body, sort_keys=True).encode())}
+        (tmp_path / "index" / "manifest.json").write_text(json.dumps(document))
+        with pytest.raises(CorruptionError):
+            segments.read_manifest(tmp_path)
+
+
+def test_unlisted_files_go(tmp_path: Path) -> None:
+    segments.drop_unlisted(tmp_path, None, FileSystem())
+    old, new = write(tmp_path, "000001"), write(tmp_path, "000002")
+    (tmp_path / "index" / "000003.vectors.99.tmp").write_bytes(b"half")
+    segments.write_manifest(tmp_path, manifest(new), FileSystem())
+    opened = open_it(tmp_path, old)
+    segments.drop_unlisted(tmp_path, manifest(new), FileSystem())
+    assert sorted(os.listdir(tmp_path / "index")) == [
+        "000002.exact",
+        "000002.vectors",
+        "manifest.json",
+    ]
+    np.testing.assert_array_equal(opened.vectors, VECTORS)  # mapped: readable to the end
