@@ -223,10 +223,22 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from expbuf_core import HostInfo, PersistenceAdapter, PersistenceContext, PersistenceProvider
-from expbuf_core import hookimpl
-from expbuf_core.contracts import Appended, LogFollower, LoggedOperation, LogGone, Pin
-from expbuf_core.contracts import Problem, Stamped
+from expbuf_core import (
+    HostInfo,
+    PersistenceAdapter,
+    PersistenceContext,
+    PersistenceProvider,
+    hookimpl,
+)
+from expbuf_core.contracts import (
+    Appended,
+    LogFollower,
+    LoggedOperation,
+    LogGone,
+    Pin,
+    Problem,
+    Stamped,
+)
 from expbuf_core.frames import check_row
 from pydantic import BaseModel
 

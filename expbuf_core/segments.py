@@ -143,7 +143,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         body = document["manifest"]
         segments = tuple(SegmentInfo(**info) for info in body.pop("segments"))
         return Manifest(segments=segments, **body)
-    except (ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise CorruptionError(
             f"{FOLDER}/{MANIFEST}: {exc}; the index is derived and will be built again",
             path=path,
@@ -248,7 +248,8 @@ def map_vectors(path: Path, dim: int) -> tuple[NDArray[np.int64], NDArray[np.flo
         CorruptionError: The file is not such a segment.
     """
     with storage_errors("map", path):
-        raw = np.memmap(path, np.uint8, mode="r")
+        empty = os.stat(path).st_size == 0  # which cannot be mapped
+        raw = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, mode="r")
     if len(raw) >= _PAGE:
         magic, rows, found_dim, _uuid = _HEADER.unpack_from(raw[: _HEADER.size].tobytes())
         offset = _vectors_offset(rows)

@@ -287,7 +287,9 @@ class State:
         dropped = self._take_dropped()
         if dropped is not None:
             touched = np.concatenate([touched, dropped])
-        return Change(n, ids, body.vectors, removed, 0 if removed is None else len(removed), touched)
+        return Change(
+            n, ids, body.vectors, removed, 0 if removed is None else len(removed), touched
+        )
 
     def _claim(self, n: int) -> tuple[slice | NDArray[np.int64], NDArray[np.int64]]:
         """Slots for n new experiences, for indexing (a slice is faster) and as an array."""

@@ -179,11 +179,11 @@ def migrate(
         LockTimeout: Another process holds a lock of the source or the target for too long.
         PluginError: The backend cannot be used.
     """
-    origin, goal = _resolved(source), _resolved(target)
-    _check_apart(origin, goal)
+    origin, goal = resolved(source), resolved(target)
+    check_apart(origin, goal)
     registry = default_registry()
     storage = Storage.choose(registry, persistence, load_config(config, env={}, registry=registry))
-    _check_target(goal)
+    check_target(goal)
     with _opened(origin) as content:
         return copy(content, goal, storage, progress=progress, fs=filesystem or FileSystem())
 
@@ -241,21 +241,30 @@ def copy(
     *,
     progress: Progress | None,
     fs: FileSystem,
+    anew: bool = False,
 ) -> TransferReport:
     """Write a buffer into a new folder, read it back, and only then let it be one.
+
+    Args:
+        content: The buffer.
+        target: The folder.
+        storage: How it is stored there.
+        progress: Called now and then with (done, total).
+        fs: Does all writing.
+        anew: Do not go on with what an interrupted call has left.
 
     Raises:
         StorageError: As for `migrate`; or what was read back is not what was to be written.
     """
-    _check_target(target)
+    check_target(target)
     with storage_errors("create", target):
         fs.mkdir(target / folder.LOCKS)
         fs.sync_folder(target.parent)
     lock = ProcessLock(target / folder.LOCKS / "opening", _TARGET_TIMEOUT_S)
     try:
         with lock:
-            _check_target(target)  # again, under the lock
-            return _Copy(content, target, storage, progress, fs).run()
+            check_target(target)  # again, under the lock
+            return _Copy(content, target, storage, progress, fs).run(anew)
     finally:
         lock.close()
 
@@ -282,7 +291,8 @@ class _Copy:
         self._progress = progress
         self._done = 0
 
-    def run(self) -> TransferReport:
+    def run(self, anew: bool) -> TransferReport:
+        """See `copy`."""
         content, fs = self.content, self.fs
         note = _read_note(self.target)
         if folder.read_identity(self.target) is not None:
@@ -295,9 +305,9 @@ class _Copy:
             self._finish_note()
             return self._report(len(self.ids), lsn)
         wanted = self._note()
-        resumable = note is not None and all(
-            note.get(key) == wanted[key] for key in ("uuid", "lsn", "backend")
-        )
+        resumable = note is not None and not anew
+        if note is not None:
+            resumable &= all(note.get(key) == wanted[key] for key in ("uuid", "lsn", "backend"))
         if note is not None and note["uuid"] != wanted["uuid"]:
             raise StorageError(
                 f"{self.target} holds the unfinished copy of another buffer ({note['uuid']}); "
@@ -513,16 +523,18 @@ def _carries(state: State, content: Content) -> bool:
 # ---------------------------------------------------------------- folders
 
 
-def _resolved(path: str | os.PathLike[str]) -> Path:
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """The folder itself, links followed."""
     return Path(os.path.realpath(os.fspath(path)))
 
 
-def _check_apart(source: Path, target: Path) -> None:
+def check_apart(source: Path, target: Path) -> None:
+    """See that neither folder is, or lies in, the other."""
     if source == target or source in target.parents or target in source.parents:
         raise StorageError(f"{target} and {source}: one must not be, or hold, the other")
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
     """See that a copy may be written here, or gone on with.
 
     Raises:

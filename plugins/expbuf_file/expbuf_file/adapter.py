@@ -374,20 +374,26 @@ class FilePersistenceAdapter(PersistenceAdapter):
         *ends, _ = self._logs.begin_file(
             number, next_lsn, previous=previous, durable=durable_lsn, again=again
         )
-        self._end_index(old, keep_lsn, number)
+        for given_up in sorted({old, *chain[chain.index(start) :]}):
+            if layout.path_of(self._folder, layout.INDEX, given_up).exists():
+                self._end_index(given_up, keep_lsn, number)
         self._set_end(number, *ends)
         self._words[_SYNCED] = number
 
     def _end_index(self, number: int, keep_lsn: int, following: int) -> None:
         """Lead followers from a log that was given up to the one in its place."""
         file = self._logs.open(layout.INDEX, number)
+        current = number == self._words[_FILE]
+        limit = self._words[_INDEX_END] if current else file.size()
         at = layout.HEADER_BYTES
-        for found in file.frames(at, self._words[_INDEX_END], rows=False):
+        for found in file.frames(at, limit, rows=False):
             # The begin frame stands first whatever LSN it names.
             if isinstance(found, BadFrame) or (
                 found.header.lsn > keep_lsn and at > layout.HEADER_BYTES
             ):
                 break
+            if found.header.kind == frames.LOG_END:
+                return  # all of it is kept, and the file it leads to is ended, too
             at = found.end
         _, parts, _, _, _ = lay_out(
             [end_frame(keep_lsn, following)], number, file.header.salt, keep_lsn, at, at
@@ -492,7 +498,11 @@ class FilePersistenceAdapter(PersistenceAdapter):
                 for n, b in self._logs.begins.items()
                 if b.previous == number and n in chain
             ]
-            yield from verify_file(file, min(ends, default=None), until_lsn, number == last)
+            if number not in chain and chain and number > chain[0]:
+                continue  # given up: what was to be kept of it was written again
+            yield from verify_file(
+                file, min(ends, default=None), until_lsn, number == last, linked=number in chain
+            )
 
     def identify(self) -> bytes:
         return uuid_of(self._folder)

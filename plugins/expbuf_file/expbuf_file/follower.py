@@ -64,6 +64,8 @@ class FileFollower(LogFollower):
             else:
                 moved = self._advance(0)
             if self._lsn < until_lsn and not moved:
+                if file.header.log == 0 and end is None:
+                    raise LogGone  # its index log was dropped, and with that the way on
                 raise CorruptionError(
                     f"{file.path.name}: operation {self._lsn + 1} is missing or damaged at offset "
                     f"{self._offset}; run `expbuf verify`",

@@ -24,6 +24,7 @@ from expbuf_file.logfile import BadFrame, Begin, Frame, LogFile
 _LOGS = (layout.DATA, layout.INDEX)
 _STEP = 8 << 20
 _NO_UUID = bytes(16)
+_VOTES = 9
 
 
 class _Bad(NamedTuple):
@@ -149,18 +150,22 @@ class Salvage:
         except StorageError as exc:
             return None, Damage(str(path), -1, 0, 0, str(exc))
         stored, right = _peek(path)
-        if right:
+        size = path.stat().st_size
+        wanted = layout.FileHeader(_LOGS.index(log), number, size, self._uuid, _NO_UUID, 0)
+        if (
+            right
+            and stored is not None
+            and (stored.uuid, stored.number, stored.log)
+            != (
+                wanted.uuid,
+                wanted.number,
+                wanted.log,
+            )
+        ):
             return None, damage  # intact, and of another buffer or place
-        twin, _ = _peek(layout.path_of(self._folder, _LOGS[log == layout.DATA], number))
-        salts = [header.salt for header in (stored, twin) if header is not None]
-        file = None
-        for salt in [*salts, _NO_UUID]:
-            size = path.stat().st_size
-            header = layout.FileHeader(_LOGS.index(log), number, size, self._uuid, salt, 0)
-            file = LogFile(self._folder, log, number, self._uuid, header)
-            if _next_frame(file, layout.HEADER_BYTES, size) < size:
-                break
-        if log == layout.DATA and file is not None:
+        file = LogFile(self._folder, log, number, self._uuid, wanted)
+        file.salt_crc = _salt_crc(file)
+        if log == layout.DATA:
             self.files[number] = file
         return file, damage
 
@@ -264,7 +269,8 @@ class Salvage:
                 if found.header.kind == frames.LOG_END:
                     closed = True
                     break
-        if not closed and size < (file.header.size if end is None else end):
+        whole = max(file.header.size, layout.HEADER_BYTES) if end is None else end
+        if not closed and size < whole:
             scan.bad.append(_Bad(file.path, size, "the file was cut", last, True))
         return scan
 
@@ -353,6 +359,45 @@ def _header_at(file: LogFile, offset: int, limit: int) -> frames.Header | None:
     if header is None or header.epoch != file.number:
         return None
     return header if file.header.log or header.data_offset == offset else None
+
+
+def _salt_crc(file: LogFile) -> int:
+    """The CRC of a lost salt, computed back from the frames that it went into.
+
+    A frame stands where it says that it stands, so nothing else is taken for one.
+    """
+    votes: Counter[int] = Counter()
+    raw = bytes(file.read(0, min(file.size(), _STEP)))
+    at = raw.find(frames._MAGIC_BYTES, layout.HEADER_BYTES)
+    while 0 <= at <= len(raw) - frames.HEADER_BYTES and sum(votes.values()) < _VOTES:
+        _, stored, *fields = frames.HEADER.unpack_from(raw, at)
+        header = frames.Header(*fields)
+        if header.epoch == file.number and (file.header.log or header.data_offset == at):
+            votes[_before(stored, raw[at + 8 : at + frames.HEADER_BYTES])] += 1
+        at = raw.find(frames._MAGIC_BYTES, at + 1)
+    return votes.most_common(1)[0][0] if votes else 0
+
+
+def _before(crc: int, data: bytes) -> int:
+    """The CRC of what stood before these bytes, from that of both together."""
+    state = crc ^ 0xFFFFFFFF
+    for byte in reversed(data):
+        i = _CRC_TOP[state >> 24]
+        state = ((state ^ _CRC_TABLE[i]) << 8 & 0xFFFFFFFF) | (i ^ byte)
+    return state ^ 0xFFFFFFFF
+
+
+def _crc_table() -> list[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0xEDB88320 if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+_CRC_TABLE = _crc_table()
+_CRC_TOP = {value >> 24: i for i, value in enumerate(_CRC_TABLE)}  # no two top bytes are equal
 
 
 def _next_frame(file: LogFile, start: int, limit: int) -> int:

@@ -10,8 +10,14 @@ from expbuf_file import layout
 from expbuf_file.logfile import BadFrame, LogFile
 
 
-def verify_file(file: LogFile, end: int | None, until_lsn: int, last: bool) -> Iterator[Problem]:
-    """Check a file up to `end`, where its successor says it ends (None: there is none)."""
+def verify_file(
+    file: LogFile, end: int | None, until_lsn: int, last: bool, *, linked: bool = True
+) -> Iterator[Problem]:
+    """Check a file up to `end`, where its successor says it ends (None: there is none).
+
+    `linked`: It is part of the log, not just kept for payloads that are still in use; of such a
+    file nobody says any more where it ends.
+    """
     path = str(file.path)
     begin = file.begin()
     at = layout.HEADER_BYTES
@@ -28,6 +34,8 @@ def verify_file(file: LogFile, end: int | None, until_lsn: int, last: bool) -> I
     sealed = False
     for found in file.frames(at, limit, rows=True):
         if isinstance(found, BadFrame):
+            if not linked and file.last_nonzero(found.offset, limit) == found.offset:
+                return
             torn = last and lsn >= until_lsn and file.proof(found.offset + 8, limit) <= lsn
             if not torn:
                 yield Problem(path, found.at, str(file.corrupt(found, lsn + 1)), True)
@@ -38,5 +46,5 @@ def verify_file(file: LogFile, end: int | None, until_lsn: int, last: bool) -> I
             sealed = True
             break
         lsn = found.header.lsn
-    if not sealed and end is None and size < file.header.size:
+    if linked and not sealed and end is None and size < file.header.size:
         yield Problem(path, size, f"{file.path.name}: the file was cut at {size}", True)

@@ -78,6 +78,9 @@ _ROOM_STEP = 1 << 20
 _MOST_ROOM_AHEAD = 16 << 20
 _RESERVE = 256 << 10  # for operations without rows, which must work on a full disk
 _PAGE = 4096
+# A damaged page can send LMDB 64 KiB past its end for a node, and 64 KiB further for a key. Behind
+# the end of the file that kills the process, so the last page is never near it.
+_TAIL = 256 << 10
 _DELETED_AT_ONCE = 2000
 _LOOKED_AT_ONCE = 20_000
 _TRIES = 50
@@ -285,6 +288,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         self._private_words = None
         self._set_words(header, recovered_lsn, recovered_lsn)
         self._environment().clear_dead_readers()
+        self._make_room(0, rows=False)
 
     def _start(
         self, txn: Txn, tables: Tables, lsn: int, recovered_lsn: int, generation: int
@@ -315,7 +319,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         words, salt = self.words, self._salt()
         generation, base, start = words[GENERATION], words[BASE], words[END]
         parts, places, end = self._laid_out(stamped, salt, generation, base, start, durable_lsn)
-        self._make_room(end - start, any(len(item.operation.lengths) for item in stamped))
+        self._make_room(end - start, rows=any(len(item.operation.lengths) for item in stamped))
         if end > self._stage_bytes():
             if end - start > self._stage_bytes() - STAGE_HEADER_BYTES:
                 return self._append_directly(stamped, parts, places, end - start)
@@ -479,7 +483,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
 
     # ------------------------------------------------------------ room on the disk
 
-    def _make_room(self, size: int, rows: bool) -> None:
+    def _make_room(self, size: int, *, rows: bool) -> None:
         """See that LMDB will find room for this and all that is staged (append lock held).
 
         So a full disk shows before anything was written, and a sync need not fail of it.
@@ -489,7 +493,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
             own = self._drained[0] == words[GENERATION]
             size += max(0, words[END] - (self._drained[1] if own else STAGE_HEADER_BYTES))
         # A row takes whole pages, where it does not fit into half of one.
-        wanted = 2 * size + 64 * _PAGE
+        wanted = 2 * size + _TAIL
         wanted += _RESERVE if rows else 0
         env = self._environment()
         with storage_errors("read", self.path):
@@ -692,7 +696,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         if header is None or header.last_lsn != words[LAST]:
             raise StorageError(f"{self.stage.path} was changed while the buffer was open")
         self.stage.begin(header, durable=True)
-        used = self._environment().used_bytes()
+        used = self._environment().used_bytes() + _TAIL
         with storage_errors("finish", self.path):
             if os.fstat(self._data_descriptor()).st_size > used:
                 self._fs.truncate(self._data_descriptor(), used)

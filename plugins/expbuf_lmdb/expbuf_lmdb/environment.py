@@ -238,6 +238,7 @@ class Environment:
         for _ in range(_TRIES):
             self._gate.enter()
             try:
+                size = self._env.info()["map_size"]
                 with self._env.begin(write=True) as txn:
                     return work(txn, self.tables)
             except lmdb.MapFullError:
@@ -254,7 +255,7 @@ class Environment:
             if panic:
                 self._reopen()
             elif grow:
-                self._grow_map()
+                self._grow_map(size)
             else:
                 self._adopt_map()
         raise StorageError(f"{self.path}: the map does not become large enough")
@@ -269,14 +270,13 @@ class Environment:
         with self._gate.alone():
             self._set_map(0)
 
-    def _grow_map(self) -> None:
+    def _grow_map(self, size: int) -> None:
         """Double the map, unless another thread has."""
         with self._gate.alone():
             # Readers that died hold pages that could be reused instead.
             self._env.reader_check()
-            now = self._env.info()
-            if (now["last_pgno"] + 1) * self._env.stat()["psize"] * 2 > now["map_size"]:
-                self._set_map(now["map_size"] + min(now["map_size"], _GROWN_AT_ONCE))
+            if self._env.info()["map_size"] == size:
+                self._set_map(size + min(size, _GROWN_AT_ONCE))
 
     def _set_map(self, size: int) -> None:
         try:

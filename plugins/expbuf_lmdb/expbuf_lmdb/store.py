@@ -106,13 +106,15 @@ class Store:
                     "checksum mismatch in a row table",
                     lsn=header.lsn,
                 )
-            place = header.rows_offset
-            rows = tables.rows
-            for length in table["length"].tolist():
-                row = bytes(view[at : at + length])
-                done = txn.put(key(place), row, db=rows, append=True) and done
-                at += length
-                place += length
+            sizes = table["length"].astype(np.int64)
+            ends = np.cumsum(sizes)
+            places = (header.rows_offset + ends - sizes).astype(">u8").tobytes()
+            items = []
+            for i, (end, size) in enumerate(zip(ends.tolist(), sizes.tolist(), strict=True)):
+                row = bytes(view[at + end - size : at + end])
+                items.append((places[8 * i : 8 * i + 8], row))
+            with txn.cursor(db=tables.rows) as cursor:
+                done = cursor.putmulti(items, append=True)[1] == len(items) and done
         if not done:
             raise layout.corrupt(
                 self.path, "a key that is larger than the newest one", lsn=header.lsn

@@ -1,0 +1,552 @@
+"""What is particular to log files: switching, prepared files, giving up, following, cutting."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expbuf_core.contracts import LoggedOperation, LogGone, PersistenceContext, Stamped
+from expbuf_core.errors import CorruptionError, StorageError, StorageFull
+from expbuf_core.filesystem import FileSystem
+from expbuf_core.testing.faults import FaultyFileSystem
+from expbuf_core.testing.persistence_log import assert_same, operation, places_of, rows_of
+from expbuf_file import layout
+from expbuf_file.adapter import FilePersistenceAdapter
+from expbuf_file.settings import FileSettings
+
+UUID = bytes(range(16))
+TINY = FileSettings(initial_bytes=1 << 14, segment_bytes=1 << 14)
+
+
+class Folder:
+    """A log, the words that its processes share, and what was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.path.mkdir(exist_ok=True)
+        self.words = [0] * 8
+        self.fs = FaultyFileSystem()
+        self.written: dict[int, Stamped] = {}
+        self.places: dict[int, Any] = {}
+        self.durable = 0
+        self._made: list[FilePersistenceAdapter] = []
+
+    def adapter(
+        self, settings: FileSettings = TINY, fs: FileSystem | None = None
+    ) -> FilePersistenceAdapter:
+        context = PersistenceContext(self.path, UUID, fs or self.fs, self.words)
+        made = FilePersistenceAdapter(settings, context)
+        self._made.append(made)
+        return made
+
+    def new(self, settings: FileSettings = TINY) -> FilePersistenceAdapter:
+        made = self.adapter(settings)
+        made.create(1)
+        return made
+
+    def append(self, adapter: FilePersistenceAdapter, *lsns: int, **size: Any) -> None:
+        for lsn in lsns:
+            item = operation(lsn, **size)
+            (self.places[lsn],) = adapter.append([item], self.durable)
+            self.written[lsn] = item
+
+    def sync(self, adapter: FilePersistenceAdapter) -> None:
+        adapter.sync()
+        self.durable = max(self.written)
+
+    def check(self, found: list[LoggedOperation], first: int = 1) -> None:
+        """They are what was written, from `first` on."""
+        wanted = [lsn for lsn in self.written if lsn >= first]
+        assert [item.lsn for item in found] == wanted
+        for item in found:
+            assert_same(item, self.written[item.lsn])
+
+    def recover(self, after: int = 0, durable: int | None = None) -> list[LoggedOperation]:
+        reader = self.adapter(fs=FileSystem())
+        return list(reader.recover(after, self.durable if durable is None else durable))
+
+    def numbers(self, log: str = layout.DATA) -> list[int]:
+        return layout.numbers(self.path, log)
+
+    def file(self, number: int, log: str = layout.DATA) -> Path:
+        return layout.path_of(self.path, log, number)
+
+    def close(self) -> None:
+        for adapter in self._made:
+            adapter.close()
+        self._made.clear()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Folder]:
+    made = Folder(tmp_path / "log")
+    yield made
+    made.close()
+
+
+# ---------------------------------------------------------------- switching
+
+
+def test_many_tiny_files(folder: Folder) -> None:
+    adapter = folder.new()
+    follower = adapter.follow(0)
+    seen: list[LoggedOperation] = []
+    for lsn in range(1, 300):
+        folder.append(adapter, lsn)
+        if lsn % 7 == 0:
+            folder.sync(adapter)
+            seen += follower.read(lsn)
+    folder.sync(adapter)
+    seen += follower.read(299)
+    assert len(folder.numbers()) > 10
+    assert folder.numbers() == folder.numbers(layout.INDEX)
+    folder.check(seen)
+    folder.check(list(adapter.follow(0).read(299)))
+    folder.check(list(adapter.follow(150).read(299)), 151)
+    folder.check(folder.recover())
+    folder.check(folder.recover(after=222), 223)
+    assert [*adapter.verify(299)] == []
+    assert all(folder.file(number).stat().st_size <= 1 << 14 for number in folder.numbers())
+
+
+def test_an_operation_larger_than_a_file_gets_one_of_its_own(folder: Folder) -> None:
+    adapter = folder.new()
+    folder.append(adapter, 1, 2)
+    folder.append(adapter, 3, rows=30, row_bytes=5000, body_bytes=90_000)
+    folder.append(adapter, 4, 5)
+    folder.sync(adapter)
+    folder.check(list(adapter.follow(0).read(5)))
+    folder.check(folder.recover())
+    for lsn, place in folder.places.items():
+        lengths = folder.written[lsn].operation.lengths
+        pin = adapter.pin(lengths, places_of(place.location, lengths), lengths)
+        for i, row in enumerate(rows_of(folder.written[lsn])):
+            assert bytes(pin.read(i)) == row
+
+
+def test_files_grow_up_to_their_limit(folder: Folder) -> None:
+    settings = FileSettings(initial_bytes=1 << 14, segment_bytes=1 << 16)
+    adapter = folder.new(settings)
+    folder.append(adapter, *range(1, 400))
+    sizes = [folder.file(number).stat().st_size for number in folder.numbers()]
+    assert sizes[0] == 1 << 14
+    assert sizes == sorted(sizes)
+    assert max(sizes) == 1 << 16
+
+
+def test_switching_by_hand_and_with_nothing_in_between(folder: Folder) -> None:
+    adapter = folder.new()
+    for lsn in range(1, 6):
+        adapter.switch(lsn, folder.durable)
+        adapter.switch(lsn, folder.durable)
+        folder.append(adapter, lsn)
+    folder.sync(adapter)
+    assert folder.numbers() == list(range(1, 12))
+    folder.check(list(adapter.follow(0).read(5)))
+    folder.check(folder.recover())
+
+
+def test_two_adapters_take_turns(folder: Folder) -> None:
+    one = folder.new()
+    two = folder.adapter()
+    two.attach()
+    followers = one.follow(0), two.follow(0)
+    for lsn in range(1, 120):
+        folder.append((one, two)[lsn % 2], lsn)
+        if lsn % 11 == 0:
+            folder.sync((one, two)[lsn % 3 == 0])
+    folder.sync(one)
+    for follower in followers:
+        folder.check(list(follower.read(119)))
+    folder.check(folder.recover())
+
+
+# ---------------------------------------------------------------- prepared files
+
+
+def test_a_prepared_file_is_used(folder: Folder) -> None:
+    adapter = folder.new()
+    lsn = 0
+    while not adapter.needs_preparation():
+        lsn += 1
+        folder.append(adapter, lsn)
+        assert lsn < 100
+    adapter.prepare()
+    assert folder.numbers() == [1]
+    adapter.install_prepared()
+    adapter.install_prepared()
+    assert folder.numbers() == [1, 2]
+    assert not adapter.needs_preparation()
+    before = folder.fs.calls["create"]
+    while folder.words[0] == 1:
+        lsn += 1
+        folder.append(adapter, lsn)
+    assert folder.fs.calls["create"] == before
+    folder.sync(adapter)
+    folder.check(folder.recover())
+    folder.check(list(adapter.follow(0).read(lsn)))
+
+
+def test_a_prepared_file_that_is_not_used(folder: Folder) -> None:
+    """It is no part of the log, neither to followers nor to recovery, and goes in the end."""
+    adapter = folder.new()
+    folder.append(adapter, 1, 2)
+    adapter.prepare()
+    adapter.install_prepared()
+    folder.append(adapter, 3)
+    folder.sync(adapter)
+    folder.check(list(adapter.follow(0).read(3)))
+    folder.check(folder.recover())
+    assert [*adapter.verify(3)] == []
+    adapter.finish(3)
+    assert folder.numbers() == [1]
+    folder.check(folder.recover())
+
+
+def test_one_that_was_prepared_too_late(folder: Folder) -> None:
+    adapter, other = folder.new(), folder.adapter()
+    other.attach()
+    folder.append(adapter, 1)
+    adapter.prepare()
+    folder.append(other, 2)
+    other.switch(3, 0)
+    adapter.install_prepared()
+    folder.append(adapter, 3)
+    folder.sync(other)
+    assert folder.numbers() == [1, 2]
+    assert [path for path in folder.path.iterdir() if path.suffix == ".tmp"] == []
+    folder.check(folder.recover())
+
+
+def test_a_prepared_file_that_is_too_small(folder: Folder) -> None:
+    adapter = folder.new()
+    folder.append(adapter, 1)
+    adapter.prepare()
+    adapter.install_prepared()
+    folder.append(adapter, 2, rows=20, row_bytes=9000)
+    folder.append(adapter, 3)
+    folder.sync(adapter)
+    folder.check(folder.recover())
+    folder.check(list(adapter.follow(0).read(3)))
+
+
+@pytest.mark.parametrize("nth", range(1, 12))
+def test_preparing_on_a_full_disk_leaves_nothing(folder: Folder, nth: int) -> None:
+    adapter = folder.new()
+    folder.append(adapter, 1)
+    fault = folder.fs.fail("create", "pwrite", "allocate", "fsync", "replace", error=28, nth=nth)
+    try:
+        adapter.prepare()
+        adapter.install_prepared()
+    except StorageError as exc:
+        assert isinstance(exc, StorageFull)
+    folder.fs.faults.remove(fault)
+    folder.append(adapter, 2)
+    folder.sync(adapter)
+    adapter.prepare()
+    adapter.install_prepared()
+    adapter.switch(3, 2)
+    folder.append(adapter, 3)
+    folder.sync(adapter)
+    folder.check(folder.recover())
+
+
+# ---------------------------------------------------------------- giving a log up
+
+
+@pytest.mark.parametrize("kept", [4, 5, 7])
+@pytest.mark.parametrize("switches", [(), (3,), (5,), (6,), (5, 6), (3, 5, 7), (7, 8)])
+def test_a_log_that_is_given_up(folder: Folder, kept: int, switches: tuple[int, ...]) -> None:
+    """Up to `kept` it stays, behind it goes, and followers find their way in either case."""
+    adapter = folder.new()
+    early = adapter.follow(0)
+    for lsn in range(1, 8):
+        if lsn in switches:
+            adapter.switch(lsn, folder.durable)
+        folder.append(adapter, lsn)
+        if lsn == 4:
+            folder.sync(adapter)
+    behind = adapter.follow(0)
+    assert [item.lsn for item in early.read(4)] == [1, 2, 3, 4]
+    adapter.retire(4, kept, 10)
+    for lsn in range(kept + 1, 8):
+        del folder.written[lsn]
+    folder.append(adapter, 10, 11)
+    adapter.switch(12, 11)
+    folder.append(adapter, 12)
+    folder.sync(adapter)
+    for follower, first in (
+        (early, 5),
+        (behind, 1),
+        (adapter.follow(0), 1),
+        (adapter.follow(11), 12),
+    ):
+        folder.check(list(follower.read(12)), first)
+    folder.check(folder.recover())
+    assert [*adapter.verify(12)] == []
+
+
+def test_given_up_again_and_again(folder: Folder) -> None:
+    adapter = folder.new()
+    follower = adapter.follow(0)
+    seen: list[LoggedOperation] = []
+    lsn = 1
+    for round_ in range(6):
+        folder.append(adapter, lsn, lsn + 1)
+        folder.sync(adapter)
+        folder.append(adapter, lsn + 2, lsn + 3)
+        keep = lsn + 1 + round_ % 3
+        adapter.retire(lsn + 1, keep, lsn + 9)
+        for lost in range(keep + 1, lsn + 4):
+            del folder.written[lost]
+        folder.durable = keep
+        if round_ % 2:
+            seen += follower.read(keep)
+        lsn += 9
+    folder.append(adapter, lsn)
+    folder.sync(adapter)
+    seen += follower.read(lsn)
+    folder.check(seen)
+    folder.check(folder.recover())
+
+
+# ---------------------------------------------------------------- followers
+
+
+def test_a_follower_reads_no_further_than_asked(folder: Folder) -> None:
+    adapter = folder.new()
+    folder.append(adapter, *range(1, 60))
+    follower = adapter.follow(0)
+    for until in (1, 1, 2, 30, 29, 31, 59):
+        before = until if until <= 1 else None
+        found = [item.lsn for item in follower.read(until)]
+        assert found == sorted(found)
+        assert not found or found[-1] == until or before
+    assert list(follower.read(59)) == []
+
+
+def test_following_the_data_log_where_the_index_log_is_gone(folder: Folder) -> None:
+    adapter = folder.new()
+    folder.append(adapter, *range(1, 100))
+    folder.sync(adapter)
+    adapter.finish(99)
+    for number in folder.numbers(layout.INDEX):
+        folder.file(number, layout.INDEX).unlink()
+    reader = folder.adapter()
+    folder.check(list(reader.recover(0, 99)))
+    reader.start(100, 99)
+    folder.append(reader, 100, 101)
+    folder.sync(reader)
+    folder.check(list(reader.follow(0).read(101)))
+    folder.check(list(reader.follow(40).read(101)), 41)
+
+
+def test_a_follower_whose_place_is_gone(folder: Folder) -> None:
+    adapter = folder.new()
+    folder.append(adapter, 1, 2)
+    slow = adapter.follow(0)
+    for lsn in range(3, 9):
+        adapter.switch(lsn, lsn - 1)
+        folder.append(adapter, lsn)
+    folder.sync(adapter)
+    nothing = np.empty(0, np.int64)
+    adapter.drop_below(6, nothing, nothing)
+    with pytest.raises(LogGone):
+        list(slow.read(8))
+    with pytest.raises(LogGone):
+        adapter.follow(2)
+    folder.check(list(adapter.follow(6).read(8)), 7)
+    folder.check(folder.recover(after=6), 7)
+    with pytest.raises(CorruptionError, match="lsn 3 on are needed"):
+        folder.recover(after=2)
+
+
+def test_a_follower_whose_index_log_was_dropped(folder: Folder) -> None:
+    """The data log stays for its payloads; where it was given up, it does not lead on."""
+    adapter = folder.new()
+    folder.append(adapter, 1, 2)
+    folder.sync(adapter)
+    slow = adapter.follow(2)
+    adapter.retire(2, 2, 5)
+    folder.append(adapter, 5, 6)
+    folder.sync(adapter)
+    folder.file(1, layout.INDEX).unlink()
+    with pytest.raises(LogGone):
+        list(slow.read(6))
+    folder.check(list(adapter.follow(2).read(6)), 5)
+
+
+def test_skipping_across_a_switch(folder: Folder) -> None:
+    adapter = folder.new()
+    follower = adapter.follow(0)
+    for lsn in range(1, 40):
+        folder.append(adapter, lsn)
+        follower.skip(lsn, folder.places[lsn].cursor)
+    folder.append(adapter, 40)
+    folder.check(list(follower.read(40)), 40)
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def test_payloads_keep_their_files(folder: Folder) -> None:
+    adapter = folder.new()
+    for lsn in range(1, 8):
+        folder.append(adapter, lsn, rows=2)
+        adapter.switch(lsn + 1, lsn)
+    folder.sync(adapter)
+    live = [folder.places[2].location, folder.places[5].location]
+    adapter.drop_below(7, np.array([2, 5]), np.array(live))
+    assert folder.numbers() == [2, 5, 8]
+    assert folder.numbers(layout.INDEX) == [8]
+    for lsn in (2, 5):
+        lengths = folder.written[lsn].operation.lengths
+        pin = adapter.pin(lengths, places_of(folder.places[lsn].location, lengths), lengths)
+        assert [bytes(pin.read(i)) for i in range(2)] == rows_of(folder.written[lsn])
+    with pytest.raises(LogGone):
+        adapter.pin(np.array([3]), np.array([folder.places[3].location]), np.array([9], np.uint32))
+    folder.append(adapter, 8)
+    folder.sync(adapter)
+    folder.check(folder.recover(after=7), 8)
+
+
+# ---------------------------------------------------------------- torn, damaged, cut, missing
+
+
+def crashed(folder: Folder, *, synced: int, written: int) -> tuple[Path, int]:
+    """A log whose last operations were not synced; its file, and where these begin."""
+    adapter = folder.new(FileSettings(initial_bytes=1 << 17))
+    folder.append(adapter, *range(1, synced + 1))
+    folder.sync(adapter)
+    at = folder.words[1]
+    folder.append(adapter, *range(synced + 1, written + 1))
+    return folder.file(1), at
+
+
+@pytest.mark.parametrize("hole", [0, 8, 100])
+def test_a_torn_tail_is_left_out_and_overwritten(folder: Folder, hole: int) -> None:
+    path, at = crashed(folder, synced=5, written=8)
+    raw = bytearray(path.read_bytes())
+    raw[at + hole : at + hole + 24] = bytes(24)
+    path.write_bytes(raw)
+    for lsn in (6, 7, 8):
+        del folder.written[lsn]
+    reader = folder.adapter()
+    folder.check(list(reader.recover(0, 0)))
+    torn, operations = reader.torn()
+    assert torn > 0
+    assert operations == 1
+    reader.start(20, 5)
+    assert path.stat().st_size == at
+    folder.append(reader, 20)
+    folder.sync(reader)
+    folder.check(folder.recover())
+    folder.check(list(reader.follow(0).read(20)))
+
+
+def test_a_witness_makes_damage_of_a_torn_tail(folder: Folder) -> None:
+    path, at = crashed(folder, synced=5, written=8)
+    raw = bytearray(path.read_bytes())
+    raw[at + 10] ^= 1
+    path.write_bytes(raw)
+    before = path.read_bytes()
+    with pytest.raises(CorruptionError, match=f"at offset {at}") as caught:
+        folder.recover(durable=6)
+    assert (caught.value.path, caught.value.offset, caught.value.lsn) == (str(path), at, 6)
+    assert path.read_bytes() == before
+
+
+def test_a_later_frame_that_says_so_makes_damage_of_it(folder: Folder) -> None:
+    """Valid frames behind a bad one prove nothing, unless they say that it had been durable."""
+    path, at = crashed(folder, synced=5, written=6)
+    adapter = folder._made[0]
+    folder.sync(adapter)
+    folder.append(adapter, 7)  # written when 6 was known to be durable
+    raw = bytearray(path.read_bytes())
+    raw[at + 10] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CorruptionError) as caught:
+        folder.recover(durable=0)
+    assert caught.value.lsn == 6
+
+
+@pytest.mark.parametrize("log", [layout.DATA])
+def test_a_cut_file(folder: Folder, log: str) -> None:
+    """Sizes are made durable before a file is used, so a short one was cut."""
+    path, at = crashed(folder, synced=5, written=6)
+    good = path.read_bytes()
+    for end in (0, 100, 4096, at - 8, at, at + 8, len(good) - 4096, len(good) - 1):
+        path.write_bytes(good[:end])
+        with pytest.raises(CorruptionError, match="cut") as caught:
+            folder.recover()
+        assert caught.value.path == str(path)
+    path.write_bytes(good)
+    folder.check(folder.recover())
+
+
+def test_a_missing_file(folder: Folder, tmp_path: Path) -> None:
+    adapter = folder.new()
+    for lsn in range(1, 7):
+        folder.append(adapter, lsn)
+        folder.sync(adapter)
+        adapter.switch(lsn + 1, lsn)
+    for lost in folder.numbers():
+        copy = Folder(tmp_path / f"copy{lost}")
+        shutil.copytree(folder.path, copy.path, dirs_exist_ok=True)
+        copy.file(lost).unlink()
+        with pytest.raises(CorruptionError) as caught:
+            copy.recover(durable=6)
+        assert caught.value.path is not None
+        assert caught.value.path.startswith(str(copy.path))
+        copy.close()
+
+
+def test_a_file_of_another_buffer(folder: Folder, tmp_path: Path) -> None:
+    adapter = folder.new()
+    folder.append(adapter, 1)
+    folder.sync(adapter)
+    other = FilePersistenceAdapter(
+        TINY, PersistenceContext(folder.path, bytes(16), FileSystem(), [0] * 8)
+    )
+    with pytest.raises(CorruptionError, match="another buffer"):
+        list(other.recover(0, 0))
+    shutil.copy(folder.file(1), folder.file(2))
+    with pytest.raises(CorruptionError, match="copied or renamed"):
+        folder.recover()
+
+
+def test_starting_anew_drops_what_was_left_out(folder: Folder) -> None:
+    adapter = folder.new()
+    folder.append(adapter, 1, 2)
+    folder.sync(adapter)
+    adapter.prepare()
+    adapter.install_prepared()
+    (folder.path / "experience_data.000009.wal.77.tmp").write_bytes(b"half")
+    reader = folder.adapter()
+    folder.check(list(reader.recover(0, 2)))
+    reader.start(3, 2)
+    assert folder.numbers() == [1, 3]
+    assert folder.numbers(layout.INDEX) == [3]
+    assert [name for name in os.listdir(folder.path) if name.endswith(".tmp")] == []
+    folder.append(reader, 3)
+    folder.sync(reader)
+    folder.check(folder.recover())
+
+
+def test_a_clean_end_is_part_of_the_log(folder: Folder) -> None:
+    adapter = folder.new()
+    folder.append(adapter, *range(1, 30))
+    adapter.finish(29)
+    folder.check(folder.recover(durable=29))
+    last = folder.file(folder.numbers()[-1])
+    raw = last.read_bytes()
+    assert len(raw) < 1 << 14  # trimmed
+    last.write_bytes(raw[:-8])
+    with pytest.raises(CorruptionError, match="cut"):
+        folder.recover(durable=29)
