@@ -68,7 +68,7 @@ from expbuf_core.sampling import (
 )
 from expbuf_core.session import Session
 from expbuf_core.state import State
-from expbuf_core.tiers import search
+from expbuf_core.tiers import best, search
 
 _PIN_TRIES = 5
 _SEARCH_TRIES = 3
@@ -723,7 +723,7 @@ class ExperienceBuffer:
             values = similarities[0][found]
             if len(chosen) == len(values):
                 break
-            # Removed since by another thread: others may take its place.
+            # Removed since by another thread: others may take its place at the next try.
             values = values[np.isin(ids[0][found], chosen.ids)]
         sampling = session.config.sampling
         rates = success_rate(
@@ -764,7 +764,16 @@ class ExperienceBuffer:
         session.refresh()
         k = self._checked_k(k)
         queries = _queries(session, v_embed, q_embed, hybrid_embed, rank=2)
-        ids, similarities = self._search(session, queries, k, where, exclude)
+        left_out, replica = as_ids(exclude), session.replica
+        for _ in range(_SEARCH_TRIES):
+            ids, similarities = self._search(session, queries, k, where, left_out)
+            with replica.lock:
+                gone = replica.state.find(ids.reshape(-1)).reshape(ids.shape) < 0
+            gone &= ids >= 0
+            if not gone.any():
+                break
+            # Removed since by another thread: others may take its place at the next try.
+            ids, similarities = _without(gone, ids, similarities, k)
         missing = ((0, 0), (0, k - ids.shape[1]))
         ids = np.pad(ids, missing, constant_values=-1)
         similarities = np.pad(similarities, missing, constant_values=-np.inf)
@@ -787,32 +796,26 @@ class ExperienceBuffer:
         queries: NDArray[np.float32],
         k: int,
         where: Condition | None,
-        exclude: ArrayLike | Iterable[int],
+        left_out: NDArray[np.int64],
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Ids and similarities, (m, up to k), of what is live, padded with -1 and -inf."""
-        replica, left_out = session.replica, as_ids(exclude)
-        for _ in range(_SEARCH_TRIES):
-            with replica.lock:
-                state = replica.state
-                view, count, metric = replica.tiers.view(), state.count, replica.tiers.metric
-                allowed = None
-                if where is not None:
-                    slots = matching_slots(where, state, session.config.sampling)
-                    allowed = state.id[slots]
-                    count = len(allowed)
-            wanted = min(k + len(left_out), max(count, 1))
-            ids, similarities = search(view, metric, queries, wanted, allowed)
-            with replica.lock:  # the last filter: what is live now
-                gone = replica.state.find(ids.reshape(-1)).reshape(ids.shape) < 0
-            if not (gone & (ids >= 0)).any():
-                break  # else something was removed meanwhile, and others may take its place
-        if len(left_out):
-            gone |= np.isin(ids, left_out)
-        similarities = np.where(gone, np.float32(-np.inf), similarities)
-        order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
-        similarities = np.take_along_axis(similarities, order, 1)
-        ids = np.where(np.isneginf(similarities), -1, np.take_along_axis(ids, order, 1))
-        return ids, similarities
+        """Ids and similarities, (m, up to k), padded with -1 and -inf.
+
+        What is removed while the search is under way may be among them: filter once more.
+        """
+        replica = session.replica
+        with replica.lock:
+            state = replica.state
+            view, count, metric = replica.tiers.view(), state.count, replica.tiers.metric
+            allowed = None
+            if where is not None:
+                slots = matching_slots(where, state, session.config.sampling)
+                allowed = state.id[slots]
+                count = len(allowed)
+        wanted = min(k + len(left_out), max(count, 1))
+        ids, similarities = search(view, metric, queries, wanted, allowed)
+        if not len(left_out):
+            return ids, similarities
+        return _without(np.isin(ids, left_out), ids, similarities, k)
 
     # ------------------------------------------------------------ sampling
 
@@ -1059,6 +1062,15 @@ def _queries(session: Session, v: Any, q: Any, hybrid: Any, *, rank: int) -> NDA
     if not given:
         raise InvalidExperience("a search needs v_embed, q_embed or hybrid_embed")
     return np.empty((1 if rank == 1 else len(given[0]), 0), np.float32)
+
+
+def _without(
+    gone: NDArray[np.bool_], ids: NDArray[np.int64], similarities: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Results without some of them, at most k."""
+    similarities = np.where(gone, np.float32(-np.inf), similarities)
+    ids, similarities = best(ids, similarities, k)
+    return np.where(np.isneginf(similarities), -1, ids), similarities
 
 
 def _credits(credit: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:

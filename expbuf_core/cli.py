@@ -1,4 +1,14 @@
-"""The command line. What an emergency needs runs on the standard library alone."""
+"""The command line. What an emergency needs runs on the standard library alone.
+
+Exit codes of all commands:
+
+    0    fine
+    1    an error: the message says what to do
+    2    wrong usage
+    3    done, and not all is well: `verify` found damage, `repair` could not save everything,
+         `doctor` found a problem
+    130  interrupted (Ctrl-C): nothing is broken; `migrate` and `repair` can be called again
+"""
 
 from __future__ import annotations
 
@@ -6,14 +16,15 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from expbuf_core._version import __version__
 from expbuf_core.errors import ExpbufError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0 fine, 1 an error, 2 wrong usage, 3 damage found."""
+    """Run a command; its exit code."""
     parser = argparse.ArgumentParser(prog="expbuf", description="The experience buffer's tools.")
     parser.add_argument("--version", action="version", version=f"expbuf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -28,6 +39,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     snapshot = commands.add_parser("snapshot", help="write a snapshot and drop what it replaces")
     snapshot.add_argument("folder")
+
+    migrate = commands.add_parser("migrate", help="copy a buffer to another storage backend")
+    migrate.add_argument("source")
+    migrate.add_argument("target", help="a new folder, or one to go on with")
+    migrate.add_argument("--persistence", required=True, metavar="NAME", help="such as file, lmdb")
+    migrate.add_argument("--config", help="a YAML file with the backend's settings")
+    migrate.add_argument("--json", action="store_true", help="for programs")
+
+    repair = commands.add_parser("repair", help="save what is intact of a damaged buffer")
+    repair.add_argument("folder", help="is only read")
+    repair.add_argument("target", nargs="?", help="a new folder; default: FOLDER.repaired")
+    repair.add_argument("--persistence", metavar="NAME", help="where the folder cannot tell")
+    repair.add_argument("--config", help="a YAML file: settings in the place of lost ones")
+    repair.add_argument("--json", action="store_true", help="for programs")
+
+    doctor = commands.add_parser("doctor", help="what here may be in the way")
+    doctor.add_argument("folder", nargs="?", help="of a buffer, or where one is to be made")
+    doctor.add_argument("--config", help="a YAML file to check")
+    doctor.add_argument("--json", action="store_true", help="for programs")
 
     plugins = commands.add_parser("plugins", help="installed plugins, and what they offer")
     plugins.add_argument("--json", action="store_true", help="for programs")
@@ -51,6 +81,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ExpbufError, OSError) as exc:
         print(f"expbuf: {exc}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\nexpbuf: {options.command} was interrupted", file=sys.stderr)
+        return 130
+
+
+def _progress(what: str) -> Callable[[int, int], None] | None:
+    """Shows how far a command is, to whoever watches."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        share = 100 * done // total if total else 100
+        end = "\n" if done >= total else ""
+        print(f"\r{what}: {share} %", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _as_json(report: Any) -> str:
+    return json.dumps(dataclasses.asdict(report), default=str)
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -86,6 +136,52 @@ def _snapshot(options: argparse.Namespace) -> int:
     with ExperienceBuffer.load_from_disk(options.folder) as buffer:
         print(f"snapshot of lsn {buffer.save_snapshot()}")
     return 0
+
+
+def _migrate(options: argparse.Namespace) -> int:
+    from expbuf_core.transfer import migrate
+
+    report = migrate(
+        options.source,
+        options.target,
+        options.persistence,
+        config=options.config,
+        progress=_progress("copying and comparing"),
+    )
+    if options.json:
+        print(_as_json(report))
+    else:
+        print(f"{report.experiences} experiences are in {report.target} ({report.backend})")
+    return 0
+
+
+def _repair(options: argparse.Namespace) -> int:
+    from expbuf_core.repair import repair
+
+    report = repair(
+        options.folder,
+        options.target,
+        persistence=options.persistence,
+        config=options.config,
+        progress=_progress("saving and comparing"),
+    )
+    print(_as_json(report) if options.json else report)
+    return 0 if report.complete else 3
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from expbuf_core.doctor import examine
+
+    found = list(examine(options.folder, options.config))
+    if options.json:
+        print(json.dumps([finding._asdict() for finding in found]))
+    else:
+        for finding in found:
+            mark = "" if finding.level == "ok" else f"{finding.level.upper()}: "
+            print(f"{finding.topic:14s} {mark}{finding.message}")
+            if finding.advice:
+                print(f"{'':14s} -> {finding.advice}")
+    return 3 if any(finding.level == "problem" for finding in found) else 0
 
 
 def _plugins(options: argparse.Namespace) -> int:

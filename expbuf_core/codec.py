@@ -226,26 +226,45 @@ def encode_bare_rows(
         return bytearray(), np.empty(0, np.uint32)
     fixed = _FIXED + 4 * (v_dim + q_dim)
     texts = texts or [b"{}"] * n
-    block = np.zeros((n, fixed), np.uint8)
+    sizes = np.fromiter(map(len, texts), np.uint32, n)
+    lengths = sizes + np.uint32(fixed)
+    same = bool((sizes == sizes[0]).all())
+    # Where all rows are equally long, they are laid out where they will stay.
+    rows = bytearray(n * (fixed + int(sizes[0]) if same else fixed))
+    block = np.frombuffer(rows, np.uint8).reshape(n, -1)
     head = _CONTENT.pack(_ROW_VERSION, 0, v_dim, q_dim, 0, 0)
     block[:, ROW_HEADER_BYTES:_FIXED] = np.frombuffer(head, np.uint8)
-    sizes = np.fromiter(map(len, texts), np.uint32, n)
     block[:, _FIXED - 8 : _FIXED - 4] = sizes.astype("<u4").view(np.uint8).reshape(n, 4)
     block[:, _FIXED : _FIXED + 4 * v_dim] = v.view(np.uint8).reshape(n, -1)
-    block[:, _FIXED + 4 * v_dim :] = q.view(np.uint8).reshape(n, -1)
-    lengths = sizes + np.uint32(fixed)
-    if (sizes == sizes[0]).all():
-        width = int(sizes[0])
-        whole = np.empty((n, fixed + width), np.uint8)
-        whole[:, :fixed] = block
-        whole[:, fixed:] = np.frombuffer(b"".join(texts), np.uint8).reshape(n, width)
-        return bytearray(whole.data.cast("B")), lengths
-    raw = memoryview(block.data.cast("B"))
+    block[:, _FIXED + 4 * v_dim : fixed] = q.view(np.uint8).reshape(n, -1)
+    if same:
+        block[:, fixed:] = np.frombuffer(b"".join(texts), np.uint8).reshape(n, -1)
+        return rows, lengths
+    raw = memoryview(rows)
     parts: list[Buffer] = []
     for i, text in enumerate(texts):
         parts.append(raw[i * fixed : (i + 1) * fixed])
         parts.append(text)
     return bytearray().join(parts), lengths
+
+
+def encode_texts(columns: Mapping[str, Sequence[Any]], n: int) -> list[bytes] | None:
+    """JSON of n payloads, given by columns; None entries are left out.
+
+    Returns:
+        One text each; None if one of them needs attachments.
+    """
+    members: list[list[str]] = [[] for _ in range(n)]
+    attachments: list[bytes] = []
+    for name, values in columns.items():
+        prefix = f'"{name}":'
+        for member, value in zip(members, values, strict=True):
+            if value is not None:
+                tree = value if type(value) is str else pack_tree(value, attachments, name)
+                member.append(prefix + _encoder.encode(tree))
+        if attachments:
+            return None
+    return [f"{{{','.join(member)}}}".encode("utf-8", "surrogatepass") for member in members]
 
 
 def content_crcs(rows: bytearray, lengths: NDArray[np.uint32]) -> list[int]:

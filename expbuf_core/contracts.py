@@ -353,6 +353,10 @@ class Pin(ABC):
             CorruptionError: The file is shorter than that.
         """
 
+    def where(self, i: int) -> tuple[str, int]:
+        """File and offset of the i-th pinned row, for messages; ("", -1) where there are none."""
+        return "", -1
+
 
 @dataclass(frozen=True)
 class PersistenceContext:

@@ -123,15 +123,24 @@ class Control:
             return 0
         if words[CLEAN] and words[CLEAN] == _checksum(words):
             return words[APPENDED]
-        same_boot = (words[BOOT], words[BOOT + 1]) == _pair(boot_id())
-        return words[DURABLE] if same_boot and words[INODE] == self._inode else 0
+        believed = (
+            (words[BOOT], words[BOOT + 1]) == _pair(boot_id())
+            and words[INODE] == self._inode
+            and words[DURABLE] <= words[APPENDED]
+        )
+        return words[DURABLE] if believed else 0
 
     def closed_cleanly(self, uuid: bytes) -> bool:
-        """True if the last to close the buffer did so in order."""
+        """True if the last to close the buffer did so in order, in this boot.
+
+        After a power loss the page may be an old one, from before the last session: as a witness it
+        is still right, but not about how that session ended.
+        """
         words = self.words
         return (
             words[MAGIC] == _MAGIC
             and (words[UUID], words[UUID + 1]) == _pair(uuid)
+            and (words[BOOT], words[BOOT + 1]) == _pair(boot_id())
             and words[CLEAN] != 0
             and words[CLEAN] == _checksum(words)
         )

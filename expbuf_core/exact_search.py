@@ -69,8 +69,10 @@ def exact_search(
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
     vectors = np.asarray(vectors)  # a plain view: slicing a numpy.memmap object is slow
-    rows = np.full((len(queries), k), -1, np.int64)
-    similarities = np.full((len(queries), k), -np.inf, np.float32)
+    rows = np.empty((len(queries), k), np.int64)
+    rows.fill(-1)
+    similarities = np.empty((len(queries), k), np.float32)
+    similarities.fill(-np.inf)
     offset, chosen = 0, None
     if allowed is not None:
         offset, stop, chosen = _narrow(allowed)
@@ -232,8 +234,10 @@ def _at_least(scores: _Float, k: int) -> _Rows:
     """Rows whose score is at least the k-th largest, rising."""
     if k >= len(scores):
         return np.arange(len(scores), dtype=np.int64)
-    kth = np.partition(scores, len(scores) - k)[len(scores) - k]
-    return cast(_Rows, np.flatnonzero(~(scores < kth)))  # negated: what overflowed to NaN stays in
+    sorted_in_part = scores.copy()
+    sorted_in_part.partition(len(scores) - k)
+    below = scores < sorted_in_part[len(scores) - k]
+    return cast(_Rows, (~below).nonzero()[0])  # negated: what overflowed to NaN stays in
 
 
 def _near(

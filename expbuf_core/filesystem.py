@@ -72,7 +72,7 @@ class FileSystem:
 
     def pwritev(self, fd: int, parts: Sequence[Buffer], offset: int) -> None:
         """Write all parts one behind the other, or raise."""
-        total = sum(len(part) for part in parts)
+        total = sum(map(len, parts))
         if len(parts) <= _IOV_MAX and os.pwritev(fd, parts, offset) == total:
             return
         # Too many parts, or a short write (a full disk, a signal): say again what must stand there.

@@ -18,7 +18,8 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core.contracts import Buffer, Stamped
+from expbuf_core.contracts import Buffer, Pin, Stamped
+from expbuf_core.errors import CorruptionError
 
 MAGIC = 0x46505845  # "EXPF"
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -216,3 +217,15 @@ def check_row(row: Buffer) -> tuple[int, int] | None:
     if crc32(memoryview(row)[ROW_HEADER_BYTES:]) != crc or crc32(_ID.pack(id_), crc) != seal:
         return None
     return id_, seal
+
+
+def damaged_payload(pin: Pin, i: int, id_: int) -> CorruptionError:
+    """The error for a pinned row that is not the intact payload of this experience."""
+    path, offset = pin.where(i)
+    name = path.rpartition("/")[2] or "storage"
+    return CorruptionError(
+        f"{name}: the payload of experience {id_} at offset {offset} is damaged, or is another "
+        "one's; run `expbuf verify`",
+        path=path or None,
+        offset=offset if offset >= 0 else None,
+    )

@@ -232,6 +232,8 @@ def as_ids(ids: Any) -> NDArray[np.int64]:
     Raises:
         InvalidExperience: It holds something else.
     """
+    if isinstance(ids, tuple | list) and not ids:
+        return np.empty(0, np.int64)
     array = codec.to_numpy(ids)
     if array is None:
         array = np.asarray([ids] if isinstance(ids, int) else listed(ids, "ids"))
@@ -322,7 +324,7 @@ class Intake:
         parts = []
         for value, name, dim in ((v, "v_embed", self.v_dim), (q, "q_embed", self.q_dim)):
             part = None if value is None else self._part(value, name, dim, rank=rank)
-            parts.append(None if part is None else np.atleast_2d(part))
+            parts.append(part[np.newaxis] if part is not None and rank == 1 else part)
         m = len(parts[0]) if parts[0] is not None else len(parts[1])  # type: ignore[arg-type]
         filled = [
             np.zeros((m, dim), np.float32) if part is None else part
@@ -346,21 +348,21 @@ class Intake:
         age: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         """Initial priorities, checked."""
-        known = ~np.isnan(reward)
+        unknown = np.isnan(reward)
         with np.errstate(over="ignore"):
+            total = reward.astype(np.float32)
+            total[unknown] = 0
             batch = ScoringBatch(
                 confidence=confidence,
-                total_reward=np.where(known, reward, 0.0).astype(np.float32),
-                reward_known=known,
+                total_reward=total,
+                reward_known=~unknown,
                 probabilities=probabilities,
                 age=age,
             )
             scores = np.asarray(self.scorer(batch)).astype(np.float32)
-        fine = scores.shape == confidence.shape
-        if fine and len(scores):  # comparisons with NaN are false
-            fine = bool(scores.min() >= 0.0 and scores.max() < np.inf)
-        if not fine:
-            finite32(reward[known], "rewards")  # too large a reward is not the scorer's fault
+        if scores.shape != confidence.shape or not _are_priorities(scores):
+            # Too large a reward is not the scorer's fault.
+            finite32(reward[~unknown], "rewards")
             raise PluginContractError(
                 f"scorer {type(self.scorer).__name__} returned {scores!r} for {len(batch)} "
                 "experiences; expected as many finite priorities, none below 0"
@@ -545,7 +547,7 @@ class Intake:
         now: float,
     ) -> Draft:
         n = len(lengths)
-        if n and int(lengths.max()) > self._max_experience:
+        if len(rows) > self._max_experience and int(lengths.max()) > self._max_experience:
             i = int(lengths.argmax())
             raise InvalidExperience(
                 f"experience {i} takes {int(lengths[i]):,} bytes; max_experience_bytes is "
@@ -587,6 +589,13 @@ def _priorities(given: Any, n: int) -> NDArray[np.float32]:
         raise InvalidExperience(f"{len(values)} priorities for {n} experiences")
     checked = [math.nan if x is None else number(x, "priority", 0.0) for x in values]
     return finite32(np.array(checked, np.float64), "priority", nan=True)
+
+
+def _are_priorities(values: NDArray[np.float32]) -> bool:
+    """Whether all are finite, and none is negative (comparisons with NaN are false)."""
+    if len(values) == 1:
+        return 0.0 <= float(values[0]) < math.inf
+    return not len(values) or bool(values.min() >= 0.0 and values.max() < np.inf)
 
 
 def ages(now: float, timestamp: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -695,17 +704,8 @@ def _encode_columns(
     if not lists:
         return codec.encode_bare_rows(v, q, None)
     names = list(lists)
-    texts: list[bytes] = []
-    simple = True
-    for values in zip(*lists.values(), strict=True):
-        fields = {k: x for k, x in zip(names, values, strict=True) if x is not None}
-        attachments: list[bytes] = []
-        packed = {k: codec.pack_tree(x, attachments, k) for k, x in fields.items()}
-        if attachments:
-            simple = False
-            break
-        texts.append(codec.dump_json(packed))
-    if simple:
+    texts = codec.encode_texts(lists, n)
+    if texts is not None:
         return codec.encode_bare_rows(v, q, texts)
     rows = []
     for i, values in enumerate(zip(*lists.values(), strict=True)):

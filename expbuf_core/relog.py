@@ -11,7 +11,6 @@ from expbuf_core import codec, frames
 from expbuf_core.codec import RelogBody
 from expbuf_core.commit import Draft
 from expbuf_core.contracts import Operation, Pin
-from expbuf_core.errors import CorruptionError
 from expbuf_core.state import State
 
 
@@ -41,7 +40,7 @@ def relog_draft(
         row = pin.read(i)
         checked = frames.check_row(row)
         if checked is None or checked[0] != id_:
-            raise CorruptionError(f"the payload of experience {id_} is damaged")
+            raise frames.damaged_payload(pin, i, id_)
         lengths[i], seals[i] = len(row), checked[1]
         rows += row
     columns = {name: getattr(state, name)[slots] for name in codec.RELOG_COLUMNS}

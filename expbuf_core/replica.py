@@ -20,6 +20,7 @@ from expbuf_core.contracts import (
 )
 from expbuf_core.control import INDEX_GENERATION, RETIREMENTS, Control
 from expbuf_core.errors import CorruptionError
+from expbuf_core.frames import damaged_payload
 from expbuf_core.sampling import PrioritySampler, Settings
 from expbuf_core.segments import Manifest
 from expbuf_core.state import Change, State
@@ -147,8 +148,9 @@ class Replica:
                     "`expbuf verify`",
                     lsn=state.lsn + 1,
                 )
-        for lsn in [n for n in list(self._own) if n <= state.lsn]:
-            del self._own[lsn]  # of a log that was given up
+        if self._own:
+            for lsn in [n for n in list(self._own) if n <= state.lsn]:
+                del self._own[lsn]  # of a log that was given up
 
     _cursor: tuple[int, object] | None = None
 
@@ -224,9 +226,7 @@ class Replica:
                 raw = pin.read(i)
                 checked = frames.check_row(raw)
                 if checked is None or checked[0] != id_:
-                    raise CorruptionError(
-                        f"the payload of experience {id_} is damaged; run `expbuf verify`"
-                    )
+                    raise damaged_payload(pin, i, id_)
                 row = codec.decode_row(raw)
                 v.append(row.v_embed)
                 q.append(row.q_embed)

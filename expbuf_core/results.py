@@ -146,13 +146,7 @@ class PinnedExperiences(Sequence[Experience]):
         wanted = int(self.ids[i])
         checked = frames.check_row(raw)
         if checked is None or checked[0] != wanted:
-            place = int(self.locations[i])
-            found = "damaged bytes" if checked is None else f"experience {checked[0]}"
-            raise CorruptionError(
-                f"the payload of experience {wanted} (location {place:#x}) holds {found}; run "
-                "`expbuf verify`",
-                offset=place & ((1 << 40) - 1),
-            )
+            raise frames.damaged_payload(self._pin, i, wanted)
         try:
             return codec.decode_row(raw)
         except codec.UNDECODABLE as exc:

@@ -90,7 +90,7 @@ def _rows(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]]:
     """Ids, locations and lengths of all payloads."""
     lengths = [operation.lengths for operation in run]
-    if all(len(one) == 1 for one in lengths):
+    if set(map(len, lengths)) == {1}:
         ids = np.array([operation.first_id for operation in run], np.int64)
         locations = np.array([operation.location for operation in run], np.int64)
         return ids, locations, np.concatenate(lengths)
@@ -458,10 +458,13 @@ class State:
         ]
         if not counted:
             return Change()
-        slots, known = self._live_of(np.concatenate([outcome.ids for outcome in counted]))
+        slots, _ = self._live_of(np.concatenate([outcome.ids for outcome in counted]))
         np.add.at(self.retrieval_count, slots, 1)
-        credit = [outcome.credit * outcome.success for outcome in counted]
-        np.add.at(self.success_count, slots, np.concatenate(credit)[known])
+        right = [outcome for outcome in counted if outcome.success]
+        if right:
+            lucky, known = self._live_of(np.concatenate([outcome.ids for outcome in right]))
+            credit = np.concatenate([outcome.credit for outcome in right])
+            np.add.at(self.success_count, lucky, credit[known])
         return Change(len(slots), touched=slots)
 
     def _redeem(self, outcome: codec.OutcomeBody, lsn: int) -> bool:
@@ -482,6 +485,10 @@ class State:
         settings = codec.load_json(operation.body)
         if not isinstance(settings, dict):
             raise ValueError("settings that are no mapping")
+        for name in ("v_dim", "q_dim"):
+            # Whoever wrote these may not have seen the first add, which decides them for good.
+            if settings.get(name) is None and self.settings.get(name) is not None:
+                settings[name] = self.settings[name]
         self.settings = settings
         excess = self.count - int(settings["max_size"])
         removed = self._evict(excess) if excess > 0 else None

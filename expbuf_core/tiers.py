@@ -60,8 +60,11 @@ class IndexTiers:
 
     def add(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
         """Append vectors of rising ids, unless the segments have them."""
-        if ids[-1] >= self.end_id:
+        if ids[0] >= self.end_id:
             self.append(ids, vectors)
+        elif ids[-1] >= self.end_id:
+            new = ids >= self.end_id
+            self.append(ids[new], vectors[new])
 
     def append(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
         """Append vectors of rising ids, all above those that are in the tail."""
@@ -81,8 +84,9 @@ class IndexTiers:
         ids, live = np.empty(capacity, np.int64), np.zeros(capacity, bool)
         vectors = np.empty((capacity, dim), np.float32)
         if len(keep):
-            ids[: len(keep)] = self._ids[keep]
-            vectors[: len(keep)] = self._vectors[keep]
+            self._ids.take(keep, out=ids[: len(keep)], mode="clip")
+            # "clip" writes in place; the default makes a copy first, in case of an error.
+            self._vectors.take(keep, axis=0, out=vectors[: len(keep)], mode="clip")
         live[: len(keep)] = True
         self._ids, self._vectors, self._live = ids, vectors, live
         self._rows, self._dead = len(keep), 0
@@ -186,7 +190,7 @@ def search(
         if allowed is not None:
             mask = view.tail_live & _member(view.tail_ids, allowed)
         rows, similarities = exact_search(view.tail_vectors, None, queries, k, metric, mask)
-        parts.append((np.where(rows >= 0, view.tail_ids[rows], -1), similarities))
+        parts.append((_ids_at(view.tail_ids, rows), similarities))
     for segment in view.segments:
         parts.append(_search_segment(segment, metric, queries, k, allowed))
     if not parts:
@@ -196,8 +200,25 @@ def search(
         return parts[0]
     ids = np.concatenate([part[0] for part in parts], axis=1)
     similarities = np.concatenate([part[1] for part in parts], axis=1)
+    return best(ids, similarities, k)
+
+
+def best(
+    ids: NDArray[np.int64], similarities: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The k most similar of each row, in falling order; of equals, those that come first."""
     order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+    if len(order) == 1:
+        return ids[:, order[0]], similarities[:, order[0]]
     return np.take_along_axis(ids, order, 1), np.take_along_axis(similarities, order, 1)
+
+
+def _ids_at(ids: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ids of these rows, whose padding (-1) stands at the end of each line."""
+    found: NDArray[np.int64] = ids[rows]
+    if rows[:, -1].min(initial=0) < 0:
+        found[rows < 0] = -1
+    return found
 
 
 def _search_segment(
@@ -215,7 +236,7 @@ def _search_segment(
         bitmap, count = np.packbits(live, bitorder="little"), int(np.count_nonzero(live))
         if count <= _FEW * rows:
             at, similarities = exact_search(segment.vectors, None, queries, k, metric, live)
-            return np.where(at >= 0, segment.ids[at], -1), similarities
+            return _ids_at(segment.ids, at), similarities
     wanted = min(k, count)
     filtered = count < rows
     if not segment.filters:
@@ -244,9 +265,7 @@ def _search_unfiltered(
             break
         ask *= _WIDEN
     similarities = np.where(good, similarities, -np.inf)
-    order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
-    ids = np.take_along_axis(np.where(good, ids, -1), order, 1)
-    similarities = np.take_along_axis(similarities, order, 1)
+    ids, similarities = best(np.where(good, ids, -1), similarities, k)
     if ids.shape[1] < k:
         pad = ((0, 0), (0, k - ids.shape[1]))
         ids = np.pad(ids, pad, constant_values=-1)
@@ -265,10 +284,10 @@ def _complete(
     similarities: NDArray[np.float32],
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Search exactly where an approximate index returned fewer than there are."""
-    short = np.flatnonzero((ids >= 0).sum(axis=1) < wanted)
-    if len(short):
+    if wanted and ids[:, wanted - 1].min(initial=0) < 0:
+        short = np.flatnonzero(ids[:, wanted - 1] < 0)
         exact_rows, exact = exact_search(segment.vectors, None, queries[short], k, metric, live)
-        ids[short] = np.where(exact_rows >= 0, segment.ids[exact_rows], -1)
+        ids[short] = _ids_at(segment.ids, exact_rows)
         similarities[short] = exact
     return ids, similarities
 

@@ -314,8 +314,9 @@ class _Copy:
                 "remove it, or choose a new folder"
             )
         if not resumable:
-            self._clear()
+            self._clear()  # durably, before a note calls it part of this copy
             with storage_errors("write", self.target / NOTE):
+                fs.sync_folder(self.target)
                 fs.write_atomically(self.target / NOTE, [json.dumps(wanted, indent=1).encode()])
         control = Control.map(self.target / folder.CONTROL, writable=True)
         try:
@@ -353,7 +354,7 @@ class _Copy:
         """Remove what an earlier copy of another state has left."""
         for path in sorted(self.target.rglob("*"), reverse=True):
             inside = path.relative_to(self.target).parts[0]
-            if inside in (folder.LOCKS, NOTE):
+            if inside in (folder.LOCKS, folder.CONTROL, NOTE):
                 continue
             with storage_errors("remove", path):
                 if path.is_dir() and not path.is_symlink():
@@ -373,27 +374,28 @@ class _Copy:
         content, words = self.content, control.words
         own = words[c.ADAPTER : c.ADAPTER + 8] if isinstance(words, memoryview) else None
         adapter, state = self._resumed(own) if resumable else (None, State())
+        if adapter is None:
+            self._clear()
+            with contextlib.closing(self._open(own, writable=True)) as made:
+                made.create(1)
+            adapter = self._open(own, writable=True)
+            state = _recovered(adapter, 0)
         with contextlib.ExitStack() as opened:
             if isinstance(own, memoryview):
                 opened.callback(own.release)
-            if adapter is None:
-                adapter = self._open(own, writable=True)
-                opened.callback(adapter.close)
-                adapter.create(content.next_lsn)
-                log = _Log(adapter, content.next_lsn)
+            opened.callback(adapter.close)
+            # Behind the numbers of the source, as after a crash that has left a gap.
+            log = _Log(adapter, max(state.lsn + 1, content.next_lsn))
+            adapter.start(log.next_lsn, state.lsn)
+            if not state.settings:
                 log.append(codec.encode_settings(content.state.settings))
-            else:
-                opened.callback(adapter.close)
-                adapter.start(state.lsn + 1, state.lsn)
-                log = _Log(adapter, state.lsn + 1)
             resumed = int(np.searchsorted(self.ids, state.next_id))
             self._step(resumed)
             for part in self._batches(resumed):
                 log.append(self._relogged(part))
                 self._step(part.stop - part.start)
-            carry = codec.encode_carry(content.carried())
-            if state.settings == {} or not _carries(state, content):
-                log.append(carry)
+            if not state.settings or not _carries(state, content):
+                log.append(codec.encode_carry(content.carried()))
             log.sync()
             last = log.next_lsn - 1
             adapter.finish(last)
@@ -406,10 +408,7 @@ class _Copy:
         adapter = self._open(own, writable=True)
         try:
             state = _recovered(adapter, 0)
-            ids = state.live_ids()
-            if state.settings == self.content.state.settings and np.array_equal(
-                ids, self.ids[: len(ids)]
-            ):
+            if _difference(self.content.state, state) is None:
                 return adapter, state
         except CorruptionError:
             pass  # nothing in it is needed
@@ -442,9 +441,9 @@ class _Copy:
         adapter = self._open(writable=False)
         with contextlib.closing(adapter):
             state = _recovered(adapter, lsn)
-            self._compare(content.state, state)
-            if not _carries(state, content):
-                raise self._differs("its receipts and numbers")
+            what = _difference(content.state, state)
+            if what is not None or state.count < len(self.ids) or not _carries(state, content):
+                raise self._differs(what or "the number of experiences, or of receipts,")
             self._done = len(self.ids)
             for part in self._batches(0):
                 ids = self.ids[part]
@@ -456,23 +455,6 @@ class _Copy:
                     if pins[0].read(i) != pins[1].read(i):
                         raise self._differs(f"the payload of experience {id_}")
                 self._step(len(ids))
-
-    def _compare(self, one: State, other: State) -> None:
-        here, there = one.live_slots(), other.live_slots()
-        for name in ("length", *codec.RELOG_COLUMNS):
-            left, right = getattr(one, name)[here], getattr(other, name)[there]
-            if left.tobytes() != right.tobytes():  # by bytes: NaN is a value, too
-                raise self._differs(f"the column {name!r}")
-        tags = [
-            [s.tag_sets[code] for code in s.tags[at].tolist()]
-            for s, at in ((one, here), (other, there))
-        ]
-        if tags[0] != tags[1]:
-            raise self._differs("the tags")
-        if one.rewards != other.rewards:
-            raise self._differs("the named rewards")
-        if one.settings != other.settings:
-            raise self._differs("the settings")
 
     def _differs(self, what: str) -> StorageError:
         return StorageError(
@@ -508,6 +490,26 @@ def _recovered(adapter: PersistenceAdapter, durable_lsn: int) -> State:
     for run in runs(adapter.recover(0, durable_lsn)):
         state.apply(*run)
     return state
+
+
+def _difference(source: State, target: State) -> str | None:
+    """What of a copy, as far as it has come, is not as in the source; None if all of it is."""
+    if source.settings != target.settings:
+        return "the settings"
+    here, there = source.live_slots()[: target.count], target.live_slots()
+    for name in ("length", *codec.RELOG_COLUMNS):
+        left, right = getattr(source, name)[here], getattr(target, name)[there]
+        if left.tobytes() != right.tobytes():  # by bytes: NaN is a value, too
+            return f"the column {name!r}"
+    tags = [
+        [side.tag_sets[code] for code in side.tags[slots].tolist()]
+        for side, slots in ((source, here), (target, there))
+    ]
+    if tags[0] != tags[1]:
+        return "the tags"
+    ids = target.live_ids().tolist()
+    named = {id_: source.rewards[id_] for id_ in ids if id_ in source.rewards}
+    return "the named rewards" if named != target.rewards else None
 
 
 def _carries(state: State, content: Content) -> bool:

@@ -5,6 +5,7 @@ Nothing here is waited for by a reader or a writer, and nothing here happens by 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from expbuf_core import control as c
 from expbuf_core import folder, indexing, snapshots
 from expbuf_core.config_schema import BufferConfig
-from expbuf_core.errors import ExpbufError
+from expbuf_core.errors import ExpbufError, StorageFull
 from expbuf_core.locks import holder
 from expbuf_core.relog import relog_draft
 
@@ -241,8 +242,10 @@ class Upkeep:
             lsn = words[c.SNAPSHOT_LSN]
             if words[c.APPENDED] > lsn:
                 self._move_survivors()
-                session.commit_log.switch()
-                session.commit_log.sync()
+                # Without room for another log the snapshot is as good; it only frees less.
+                with contextlib.suppress(StorageFull):
+                    session.commit_log.switch()
+                    session.commit_log.sync()
                 session.refresh()
                 lsn = self._write_snapshot()
             self._drop_logs()

@@ -116,7 +116,7 @@ def test_a_failed_sync_acknowledges_nothing(scene: Scene, drop: bool) -> None:
     assert len(other) == 3
     file = buffer.stats()["storage"]["current_file"]
     scene.fs.fail_sync(drop=drop)
-    with pytest.raises(StorageError, match="cannot sync|sync of the log failed"):
+    with pytest.raises(StorageError, match=r"cannot sync|sync of the log failed"):
         buffer.add(experience(3))
     for each in (buffer, other):
         check(each, [0, 1, 2])
@@ -287,8 +287,7 @@ def test_a_full_disk_at_a_write(scene: Scene, nth: int, partial: float) -> None:
             buffer.add(experience(serial, 300))
             serials.append(serial)
         except StorageFull as exc:
-            full += 1
-            assert exc.errno == errno.ENOSPC
+            full += exc.errno == errno.ENOSPC
         check(buffer, serials)
         check(other, serials)
     assert full == 1
@@ -318,11 +317,15 @@ def test_removing_works_on_a_full_disk(scene: Scene) -> None:
     add(buffer, range(5), 100)
     scene.fs.limit(0)
     serial = 5
-    with pytest.raises(StorageFull, match="free some room"):
-        while True:
+    fill: list[StorageFull] = []
+    while not fill:
+        assert serial < 1000
+        try:
             buffer.add(experience(serial, 500))
             serial += 1
-            assert serial < 1000
+        except StorageFull as exc:
+            fill.append(exc)
+    assert "free some room" in str(fill[0])
     serials = list(range(serial))
     check(buffer, serials)
     ids = buffer.ids()
@@ -406,13 +409,19 @@ def test_a_file_system_that_becomes_read_only(scene: Scene) -> None:
 # ---------------------------------------------------------------- a fault at every call
 
 
+def snapshots(buffer: ExperienceBuffer) -> None:
+    for serial in (100, 101):
+        buffer.save_snapshot()
+        buffer.add(experience(serial))
+
+
 def programs() -> dict[str, Callable[[ExperienceBuffer], None]]:
     return {
         "add": lambda b: add(b, range(100, 102)),
         "switch": lambda b: add(b, range(100, 130), 600),
         "large": lambda b: add(b, range(100, 101), 40_000),
         "snapshot": lambda b: (b.save_snapshot(), None)[1],
-        "snapshots": lambda b: [(b.save_snapshot(), add(b, range(i, i + 1))) for i in (100, 101)][0][1],
+        "snapshots": snapshots,
         "index": lambda b: (b.rebuild_index(), None)[1],
         "remove": lambda b: (b.remove(b.ids()[:1]), None)[1],
     }

@@ -234,7 +234,7 @@ def test_nothing_is_lost_where_nothing_is_damaged(
 def test_a_flipped_byte_anywhere(scenes: dict[str, Scene], name: str, home: Path) -> None:
     scene, rng = scenes[name], random.Random(name)
     files = [path for path in contents(scene.folder) if not path.startswith("locks")]
-    for _ in range(2000 if LONG else 70):
+    for _ in range(2000 if LONG else 40):
         path = rng.choice(files)
         raw = (scene.folder / path).read_bytes()
         at = rng.randrange(len(raw.rstrip(b"\0")) or 1)
@@ -362,7 +362,7 @@ def test_every_data_log_may_be_missing(scenes: dict[str, Scene], name: str, home
 def test_a_file_that_was_cut(scenes: dict[str, Scene], name: str, home: Path) -> None:
     scene, rng = scenes[name], random.Random(name)
     logs = sorted(scene.folder.glob("experience_data.*.wal"))
-    for _ in range(100 if LONG else 12):
+    for _ in range(100 if LONG else 10):
         path = rng.choice(logs)
         raw = path.read_bytes()
         at = rng.randrange(len(raw.rstrip(b"\0")))

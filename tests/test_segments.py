@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def write(folder: Path, name: str = "000001", fs: FileSystem | None = None) -> S
     )
 
 
-def open_it(folder: Path, info: SegmentInfo, live: np.ndarray | None = None) -> OpenSegment:
+def open_it(folder: Path, info: SegmentInfo, live: Any = None) -> OpenSegment:
     wanted = IDS if live is None else live
     return segments.open_segment(folder, info, DIM, BACKEND, wanted, filters=True)
 
@@ -99,8 +100,8 @@ def test_damage_is_noticed_before_it_is_used(tmp_path: Path, kind: str) -> None:
         with pytest.raises(CorruptionError, match="built again") as caught:
             open_it(tmp_path, info)
         assert caught.value.path == str(path)
-    for raw in (good[:-1], good + b"\0", good[:10], b""):
-        path.write_bytes(raw)
+    for other in (good[:-1], good + b"\0", good[:10], b""):
+        path.write_bytes(other)
         with pytest.raises(CorruptionError):
             open_it(tmp_path, info)
     path.unlink()
@@ -156,11 +157,13 @@ def test_every_changed_byte_of_a_manifest_is_noticed_or_harmless(tmp_path: Path)
             raw = bytearray(good)
             raw[at] ^= flip
             path.write_bytes(raw)
-            try:
-                assert segments.read_manifest(tmp_path) == wanted
-            except CorruptionError as exc:
-                assert exc.path == str(path)
-                assert segments.read_manifest_or_none(tmp_path) is None
+            found = segments.read_manifest_or_none(tmp_path)
+            if found is None:
+                with pytest.raises(CorruptionError) as caught:
+                    segments.read_manifest(tmp_path)
+                assert caught.value.path == str(path)
+            else:
+                assert found == wanted
     for end in range(len(good)):
         path.write_bytes(good[:end])
         assert segments.read_manifest_or_none(tmp_path) is None
@@ -182,7 +185,16 @@ def test_a_manifest_with_a_fitting_checksum_and_no_sense(tmp_path: Path) -> None
     from zlib import crc32
 
     (tmp_path / "index").mkdir()
-    for body in ([], 7, "x", {}, {"segments": 1}, {"segments": [{}]}, {"segments": [], "lsn": 1}):
+    bodies: list[Any] = [
+        [],
+        7,
+        "x",
+        {},
+        {"segments": 1},
+        {"segments": [{}]},
+        {"segments": [], "lsn": 1},
+    ]
+    for body in bodies:
         document = {"manifest": body, "crc": crc32(json.dumps(body, sort_keys=True).encode())}
         (tmp_path / "index" / "manifest.json").write_text(json.dumps(document))
         with pytest.raises(CorruptionError):

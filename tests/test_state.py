@@ -53,7 +53,7 @@ class Log:
             labels = {"tags": tags or [[]] * n, "keys": keys or [None] * n}
         body = codec.encode_add(
             AddBody(
-                timestamp=ids + 0.5,
+                timestamp=ids.astype(np.float64),
                 reward=np.full(n, np.nan) if rewards is None else np.asarray(rewards, float),
                 confidence=np.full(n, 0.25, np.float32),
                 priority=(ids + 1).astype(np.float32),
@@ -61,13 +61,13 @@ class Log:
                 labels=labels,
             )
         )
-        lengths = np.full(n, 100, np.uint32) + np.arange(n, dtype=np.uint32)
+        lengths = np.arange(100, 100 + n, dtype=np.uint32)
         self.last = self.apply(Operation(codec.ADD, body, 0, b"", lengths, lengths), first, lengths)
         self.next_id = first + n
-        return ids.tolist()
+        return list(range(first, first + n))
 
     def live(self) -> list[int]:
-        return self.state.live_ids().tolist()
+        return [int(id_) for id_ in self.state.live_ids()]
 
 
 def ids(*values: int) -> Any:
@@ -90,7 +90,7 @@ def test_an_add_fills_every_column() -> None:
     slot = state.find_one(third)
     assert state.location[slot] == log.lsn << 32
     assert state.length[slot] == 100
-    assert state.timestamp[slot] == 2.5
+    assert state.timestamp[slot] == 2
     assert state.reward[slot] == 2.0
     assert state.confidence[slot] == 0.25
     assert state.priority[slot] == 3.0
@@ -214,6 +214,17 @@ def test_a_smaller_size_evicts() -> None:
     assert log.settings(max_size=10).evicted == 0
 
 
+def test_dimensions_that_are_decided_stay_decided() -> None:
+    """Two processes may set something at once, one of them without having seen the first add."""
+    log = Log()
+    log.apply(codec.encode_settings({**log.sizes, "metric": "l2", "v_dim": None, "q_dim": None}))
+    log.apply(codec.encode_settings({**log.sizes, "metric": "l2", "v_dim": 4, "q_dim": 0}))
+    sizes = {**log.sizes, "max_size": 5}
+    log.apply(codec.encode_settings({**sizes, "metric": "l2", "v_dim": None, "q_dim": None}))
+    settings = log.state.settings
+    assert (settings["v_dim"], settings["q_dim"], settings["max_size"]) == (4, 0, 5)
+
+
 def test_reservations_are_remembered() -> None:
     log = Log()
     log.apply(codec.encode_reserve(500, 700))
@@ -254,9 +265,9 @@ def test_ids_never_come_again() -> None:
 
 def test_an_add_needs_a_payload_for_each() -> None:
     log = Log()
-    body = codec.encode_add(
-        AddBody(*(np.zeros(2),) * 2, *(np.zeros(2, np.float32),) * 2, np.zeros((2, 2), np.float32), None)
-    )  # fmt: skip
+    wide, narrow = np.zeros(2), np.zeros(2, np.float32)
+    vectors = np.zeros((2, 2), np.float32)
+    body = codec.encode_add(AddBody(wide, wide, narrow, narrow, vectors, None))
     with pytest.raises(CorruptionError, match="2 experiences with 0 payloads"):
         log.apply(Operation(codec.ADD, body, 0, b"", NO_ROWS, NO_ROWS))
 

@@ -41,7 +41,9 @@ class Bad(IndexSegment):
 class World:
     """Tiers, and the truth beside them."""
 
-    def __init__(self, folder: Path, metric: str, *, filters: bool = True, share: float = 1.0) -> None:
+    def __init__(
+        self, folder: Path, metric: str, *, filters: bool = True, share: float = 1.0
+    ) -> None:
         self.folder, self.metric, self.filters, self.share = folder, metric, filters, share
         self.tiers = IndexTiers(metric)
         self.rng = np.random.default_rng(1)
@@ -80,9 +82,7 @@ class World:
             fs=FileSystem(),
         )
         live = np.array(sorted(self.vectors), np.int64)
-        opened = segments.open_segment(
-            self.folder, info, DIM, backend, live, filters=self.filters
-        )
+        opened = segments.open_segment(self.folder, info, DIM, backend, live, filters=self.filters)
         if not self.filters:
             opened.index = Bad(opened.index, self.share)
         return opened
@@ -244,7 +244,9 @@ def test_where_vectors_are(tmp_path: Path) -> None:
     assert not world.tiers.holds(np.array([0, 1, 2, 10**6])).any()
     gather = world.tiers.gatherer(DIM)
     np.testing.assert_array_equal(gather(every), np.stack([world.vectors[i] for i in every]))
-    np.testing.assert_array_equal(gather(every[7:9]), np.stack([world.vectors[i] for i in every[7:9]]))
+    np.testing.assert_array_equal(
+        gather(every[7:9]), np.stack([world.vectors[i] for i in every[7:9]])
+    )
 
 
 def test_random_histories(tmp_path: Path, metric: str) -> None:

@@ -77,7 +77,9 @@ class AbsoluteReward:
 
 def _reward(batch: ScoringBatch) -> NDArray[np.float64]:
     """(n,) total rewards; 0 where unknown. Wide, so that scaling cannot overflow."""
-    return np.where(batch.reward_known, batch.total_reward, 0).astype(np.float64)
+    reward: NDArray[np.float64] = batch.total_reward.astype(np.float64)
+    reward[np.logical_not(batch.reward_known)] = 0
+    return reward
 
 
 def _uncertainty(batch: ScoringBatch) -> NDArray[np.float64]:

@@ -71,13 +71,15 @@ def operation(
     )
 
 
-def logged_again(lsn: int, *others: Stamped) -> Stamped:
-    """An operation that repeats payloads of others, each under its own id."""
+def relogged(lsn: int, rows: Sequence[bytes]) -> Stamped:
+    """An operation that repeats payloads, each under the id that it has."""
     body = random.Random(lsn).randbytes(40)
-    rows = b"".join(bytes(other.operation.rows) for other in others)
-    lengths = np.concatenate([other.operation.lengths for other in others])
-    seals = np.concatenate([other.operation.row_crcs for other in others])
-    return Stamped(lsn, 0, Operation(codec.RELOG, body, crc32(body), rows, lengths, seals))
+    lengths = np.array([len(row) for row in rows], np.uint32)
+    checked = [frames.check_row(row) for row in rows]
+    seals = np.array([found[1] for found in checked if found is not None], np.uint32)
+    return Stamped(
+        lsn, 0, Operation(codec.RELOG, body, crc32(body), b"".join(rows), lengths, seals)
+    )
 
 
 def without_rows(lsn: int, body: bytes = b"") -> Stamped:

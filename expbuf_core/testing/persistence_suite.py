@@ -53,10 +53,12 @@ from expbuf_core.testing.persistence_log import (
     assert_same,
     image,
     in_child,
-    logged_again,
     operation,
     outcome,
+    places_of,
     provider_of,
+    relogged,
+    rows_of,
     without_rows,
 )
 from expbuf_core.testing.recording import RecordingFileSystem
@@ -122,7 +124,9 @@ class PersistenceSuite:
         core = self.core(tmp_path).create().extend(60)
         core.append(without_rows(core.next_lsn))
         core.append(operation(core.next_lsn, 3, body_bytes=0, row_bytes=0))
-        core.append(logged_again(core.next_lsn, operation(200, 2), operation(100, 3)))
+        core.append(
+            relogged(core.next_lsn, [*rows_of(operation(200, 2)), *rows_of(operation(100, 3))])
+        )
         core.append()
         if self.durable():
             core = core.finish().reopen()
@@ -1070,6 +1074,27 @@ class PersistenceSuite:
         """P37: `stats` is JSON-like."""
         core = self.core(tmp_path).create().extend(5)
         json.dumps(core.adapter.stats())
+
+    def test_p38_survivors_move(self, tmp_path: Path) -> None:
+        """P38: what `survivors` names is logged again, and the old place may go."""
+        core = self.core(tmp_path).create()
+        self.churn(core, 60)
+        live = [lsn for lsn in core.wrote if lsn % 9 == 0 or lsn > 50]
+        ids, places = core.live(live)
+        rows = [row for lsn in live for row in rows_of(core.wrote[lsn])]
+        lengths = np.array([len(row) for row in rows], np.uint32)
+        moving = core.adapter.survivors(places, lengths)
+        assert moving.dtype == np.bool_, f"survivors gives {moving.dtype}"
+        assert moving.shape == places.shape, f"survivors gives {moving.shape} for {places.shape}"
+        if moving.any():
+            chosen = [rows[i] for i in np.flatnonzero(moving).tolist()]
+            (again,) = core.append(relogged(core.next_lsn, chosen))
+            places[moving] = places_of(again.location, lengths[moving])
+        core.extend(1).sync()
+        core.adapter.switch(core.next_lsn, core.durable)
+        core.adapter.drop_below(core.last, ids, places)
+        pin = core.adapter.pin(ids, places, lengths)
+        assert all(bytes(pin.read(i)) == row for i, row in enumerate(rows)), "a survivor is lost"
 
     # ------------------------------------------------------------ everywhere
 

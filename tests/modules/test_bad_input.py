@@ -29,9 +29,9 @@ from expbuf_core import (
     ConfigError,
     CorruptionError,
     DimensionError,
+    ExpbufError,
     Experience,
     ExperienceBuffer,
-    ExpbufError,
     HostInfo,
     InvalidExperience,
     NotEnoughExperiences,
@@ -53,7 +53,7 @@ BAD_NUMBERS = [NAN, INF, -INF, "0.5", None, True, np.True_, [], {}, object(), 1j
 def buffer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExperienceBuffer]:
     """Holds three experiences at first. What is refused leaves no trace, so all tests share it."""
     folder = tmp_path_factory.mktemp("bad_input") / "memory"
-    limits = {"max_experience_bytes": 4096, "max_commit_bytes": 100_000}
+    limits: Any = {"max_experience_bytes": 4096, "max_commit_bytes": 100_000}
     with ExperienceBuffer.open(folder, config=CONFIG, **limits) as made:
         add_all(made, range(3))
         yield made
@@ -330,7 +330,18 @@ def test_columns_without_embeddings(open_buffer: OpenBuffer) -> None:
 
 # ---------------------------------------------------------------- ids, outcomes, rewards
 
-BAD_IDS: list[Any] = [None, 1.5, [0, 1.5], "0", ["0"], [None], [True], True, object(), [[0], [1, 2]]]
+BAD_IDS: list[Any] = [
+    None,
+    1.5,
+    [0, 1.5],
+    "0",
+    ["0"],
+    [None],
+    [True],
+    True,
+    object(),
+    [[0], [1, 2]],
+]
 
 
 @pytest.mark.parametrize("bad", BAD_IDS)
@@ -383,7 +394,9 @@ def test_as_many_rewards_as_ids(buffer: ExperienceBuffer, bad: Any) -> None:
         buffer.update_rewards([0, 1], bad)
 
 
-@pytest.mark.parametrize("bad", [NAN, -0.1, 1.1, True, "all", [0.5], [0.5, 0.5, 2], object(), {0: 2}])
+@pytest.mark.parametrize(
+    "bad", [NAN, -0.1, 1.1, True, "all", [0.5], [0.5, 0.5, 2], object(), {0: 2}]
+)
 def test_a_bad_credit(buffer: ExperienceBuffer, bad: Any) -> None:
     with unchanged(buffer), pytest.raises(InvalidExperience, match="credit"):
         buffer.record_outcome([0, 1, 2], success=True, credit=bad)

@@ -46,7 +46,9 @@ def test_add_snapshot_add_kill_reopen(
     if indexed:
         assert worker("buffer.rebuild_index()")
     worker("buffer.save_snapshot()")
-    ids += worker("add_all(buffer, range(10, 15)) + buffer.add_many(columns(range(15, 18))).tolist()")
+    ids += worker(
+        "add_all(buffer, range(10, 15)) + buffer.add_many(columns(range(15, 18))).tolist()"
+    )
     receipt = worker("str(find(buffer, 12, k=4).receipt)")
     assert worker(f"buffer.record_outcome({receipt!r}, success=True)") == 4
     worker(f"buffer.update_rewards({ids[4:6]}, [1.5, {{'a': -2.0}}])")
@@ -78,7 +80,9 @@ def test_killed_again_and_again(open_buffer: OpenBuffer, folder: Path) -> None:
     for round_ in range(6):
 
         def child(start: int = 10 * round_) -> None:
-            with_killed = ExperienceBuffer.open(folder, index={"backend": "exact", "builder": "off"})
+            with_killed = ExperienceBuffer.open(
+                folder, index={"backend": "exact", "builder": "off"}
+            )
             assert answers(with_killed) == expected(range(max(0, start - 40), start))
             add_all(with_killed, range(start, start + 10))
             if start % 20:

@@ -195,9 +195,14 @@ def test_close_ends_it_and_may_be_repeated(buffer: ExperienceBuffer) -> None:
 
 def test_the_context_manager_closes_also_after_an_error(open_buffer: OpenBuffer) -> None:
     buffer = open_buffer()
-    with pytest.raises(ZeroDivisionError), buffer:
-        buffer.add(experience(1))
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with buffer:
+            buffer.add(experience(1))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     with pytest.raises(BufferClosed):
         len(buffer)
     with open_buffer() as again:
@@ -235,7 +240,7 @@ def test_everything_in_an_experience_comes_back(buffer: ExperienceBuffer) -> Non
         timestamp=1_700_000_000.5,
     )
     id_ = buffer.add(given, priority=0.125)
-    found = buffer.get(id_)
+    found: Any = buffer.get(id_)
     assert found.id == id_
     np.testing.assert_array_equal(found.v_embed, given.v_embed)
     np.testing.assert_array_equal(found.q_embed, given.q_embed)
@@ -259,7 +264,7 @@ def test_everything_in_an_experience_comes_back(buffer: ExperienceBuffer) -> Non
 
 def test_what_is_left_out_has_a_default(buffer: ExperienceBuffer) -> None:
     before = time.time()
-    found = buffer.get(buffer.add(Experience(v_embed=vector(1), q_embed=vector(2))))
+    found: Any = buffer.get(buffer.add(Experience(v_embed=vector(1), q_embed=vector(2))))
     assert before <= found.timestamp <= time.time()
     assert found.confidence == 1.0
     assert found.rewards is None
@@ -313,7 +318,7 @@ def test_later_changes_to_what_was_added_change_nothing(buffer: ExperienceBuffer
 
 
 def test_add_many_takes_objects_in_one_commit(buffer: ExperienceBuffer) -> None:
-    lsn = buffer.add(experience(0)) and buffer.lsn
+    buffer.add(experience(0))
     lsn = buffer.lsn
     ids = buffer.add_many(experience(i) for i in range(1, 6))
     assert ids.dtype == np.int64
@@ -382,7 +387,9 @@ def test_priorities_are_given_for_some(buffer: ExperienceBuffer) -> None:
     assert [buffer.get(int(i)).priority for i in ids] == [0.5, 2.0]
 
 
-@pytest.mark.parametrize("nothing", [[], (), {"v_embed": np.empty((0, DIM)), "q_embed": np.empty((0, DIM))}])  # fmt: skip
+@pytest.mark.parametrize(
+    "nothing", [[], (), {name: np.empty((0, DIM)) for name in ("v_embed", "q_embed")}]
+)
 def test_adding_nothing_writes_nothing(buffer: ExperienceBuffer, nothing: Any) -> None:
     buffer.add(experience(0))
     with unchanged(buffer):
@@ -566,8 +573,9 @@ def test_update_priorities(buffer: ExperienceBuffer) -> None:
 
 def test_update_rewards_recomputes_the_priority(buffer: ExperienceBuffer) -> None:
     ids = add_all(buffer, range(3))
-    before = buffer.get(ids[0]).priority
-    assert buffer.update_rewards(ids[:2], [1.0, {"right": 0.5, "brief": 0.25}]) == 2
+    before: Any = buffer.get(ids[0]).priority
+    later: list[Any] = [1.0, {"right": 0.5, "brief": 0.25}]
+    assert buffer.update_rewards(ids[:2], later) == 2
     assert buffer.get(ids[0]).total_reward == 1.0
     assert buffer.get(ids[0]).priority == pytest.approx(before + 0.4, abs=1e-4)
     assert buffer.get(ids[1]).rewards == {"right": 0.5, "brief": 0.25}
@@ -583,7 +591,8 @@ def test_updates_survive_reopening_and_snapshots(open_buffer: OpenBuffer) -> Non
     with open_buffer() as buffer:
         ids = add_all(buffer, range(4))
         buffer.update_priorities(ids[:1], [7.0])
-        buffer.update_rewards(ids[1:3], [1.5, {"a": 1.0}])
+        later: list[Any] = [1.5, {"a": 1.0}]
+        buffer.update_rewards(ids[1:3], later)
         buffer.record_outcome(ids[:2], success=True, credit=[0.5, 1.0])
         before = contents(buffer)
     with open_buffer() as buffer:

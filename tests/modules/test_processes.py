@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import os
 import pickle
 import shutil
@@ -124,7 +125,7 @@ def test_threads_write_and_search(open_buffer: OpenBuffer) -> None:
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         made = list(pool.map(write, range(0, 100, 25), timeout=TIMEOUT_S))
-    assert sorted(sum(made, [])) == buffer.ids().tolist()
+    assert sorted(itertools.chain(*made)) == buffer.ids().tolist()
     assert sorted(answers(buffer)) == sorted(expected(range(100)))
     assert all(ids == sorted(ids) for ids in made)
 
@@ -200,9 +201,11 @@ def test_several_writers_share_one_order(
         Worker(folder, {"durability": durability}) as two,
     ):
         one.start("add_all(buffer, range(1000, 1040))")
-        two.start("[buffer.add_many(columns(range(i, i + 4))).tolist() for i in range(2000, 2040, 4)]")
+        two.start(
+            "[buffer.add_many(columns(range(i, i + 4))).tolist() for i in range(2000, 2040, 4)]"
+        )
         mine = add_all(buffer, range(30))
-        theirs = one.result(), sum(two.result(), [])
+        theirs: tuple[list[int], list[int]] = one.result(), [*itertools.chain(*two.result())]
         for ids in (mine, *theirs):
             assert ids == sorted(ids)
         assert sorted([*mine, *theirs[0], *theirs[1]]) == buffer.ids().tolist()
@@ -234,7 +237,8 @@ def test_scripts_without_a_main_guard(open_buffer: OpenBuffer, folder: Path) -> 
     script = f"""
 import numpy as np
 from expbuf_core import Experience, ExperienceBuffer
-buffer = ExperienceBuffer.open({str(folder)!r}, index={{"backend": "exact", "rebuild_every": 20, "idle_s": 0.2}})
+index = {{"backend": "exact", "rebuild_every": 20, "idle_s": 0.2}}
+buffer = ExperienceBuffer.open({str(folder)!r}, index=index)
 for i in range(50):
     buffer.add(Experience(v_embed=np.eye(60, dtype=np.float32)[i], answer=i))
 """

@@ -22,7 +22,14 @@ from module_helpers import (
 )
 from numpy.typing import NDArray
 
-from expbuf_core import ConfigError, Experience, ExperienceBuffer, Hit
+from expbuf_core import (
+    ConfigError,
+    Experience,
+    ExperienceBuffer,
+    Hit,
+    InvalidExperience,
+    NotEnoughExperiences,
+)
 from expbuf_core.results import Receipt
 
 
@@ -194,7 +201,8 @@ def test_search_many_is_the_same_as_one_by_one(buffer: ExperienceBuffer) -> None
     q = np.stack([vector(300 + i) for i in range(7)])
     batch = buffer.search_many(v_embed=v, q_embed=q, k=5, exclude=[3])
     assert batch.ids.shape == batch.similarities.shape == (7, 5)
-    assert (batch.ids.dtype, batch.similarities.dtype) == (np.int64, np.float32)
+    assert batch.ids.dtype == np.int64
+    assert batch.similarities.dtype == np.float32
     for i in range(7):
         one = buffer.search_index(v_embed=v[i], q_embed=q[i], k=5, exclude=[3])
         assert batch.ids[i].tolist() == one.ids.tolist()
@@ -297,7 +305,7 @@ def test_draws_follow_the_priorities(buffer: ExperienceBuffer) -> None:
 
 def test_beta_0_turns_the_correction_off(buffer: ExperienceBuffer) -> None:
     assert (buffer.sample(16, beta=0).is_weights == 1).all()
-    assert (buffer.sample(16, beta=np.float32(0)).is_weights == 1).all()
+    assert (buffer.sample(16, beta=float(np.float32(0))).is_weights == 1).all()
 
 
 @pytest.mark.parametrize("uniform", [False, True])
@@ -492,3 +500,44 @@ def test_decoded_embeddings_cannot_be_changed_by_accident(buffer: ExperienceBuff
         array[:] = 0
     assert finds(buffer, 3)
     np.testing.assert_array_equal(buffer.get(int(buffer.ids()[3])).v_embed, vector(3))
+
+
+# ---------------------------------------------------------------- conditions
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_where_still_gives_k(buffer: ExperienceBuffer, indexed: bool) -> None:
+    ids = buffer.ids()
+    buffer.update_rewards(ids[::2], np.arange(10.0))
+    if indexed:
+        buffer.rebuild_index()
+    every = find(buffer, 3, k=20).ids.tolist()
+    wanted = [id_ for id_ in every if buffer.get(id_).total_reward]
+    result = find(buffer, 3, k=5, where=lambda c: c.reward > 0)
+    assert result.ids.tolist() == wanted[:5]
+    assert find(buffer, 3, k=50, where=lambda c: c.reward > 0).ids.tolist() == wanted
+    left = find(buffer, 3, k=50, where=lambda c: c.reward > 0, exclude=wanted[:2])
+    assert left.ids.tolist() == wanted[2:]
+    assert len(find(buffer, 3, k=5, where=lambda c: c.reward > 99)) == 0
+    one = np.stack([vector(3)]), np.stack([vector(1_000_003)])
+    many = buffer.search_many(v_embed=one[0], q_embed=one[1], k=5, where=lambda c: c.reward > 0)
+    assert many.ids[0].tolist() == wanted[:5]
+
+
+def test_sampling_where(buffer: ExperienceBuffer) -> None:
+    ids = buffer.ids()
+    batch = buffer.sample(50, where=lambda c: c.id >= ids[15])
+    assert set(batch.ids.tolist()) == set(ids[15:].tolist())
+    np.testing.assert_allclose(batch.probabilities, 0.2)
+    with pytest.raises(NotEnoughExperiences):
+        buffer.sample(1, where=lambda c: c.id < 0)
+
+
+@pytest.mark.parametrize(
+    "bad", [7, "reward > 0", lambda c: True, lambda c: c.reward, lambda c: [True]]
+)
+def test_what_is_no_condition(buffer: ExperienceBuffer, bad: Any) -> None:
+    with pytest.raises(InvalidExperience):
+        find(buffer, 3, where=bad)
+    with pytest.raises(InvalidExperience):
+        buffer.sample(2, where=bad)

@@ -100,11 +100,16 @@ class FilePersistenceAdapter(PersistenceAdapter):
     def start(self, lsn: int, recovered_lsn: int) -> None:
         state = self._reader
         # What was recovered may stand in the page cache only. It counts as durable from here on.
-        for number in state.scanned:
+        for number, end in state.scanned.items():
             path = layout.path_of(self._folder, layout.DATA, number)
             with storage_errors("sync", path):
                 fd = self._fs.open(path)
                 try:
+                    # After a sync that failed, the system calls pages clean that never reached the
+                    # disk: writing them again makes the next sync an honest one.
+                    for at in range(state.unproven.get(number, end), end, len(_ZEROS)):
+                        part = os.pread(fd, min(len(_ZEROS), end - at), at)
+                        self._fs.pwrite(fd, part, at)
                     self._fs.fdatasync(fd)
                 finally:
                     self._fs.close(fd)
@@ -292,11 +297,9 @@ class FilePersistenceAdapter(PersistenceAdapter):
                     finally:
                         self._fs.close(fd)
         except StorageError as exc:
-            # A successor that names this place would hide what is appended here from now on.
-            with storage_errors("remove", layout.path_of(self._folder, layout.DATA, number)):
-                self._logs.unlink(layout.DATA, number)
-            self._undo(current.data_fd, data_at, data_at + layout.END_BYTES, exc)
-            raise
+            # Half of it may stand. To undo it in an order that no crash can spoil is not possible;
+            # to go on in a new log is.
+            raise LogInterrupted(str(exc)) from exc
         self._set_end(number, data_begin, index_begin)
         self._current()
 
@@ -425,20 +428,15 @@ class FilePersistenceAdapter(PersistenceAdapter):
     def pin(
         self, ids: NDArray[np.int64], locations: NDArray[np.int64], lengths: NDArray[np.uint32]
     ) -> Pin:
-        places = locations.tolist()
         files: dict[int, LogFile] = {}
-        for place in places:
-            number = place >> layout.OFFSET_BITS
-            if number not in files:
-                try:
-                    files[number] = self._salvaged.get(number) or self._logs.shared(
-                        layout.DATA, number
-                    )
-                except StorageError as exc:
-                    if isinstance(exc.__cause__, FileNotFoundError):
-                        raise LogGone from exc
-                    raise
-        return FilePin(files, places, lengths.tolist())
+        for number in set((locations >> layout.OFFSET_BITS).tolist()):
+            try:
+                files[number] = self._salvaged.get(number) or self._logs.shared(layout.DATA, number)
+            except StorageError as exc:
+                if isinstance(exc.__cause__, FileNotFoundError):
+                    raise LogGone from exc
+                raise
+        return FilePin(files, locations, lengths)
 
     # ------------------------------------------------------------ upkeep
 

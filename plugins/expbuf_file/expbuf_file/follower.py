@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from expbuf_core import frames
 from expbuf_core.contracts import Buffer, LogFollower, LoggedOperation, LogGone, Pin
 from expbuf_core.errors import CorruptionError
@@ -111,13 +114,18 @@ class FileFollower(LogFollower):
 class FilePin(Pin):
     """Holds the log files open: a file that is deleted stays readable until the last reference."""
 
-    def __init__(self, files: dict[int, LogFile], places: list[int], lengths: list[int]) -> None:
+    def __init__(
+        self,
+        files: dict[int, LogFile],
+        places: NDArray[np.int64],
+        lengths: NDArray[np.uint32],
+    ) -> None:
         self._files = files
         self._places = places
         self._lengths = lengths
 
     def read(self, i: int) -> Buffer:
-        place, length = self._places[i], self._lengths[i]
+        place, length = int(self._places[i]), int(self._lengths[i])
         file = self._files[place >> layout.OFFSET_BITS]
         offset = place & (layout.MAX_FILE_BYTES - 1)
         with storage_errors("read", file.path):
@@ -130,3 +138,8 @@ class FilePin(Pin):
                 offset=offset + len(raw),
             )
         return raw
+
+    def where(self, i: int) -> tuple[str, int]:
+        place = int(self._places[i])
+        file = self._files[place >> layout.OFFSET_BITS]
+        return str(file.path), place & (layout.MAX_FILE_BYTES - 1)

@@ -17,7 +17,8 @@ from expbuf_core.errors import CorruptionError
 from expbuf_core.filesystem import storage_errors
 from expbuf_file import layout
 
-_WINDOW = 1 << 20
+_FIRST_WINDOW = 1 << 14
+_LAST_WINDOW = 1 << 20
 _NO_LENGTHS: NDArray[np.uint32] = np.empty(0, np.uint32)
 
 
@@ -67,8 +68,10 @@ class LogFile:
         # Given: the stored one is damaged.
         self.header = header or layout.read_header(self.fd, self.path, uuid)
         self.salt_crc = crc32(self.header.salt)
-        self._window = memoryview(b"")
+        self._window = memoryview(b"")  # its first bytes, `_filled`, stand at `_window_at`
         self._window_at = 0
+        self._filled = 0
+        self._ahead = _FIRST_WINDOW
 
     def __del__(self) -> None:
         fd = getattr(self, "fd", -1)
@@ -81,17 +84,33 @@ class LogFile:
         return os.fstat(self.fd).st_size
 
     def read(self, offset: int, length: int) -> memoryview:
-        """Up to `length` bytes; shorter at the end of the file. Reads ahead."""
+        """Up to `length` bytes; shorter at the end of the file. Valid until the next call.
+
+        Reads ahead, further and further.
+        """
         at = offset - self._window_at
-        if at < 0 or at + length > len(self._window):
-            with storage_errors("read", self.path):
-                self._window = memoryview(os.pread(self.fd, max(length, _WINDOW), offset))
-            self._window_at, at = offset, 0
-        return self._window[at : at + length]
+        if at < 0 or at + length > self._filled:
+            self._fill(offset, length)
+            at = 0
+        return self._window[at : min(at + length, self._filled)]
+
+    def _fill(self, offset: int, length: int) -> None:
+        size = max(length, self._ahead)
+        self._ahead = min(4 * self._ahead, _LAST_WINDOW)
+        at = offset - self._window_at
+        known = bytes(self._window[at : self._filled]) if at >= 0 else b""
+        if len(self._window) < size:
+            self._window = memoryview(bytearray(size))
+        self._window[: len(known)] = known
+        with storage_errors("read", self.path):
+            behind = [self._window[len(known) : size]]
+            self._filled = len(known) + os.preadv(self.fd, behind, offset + len(known))
+        self._window_at = offset
 
     def forget(self) -> None:
         """Drop what was read ahead: the file grows."""
-        self._window = memoryview(b"")
+        self._filled = 0
+        self._ahead = _FIRST_WINDOW
 
     def begin(self) -> Begin | None:
         """The link to the log before, or None while the file is unused (or its link damaged)."""
@@ -146,7 +165,7 @@ class LogFile:
             if table is None:
                 at = offset + start + header.body_len
                 return BadFrame(offset, at, "checksum mismatch in the row table")
-            lengths = table["length"]
+            lengths = table["length"].copy()
             if sum(lengths.tolist()) != header.rows_len:
                 return BadFrame(offset, offset, "row lengths that contradict the header")
             if rows:

@@ -12,7 +12,7 @@ from pathlib import Path
 from expbuf_core.contracts import Appended, Buffer, Stamped
 from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_file import layout
-from expbuf_file.logfile import Begin, LogFile
+from expbuf_file.logfile import BadFrame, Begin, LogFile
 from expbuf_file.writing import begin_frame, lay_out, pages
 
 _ZEROS = bytes(1 << 20)
@@ -96,9 +96,15 @@ class LogFolder:
     def begin(self, number: int) -> Begin | None:
         begin = self.begins.get(number)
         if begin is None:
-            begin = self.open(layout.DATA, number).begin()
+            file = self.open(layout.DATA, number)
+            begin = file.begin()
             if begin is not None:
                 self.begins[number] = begin
+            elif file.header.flags & layout.BORN_IN_USE:
+                at, size = layout.HEADER_BYTES, file.size()
+                if size < file.header.size and size < at + layout.END_BYTES:
+                    raise file.corrupt(BadFrame(at, size, "the file was cut"), 0)
+                raise file.corrupt(BadFrame(at, at, "the first frame is damaged"), 0)
         return begin
 
     def open(self, log: str, number: int) -> LogFile:

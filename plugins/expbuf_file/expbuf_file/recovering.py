@@ -20,7 +20,8 @@ class LogReader:
         number: File that it stands in.
         end: Where it ends there.
         torn_bytes: Behind it, and left out.
-        scanned: Files that were read.
+        scanned: Files that were read, each with the end of what is intact in it.
+        unproven: Where in a file the operations begin that this boot never called durable.
     """
 
     def __init__(self, logs: LogFolder) -> None:
@@ -29,7 +30,8 @@ class LogReader:
         self.number = 0
         self.end = 0
         self.torn_bytes = 0
-        self.scanned: list[int] = []
+        self.scanned: dict[int, int] = {}
+        self.unproven: dict[int, int] = {}
 
     def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
         """See `PersistenceAdapter.recover`."""
@@ -64,8 +66,8 @@ class LogReader:
         """Yield a file's operations; return whether it ends where it should."""
         file = self._logs.open(layout.DATA, number)
         begin = self._logs.begins[number]
-        self.scanned.append(number)
         self.number, self.end = number, begin.end
+        self.scanned[number] = begin.end
         size = file.size()
         limit = successor.previous_end if successor else size
         lsn = begin.lsn
@@ -95,11 +97,13 @@ class LogReader:
                 break
             else:
                 lsn += 1
+                if 0 < durable_lsn < header.lsn:
+                    self.unproven.setdefault(number, found.offset)
                 if header.lsn > self.last_lsn:
                     self.last_lsn = header.lsn
                     self.end = found.end
                     yield file.operation(found)
-            self.end = found.end
+            self.end = self.scanned[number] = found.end
         if size < (limit if successor else file.header.size) and not sealed:
             # Sizes are made durable before a file is used: this is no torn tail.
             raise file.corrupt(BadFrame(self.end, size, "the file was cut"), lsn)
@@ -128,8 +132,6 @@ class LogReader:
         for later in layout.numbers(self._logs.path, layout.DATA):
             if later > number:
                 file = self._logs.open(layout.DATA, later)
-                if file.header.flags & layout.BORN_IN_USE and self._logs.begin(later) is None:
-                    at = layout.HEADER_BYTES
-                    raise file.corrupt(BadFrame(at, at, "the first frame is damaged"), 0)
+                self._logs.begin(later)  # raises where its first frame must be there and is not
                 proof = max(proof, file.proof(layout.HEADER_BYTES, file.size()))
         return proof

@@ -24,6 +24,8 @@ def verify_file(
     if begin is None:
         if file.header.flags & layout.BORN_IN_USE or file.proof(at, file.size()):
             yield Problem(path, at, f"{file.path.name}: the first frame is damaged", True)
+        elif file.size() < file.header.size:
+            yield Problem(path, file.size(), f"{file.path.name}: the file was cut", True)
         return
     size = file.size()
     limit = size if end is None else end

@@ -56,6 +56,7 @@ from expbuf_lmdb.environment import (
 from expbuf_lmdb.follower import LMDBFollower, LMDBPin
 from expbuf_lmdb.layout import (
     BASE,
+    DRAINED,
     END,
     GENERATION,
     LAST,
@@ -114,6 +115,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         self._recovered = Recovered(0)
         self._drained = (0, STAGE_HEADER_BYTES)  # generation and offset: LMDB has what is before
         self._data_fd = -1
+        self._room_until = 0  # frames up to this address will find room in LMDB's file
 
     @property
     def words(self) -> Words:
@@ -197,12 +199,12 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         """A creation that was interrupted leaves no experiences; what has some was a buffer."""
         if not self.path.exists():
             return
+        settings = self._settings
+        env = acquire(self.path, PRIVATE, settings.map_bytes, settings.max_readers)
         try:
-            found = self._environment().stats()["rows"]
-        except StorageError as exc:
-            raise layout.corrupt(
-                self.path, f"something is there and cannot be read ({exc})"
-            ) from exc
+            found = env.stats()["rows"]
+        finally:
+            release(env)
         if found:
             raise layout.corrupt(
                 self.path, f"{found} experiences are there, and no buffer is; restore its identity"
@@ -219,7 +221,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
                 lock=False,
                 map_size=self._settings.map_bytes,
                 max_dbs=layout.DATABASES,
-                mode=0o644,
+                mode=0o666,
                 lib_version=0,
             )
             try:
@@ -252,6 +254,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         words[LAST] = last
         words[BASE] = header.base
         words[END] = STAGE_HEADER_BYTES
+        words[DRAINED] = STAGE_HEADER_BYTES
         words[GENERATION] = header.generation
 
     def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
@@ -288,14 +291,15 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         self._private_words = None
         self._set_words(header, recovered_lsn, recovered_lsn)
         self._environment().clear_dead_readers()
-        self._make_room(0, rows=False)
+        self._room_until = 0
+        self._make_room(base, 0, rows=False)
 
     def _start(
         self, txn: Txn, tables: Tables, lsn: int, recovered_lsn: int, generation: int
     ) -> None:
         found, store = self._recovered, self.store
         state = store.state(txn, tables)
-        stored = store.last_lsn(txn, tables, state)
+        stored = store.last_lsn(txn, tables)
         if found.stage is not None:
             stage = found.stage
             for frame in self.stage.frames(
@@ -319,7 +323,9 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         words, salt = self.words, self._salt()
         generation, base, start = words[GENERATION], words[BASE], words[END]
         parts, places, end = self._laid_out(stamped, salt, generation, base, start, durable_lsn)
-        self._make_room(end - start, rows=any(len(item.operation.lengths) for item in stamped))
+        if base + end > self._room_until:
+            rows = any(len(item.operation.lengths) for item in stamped)
+            self._make_room(base + end, end - start, rows=rows)
         if end > self._stage_bytes():
             if end - start > self._stage_bytes() - STAGE_HEADER_BYTES:
                 return self._append_directly(stamped, parts, places, end - start)
@@ -416,6 +422,8 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         stored, generation, at = self._write(self._put_staged)
         self._note_stored(stored)
         self._drained = (generation, at)
+        if words[GENERATION] == generation:
+            words[DRAINED] = at
 
     def _note_stored(self, lsn: int) -> None:
         # Two may do this at once; then the lower one may win, which is true as well.
@@ -431,8 +439,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         The stage is not begun anew meanwhile: that waits until LMDB has all of it.
         """
         words, store = self.words, self.store
-        state = store.state(txn, tables)
-        stored = store.last_lsn(txn, tables, state)
+        stored = store.last_lsn(txn, tables)
         generation, end, base = words[GENERATION], words[END], words[BASE]
         at = self._drained[1] if self._drained[0] == generation else STAGE_HEADER_BYTES
         if stored >= words[LAST] or not generation:
@@ -483,31 +490,28 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
 
     # ------------------------------------------------------------ room on the disk
 
-    def _make_room(self, size: int, *, rows: bool) -> None:
-        """See that LMDB will find room for this and all that is staged (append lock held).
+    def _make_room(self, address: int, size: int, *, rows: bool) -> None:
+        """See that LMDB will find room for everything up to this address (append lock held).
 
         So a full disk shows before anything was written, and a sync need not fail of it.
         """
-        words = self.words
-        if words[STORED] < words[LAST]:
-            own = self._drained[0] == words[GENERATION]
-            size += max(0, words[END] - (self._drained[1] if own else STAGE_HEADER_BYTES))
         # A row takes whole pages, where it does not fit into half of one.
-        wanted = 2 * size + _TAIL
-        wanted += _RESERVE if rows else 0
-        env = self._environment()
+        wanted = 2 * (size + self._undrained()) + _TAIL + (_RESERVE if rows else 0)
+        used = self._environment().used_bytes()
         with storage_errors("read", self.path):
             have = os.fstat(self._data_descriptor()).st_size
-        lacking = env.used_bytes() + wanted - have
-        if lacking > 0:
+        if used + wanted > have:
             try:
-                self._extend(lacking, have)
+                have += self._extend(used + wanted - have, have)
             except StorageFull:
                 if rows:
                     raise
+                return
+        # Not asked again before others and we have appended half of what is left.
+        self._room_until = address + max(0, have - used - wanted - _RESERVE) // 2
 
-    def _extend(self, lacking: int, have: int) -> None:
-        """Let the file grow by written zeros, at least by so many."""
+    def _extend(self, lacking: int, have: int) -> int:
+        """Let the file grow by written zeros, at least by so many; by how many."""
         step = min(max(have // 4, _ROOM_STEP), _MOST_ROOM_AHEAD)
         grow = (lacking + step - 1) // step * step
 
@@ -520,6 +524,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
                     self._fs.pwrite(fd, bytes(min(_ROOM_STEP, end + grow - at)), at)
 
         self._write(extend)
+        return grow
 
     def _data_descriptor(self) -> int:
         if self._data_fd < 0:
@@ -527,10 +532,14 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
                 self._data_fd = self._fs.open(self.path)
         return self._data_fd
 
-    def needs_preparation(self) -> bool:
+    def _undrained(self) -> int:
+        """Bytes in the stage that LMDB does not have."""
         words = self.words
+        return 0 if words[STORED] >= words[LAST] else max(0, words[END] - words[DRAINED])
+
+    def needs_preparation(self) -> bool:
         # At "os" nobody syncs: without this an append would have to wait for LMDB now and then.
-        return words[STORED] < words[LAST] and words[END] > self._settings.stage_bytes // 2
+        return self._undrained() > self._settings.stage_bytes // 2
 
     def prepare(self) -> None:
         self._drain()
@@ -550,7 +559,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         """Take over what is kept, delete what is not; where and how the next stage begins."""
         words, store = self.words, self.store
         state = store.state(txn, tables)
-        stored = store.last_lsn(txn, tables, state)
+        stored = store.last_lsn(txn, tables)
         address = max(store.end_address(txn, tables, state), words[BASE] + words[END])
         for frame in self.staged(words[GENERATION], STAGE_HEADER_BYTES, words[END]):
             if stored < frame.header.lsn <= keep_lsn:
@@ -646,7 +655,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         address = store.dropping_from(txn, tables, state, lsn)
         # Operations behind `lsn` may all be in the stage.
         end = store.end_address(txn, tables, state)
-        floor = max(state.floor, min(lsn, store.last_lsn(txn, tables, state)))
+        floor = max(state.floor, min(lsn, store.last_lsn(txn, tables)))
         store.put_state(txn, tables, state._replace(floor=floor, address=max(end, state.address)))
         with txn.cursor(db=tables.meta) as cursor:  # begins that nobody can come to any more
             found = cursor.set_range(layout.BEGIN_PREFIX)

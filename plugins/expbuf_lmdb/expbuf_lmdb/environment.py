@@ -15,6 +15,7 @@ import os
 import struct
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -133,6 +134,7 @@ class Environment:
             except lmdb.MapResizedError:  # another process has grown it since we looked
                 self._env.set_mapsize(0)
                 self.tables = Tables(self._env)
+            self._map_size = self._env.info()["map_size"]
         except lmdb.ReadonlyError as exc:
             raise StorageError(f"cannot open {self.path}: {exc}") from exc
         except lmdb.NotFoundError as exc:
@@ -149,6 +151,7 @@ class Environment:
                 map_size=self._map_bytes,
                 max_dbs=layout.DATABASES,
                 max_readers=self._max_readers,
+                mode=0o666,
                 # A reader that is kept for later would hold its place over a fork.
                 max_spare_txns=0,
                 readonly=mode != WRITING,
@@ -192,18 +195,12 @@ class Environment:
         for attempt in range(_TRIES):
             self._gate.enter()
             try:
-                with self._env.begin() as txn:
-                    if self._mode != PRIVATE:
-                        return work(txn, self.tables)
-                    state = txn.id()
-                    try:
-                        result = work(txn, self.tables)
-                    except (lmdb.Error, StorageError):
-                        if not self._reused_since(state):
-                            raise
-                        continue
-                    if not self._reused_since(state):
-                        return result
+                state, result, error = self._read_once(work)
+                if self._mode == PRIVATE and self._reused_since(state):
+                    continue
+                if error is not None:
+                    raise error
+                return result  # type: ignore[return-value]
             except lmdb.MapResizedError:
                 pass
             except lmdb.ReadersFullError as exc:
@@ -222,6 +219,24 @@ class Environment:
             self._adopt_map()
         raise StorageError(f"{self.path}: changes faster than it can be read")
 
+    def _read_once(
+        self, work: Callable[[Txn, Tables], T]
+    ) -> tuple[int, T | None, lmdb.Error | StorageError | None]:
+        """Number of the state that was read, and the result or the error."""
+        txn = self._env.begin()
+        try:
+            return txn.id(), work(txn, self.tables), None
+        except BaseException as exc:
+            # A transaction has its place among the readers until nothing refers to it, and what
+            # keeps an exception keeps the frames it came through.
+            traceback.clear_frames(exc.__traceback__)
+            if isinstance(exc, lmdb.Error | StorageError):
+                return txn.id(), None, exc
+            raise
+        finally:
+            txn.abort()
+            del txn
+
     def _reused_since(self, state: int) -> bool:
         """Whether pages of this state may have been written over.
 
@@ -238,7 +253,7 @@ class Environment:
         for _ in range(_TRIES):
             self._gate.enter()
             try:
-                size = self._env.info()["map_size"]
+                size = self._map_size
                 with self._env.begin(write=True) as txn:
                     return work(txn, self.tables)
             except lmdb.MapFullError:
@@ -275,12 +290,13 @@ class Environment:
         with self._gate.alone():
             # Readers that died hold pages that could be reused instead.
             self._env.reader_check()
-            if self._env.info()["map_size"] == size:
+            if self._map_size == size:
                 self._set_map(size + min(size, _GROWN_AT_ONCE))
 
     def _set_map(self, size: int) -> None:
         try:
             self._env.set_mapsize(size)
+            self._map_size = self._env.info()["map_size"]
         except lmdb.Error as exc:
             raise wrapped(exc, "map", self.path) from exc
 
@@ -445,7 +461,7 @@ def wrapped(exc: lmdb.Error, what: str, path: Path) -> StorageError:
 
 
 def _says(exc: lmdb.Error, codes: tuple[int, ...]) -> bool:
-    return exc.code in codes or any(os.strerror(code) in str(exc) for code in codes)
+    return getattr(exc, "code", 0) in codes or any(os.strerror(code) in str(exc) for code in codes)
 
 
 def _is_full(path: Path) -> bool:

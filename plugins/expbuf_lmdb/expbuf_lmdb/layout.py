@@ -27,6 +27,7 @@ END = 1  # (a) where the next frame goes in the stage
 BASE = 2  # (a) a frame at `offset` of the stage has the address BASE + offset
 LAST = 3  # (a) last LSN appended
 STORED = 4  # (w) an LSN up to which LMDB has everything; never more than it has
+DRAINED = 5  # (w) offset in the stage up to where LMDB has everything; a hint
 
 _KEY = struct.Struct(">Q")
 _CRC = struct.Struct("<I")

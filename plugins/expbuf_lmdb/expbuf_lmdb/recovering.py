@@ -81,7 +81,7 @@ def recover(
 def _situation(txn: Txn, tables: Tables, adapter: LMDBPersistenceAdapter) -> tuple[State, int, int]:
     store = adapter.store
     state = store.state(txn, tables)
-    return state, store.last_lsn(txn, tables, state), store.end_address(txn, tables, state)
+    return state, store.last_lsn(txn, tables), store.end_address(txn, tables, state)
 
 
 def _chunk(

@@ -73,10 +73,12 @@ class Store:
 
     # ------------------------------------------------------------ operations
 
-    def last_lsn(self, txn: Txn, tables: Tables, state: State) -> int:
+    def last_lsn(self, txn: Txn, tables: Tables) -> int:
         """LSN of the newest operation."""
         with txn.cursor(db=tables.operations) as cursor:
-            return max(self.number_of(cursor.key()), state.floor) if cursor.last() else state.floor
+            if cursor.last():
+                return self.number_of(cursor.key())
+        return self.state(txn, tables).floor
 
     def end_address(self, txn: Txn, tables: Tables, state: State) -> int:
         """Address behind the newest operation."""
@@ -98,7 +100,10 @@ class Store:
         view = memoryview(data)
         at = frames.HEADER_BYTES + header.body_len + 8 * header.row_count
         done = txn.put(key(header.lsn), bytes(view[:at]), db=tables.operations, append=True)
-        if header.row_count:
+        if header.row_count == 1:
+            row = bytes(view[at : at + header.rows_len])
+            done = txn.put(key(header.rows_offset), row, db=tables.rows, append=True) and done
+        elif header.row_count:
             table = frames.decode_table(view, header, 0)
             if table is None:
                 raise layout.corrupt(

@@ -75,7 +75,7 @@ def _operations(adapter: LMDBPersistenceAdapter) -> None:
 
 def _bounds(txn: Txn, tables: Tables, adapter: LMDBPersistenceAdapter) -> tuple[int, int]:
     state = adapter.store.state(txn, tables)
-    return state.floor, adapter.store.last_lsn(txn, tables, state)
+    return state.floor, adapter.store.last_lsn(txn, tables)
 
 
 def _some_operations(

@@ -28,6 +28,7 @@ class _Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         from prometheus_client import Counter, Gauge, Histogram  # not before an event comes
 
+        self.of_commits: dict[tuple[str, str], tuple[Histogram, Counter, Gauge]] = {}
         where = ("path",)
         self.commit_seconds = Histogram(
             "expbuf_commit_seconds",
@@ -110,9 +111,16 @@ class Exporter:
         """Count a commit, and how long it took."""
         with _counting:
             metrics = self._metrics()
-            metrics.commit_seconds.labels(path, kind).observe(seconds)
-            metrics.committed.labels(path, kind).inc(count)
-            metrics.lsn.labels(path).set(lsn)
+            known = metrics.of_commits.get((path, kind))
+            if known is None:  # looking up labels takes longer than counting
+                known = metrics.of_commits[path, kind] = (
+                    metrics.commit_seconds.labels(path, kind),
+                    metrics.committed.labels(path, kind),
+                    metrics.lsn.labels(path),
+                )
+            known[0].observe(seconds)
+            known[1].inc(count)
+            known[2].set(lsn)
 
     @hookimpl
     def expbuf_on_evicted(self, path: str, lsn: int, count: int) -> None:

@@ -110,7 +110,8 @@ def test_builder_failures(
 def test_fallbacks(folder: Path, registry: CollectorRegistry) -> None:
     choice = {"backend": "nowhere", "fallback": ["exact"]}
     with opened(folder, registry, index=choice) as buffer:
-        buffer.add_many(experiences(3))
+        buffer.add_many(experiences(50))
+        buffer.rebuild_index()
     labels = {"kind": "index", "wanted": "nowhere", "used": "exact"}
     assert registry.get_sample_value("expbuf_fallbacks_total", labels) == 1
 
@@ -183,7 +184,7 @@ def busy(folder: Path, registry: CollectorRegistry) -> Iterator[ExperienceBuffer
     with opened(folder, registry) as buffer:
 
         def work() -> None:
-            while not stop.is_set():
+            while not stop.wait(0.001):
                 buffer.add_many(experiences(1))
 
         threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]

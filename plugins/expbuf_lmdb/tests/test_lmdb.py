@@ -1,0 +1,634 @@
+"""What the contract does not ask: maps, readers, modes, room, crash states, damage, settings."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import resource
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import pytest
+
+from expbuf_core import Experience, ExperienceBuffer
+from expbuf_core.contracts import LogGone
+from expbuf_core.errors import (
+    ConfigError,
+    CorruptionError,
+    FormatVersionError,
+    StorageError,
+    StorageFull,
+)
+from expbuf_core.testing.faults import FaultyFileSystem
+from expbuf_core.testing.persistence_log import Child, Core, Place, in_child, operation, outcome
+from expbuf_lmdb import environment, layout
+from expbuf_lmdb.adapter import LMDBPersistenceAdapter
+from expbuf_lmdb.environment import PRIVATE, READING, WRITING, Environment, check_file, wrapped
+
+SMALL = {"map_bytes": 1 << 20, "stage_bytes": 1 << 14}
+
+
+def place(root: Path, name: str = "buffer", **settings: Any) -> Place:
+    return Place(root, "lmdb", {**SMALL, **settings}, name=name)
+
+
+def adapter_of(core: Core) -> LMDBPersistenceAdapter:
+    assert isinstance(core.adapter, LMDBPersistenceAdapter)
+    return core.adapter
+
+
+def environment_of(core: Core) -> Environment:
+    return adapter_of(core)._environment()
+
+
+@contextlib.contextmanager
+def opened(path: Path, mode: int = WRITING) -> Iterator[Environment]:
+    env = environment.acquire(path, mode, 1 << 20, 64)
+    try:
+        yield env
+    finally:
+        environment.release(env)
+
+
+def add(core: Core) -> None:
+    core.append(operation(core.next_lsn, 4, row_bytes=3000))
+    core.sync()
+
+
+def until_it_raises(work: Callable[[], object]) -> None:
+    for _ in range(1000):
+        work()
+
+
+def experience(number: int) -> Experience:
+    vector = np.full(4, number + 1, np.float32)
+    return Experience(v_embed=vector, q_embed=vector, answer=f"answer {number}")
+
+
+# ---------------------------------------------------------------- selecting it
+
+
+def test_one_line_of_yaml(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("experience_buffer:\n  persistence: {backend: lmdb}\n")
+    with ExperienceBuffer.open(tmp_path / "memory", config=tmp_path / "config.yaml") as buffer:
+        buffer.add(experience(0))
+    assert (tmp_path / "memory" / layout.DATA).exists()
+    # The folder knows its backend.
+    with ExperienceBuffer.open(tmp_path / "memory") as buffer:
+        assert buffer.get(0).answer == "answer 0"
+    with pytest.raises(ConfigError, match="expbuf migrate"):
+        ExperienceBuffer.open(tmp_path / "memory", persistence={"backend": "file"})
+
+
+def test_a_creation_that_died_is_taken_up(tmp_path: Path) -> None:
+    folder = tmp_path / "memory"
+    with ExperienceBuffer.open(folder, persistence={"backend": "lmdb"}):
+        pass
+    (folder / "expbuf.json").unlink()
+    with ExperienceBuffer.open(folder, persistence={"backend": "lmdb"}) as buffer:
+        buffer.add(experience(0))
+    (folder / "expbuf.json").unlink()
+    with pytest.raises(CorruptionError, match="1 experiences are there"):
+        ExperienceBuffer.open(folder, persistence={"backend": "lmdb"})
+
+
+# ---------------------------------------------------------------- the map
+
+
+def test_the_map_grows_under_all(tmp_path: Path) -> None:
+    core = Core(place(tmp_path)).create().extend(3).sync()
+
+    def work(child: Child) -> None:
+        mine = Core(core.place, wrote=core.wrote)
+        mine.adapter.attach()
+        mine.follows()
+        child.say("attached")
+        last = int(child.hear())
+        mine.wrote |= {n: operation(n, 4, row_bytes=60_000) for n in range(4, last + 1)}
+        mine.follows()  # the map is larger than ours
+        for n in range(last + 1, last + 41):
+            mine.append(operation(n, 4, row_bytes=60_000))
+            mine.adapter.sync()
+        child.say(mine.last)
+        mine.adapter.close()
+
+    child = Child(work)
+    assert child.hear() == "attached", child.join()
+    follower = core.adapter.follow(0)
+    pin, rows = core.pin(core.wrote)
+    for _ in range(40):
+        core.append(operation(core.next_lsn, 4, row_bytes=60_000))
+        core.sync()
+    child.say(core.last)
+    last = child.hear()
+    assert last, child.join()
+    core.wrote |= {
+        n: operation(n, 4, row_bytes=60_000) for n in range(core.last + 1, int(last) + 1)
+    }
+    core.agree(list(follower.read(core.last)))
+    assert environment_of(core).stats()["map_bytes"] >= 8 << 20
+    child.join()
+    assert all(bytes(pin.read(i)) == row for i, row in enumerate(rows))
+
+
+def test_the_map_grows_under_threads(tmp_path: Path) -> None:
+    core = Core(place(tmp_path)).create()
+    failed: list[BaseException] = []
+    stop = threading.Event()
+
+    def read_on() -> None:
+        try:
+            while not stop.is_set():
+                for logged in core.adapter.follow(0).read(core.last):
+                    core.payloads_agree(logged)
+        except BaseException as exc:
+            failed.append(exc)
+
+    threads = [threading.Thread(target=read_on, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(100):
+        core.append(operation(core.next_lsn, 1, row_bytes=120_000))
+        core.adapter.sync()
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    assert not failed, failed[0]
+    core.follows()
+
+
+# ---------------------------------------------------------------- readers
+
+
+def test_places_of_dead_readers_are_freed(tmp_path: Path) -> None:
+    core = Core(place(tmp_path)).create().extend(5).sync()
+
+    def work(child: Child) -> None:
+        mine = Core(core.place)
+        mine.adapter.attach()
+
+        def wait(*_: object) -> None:
+            child.say("reading")
+            child.hear()
+
+        environment_of(mine).read(wait)
+
+    child = Child(work)
+    assert child.hear() == "reading", child.join()
+    child.kill()
+    env = environment_of(core)
+    assert env.clear_dead_readers() == 1
+    assert env.clear_dead_readers() == 0
+
+
+def test_a_dead_reader_does_not_make_the_file_grow(tmp_path: Path) -> None:
+    core = Core(place(tmp_path)).create().extend(5).sync()
+
+    def work(child: Child) -> None:
+        mine = Core(core.place)
+        mine.adapter.attach()
+        environment_of(mine).read(lambda *_: (child.say("reading"), child.hear()))
+
+    child = Child(work)
+    assert child.hear() == "reading", child.join()
+    child.kill()
+    sizes = []
+    for _ in range(30):
+        core.extend(5, rows=4, row_bytes=3000).sync()
+        core.adapter.drop_below(core.last - 5, *core.live(range(core.last - 5, core.last + 1)))
+        sizes.append(environment_of(core).used_bytes())
+    assert sizes[-1] <= 1.2 * sizes[10]
+
+
+def test_more_readers_than_there_is_room_for(tmp_path: Path) -> None:
+    core = Core(place(tmp_path, max_readers=8)).create().extend(5).sync()
+    core.adapter.close()
+    core = Core(core.place, wrote=core.wrote)
+    core.adapter.attach()
+    gate = threading.Barrier(9)
+    wrong: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            environment_of(core).read(lambda *_: gate.wait(5))
+        except (threading.BrokenBarrierError, StorageError) as exc:
+            wrong.append(exc)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(StorageError, match="max_readers"):
+        until_it_raises(core.follows)
+    gate.abort()
+    for thread in threads:
+        thread.join(20)
+    core.follows()
+
+
+# ---------------------------------------------------------------- modes
+
+
+def test_one_process_reads_first_and_writes_then(tmp_path: Path) -> None:
+    core = Core(place(tmp_path)).create().extend(5).finish()
+    core.place.forget()
+    reader = Core(core.place, core.place.adapter(writable=False), core.wrote)
+    reader.recovers()
+    assert environment_of(reader)._mode == PRIVATE
+    writer = core.reopen()
+    assert environment_of(writer) is environment_of(reader)
+    assert environment_of(reader)._mode == WRITING
+    writer.extend(3).sync()
+    reader.wrote = writer.wrote
+    reader.adapter.attach()
+    reader.follows()
+    reader.adapter.close()
+    writer.extend(2).finish()
+
+
+def test_a_reader_of_a_live_buffer_registers(tmp_path: Path) -> None:
+    core = Core(place(tmp_path)).create().extend(5)
+
+    def work(child: Child) -> None:
+        reader = Core(core.place, core.place.adapter(writable=False), core.wrote)
+        reader.adapter.attach()
+        reader.follows()
+        assert environment_of(reader)._mode == READING
+
+    in_child(work)
+
+
+def test_a_reader_that_may_not_write_the_lock_file(tmp_path: Path) -> None:
+    """It reads unregistered, while pages are reused all the time."""
+    core = Core(place(tmp_path)).create().extend(5).sync()
+
+    def work(child: Child) -> None:
+        real = lmdb.open
+
+        def denied(*args: Any, **settings: Any) -> Any:
+            if settings["lock"]:
+                raise lmdb.Error("simulated: Permission denied")
+            return real(*args, **settings)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lmdb, "open", denied)
+            reader = Core(core.place, core.place.adapter(writable=False))
+            reader.adapter.attach()
+            assert environment_of(reader)._mode == PRIVATE
+            child.say("reads")
+            while True:
+                last = child.hear()
+                if not last:
+                    break
+                first = max(1, int(last) - 20)
+                reader.wrote = {n: operation(n) for n in range(first, int(last) + 1)}
+                with contextlib.suppress(LogGone):
+                    reader.follows(first - 1)
+                child.say("read")
+
+    child = Child(work)
+    assert child.hear() == "reads", child.join()
+    for turn in range(150):
+        core.extend(3).sync()
+        if turn % 10 == 9:
+            core.adapter.drop_below(core.last - 25, *core.live(core.wrote))
+        if turn % 5 == 0:
+            child.say(core.last)
+            assert child.hear() == "read", child.join()
+    child._out.close()
+    child.join()
+
+
+# ---------------------------------------------------------------- room
+
+
+@contextlib.contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes; for this process, whatever writes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_shows_before_anything_is_written(tmp_path: Path) -> None:
+    def work(child: Child) -> None:
+        core = Core(place(tmp_path)).create().extend(5).sync()
+        size = adapter_of(core).path.stat().st_size
+        with file_limit(size):
+            with pytest.raises(StorageFull):
+                until_it_raises(lambda: add(core))
+            last = core.last
+            core.follows()
+            # What needs no room for payloads goes on: removing, priorities, outcomes.
+            for _ in range(20):
+                core.append(operation(core.next_lsn, 0))
+                core.sync()
+            assert core.last == last + 20
+        core.extend(3).sync()
+        core.finish().reopen()
+
+    in_child(work)
+
+
+def test_lmdb_itself_finds_the_disk_full(tmp_path: Path) -> None:
+    def work(child: Child) -> None:
+        core = Core(place(tmp_path)).create().extend(5).sync()
+        env = environment_of(core)
+        adapter_of(core)._make_room = lambda *_, **__: None  # type: ignore[method-assign]
+        environment._is_full = lambda _: True  # type: ignore[assignment]
+        size = adapter_of(core).path.stat().st_size
+        with file_limit(size):
+            with pytest.raises(StorageFull):
+                until_it_raises(lambda: add(core))
+            given_up = core.last
+            del core.wrote[given_up]
+            core.next_lsn += 1
+            # A small log can be begun anew, but there is no room for more in it.
+            core.adapter.retire(core.durable, core.last, core.next_lsn)
+            with pytest.raises(StorageFull):
+                until_it_raises(lambda: add(core))
+        for lost in [n for n in core.wrote if n > core.durable]:
+            del core.wrote[lost]
+        core.adapter.retire(core.durable, core.last, core.next_lsn + 1)
+        core.next_lsn += 1
+        assert environment_of(core) is env
+        core.extend(3).sync()
+        core.finish().reopen()
+
+    in_child(work)
+
+
+def test_the_room_ahead_is_given_back(tmp_path: Path) -> None:
+    core = Core(place(tmp_path)).create()
+    for _ in range(30):
+        core.append(operation(core.next_lsn, 4, row_bytes=60_000))
+        core.sync()
+    used = environment_of(core).used_bytes()
+    assert adapter_of(core).path.stat().st_size > used + (256 << 10)
+    core.finish()
+    assert adapter_of(core).path.stat().st_size <= used + (300 << 10)
+
+
+# ---------------------------------------------------------------- failing and dying
+
+
+def test_a_first_page_that_cannot_be_written_is_survived(tmp_path: Path) -> None:
+    core = Core(place(tmp_path)).create().extend(5).sync().extend(2)
+    env = environment_of(core)
+    begin, failing = env._env.begin, iter([True])
+
+    class Panicking:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def begin(self, *args: Any, **settings: Any) -> Any:
+            if settings.get("write") and next(failing, False):
+                raise lmdb.PanicError("simulated")
+            return begin(*args, **settings)
+
+    real, env._env = env._env, Panicking()  # type: ignore[assignment]
+    core.sync()
+    assert isinstance(env._env, lmdb.Environment)
+    core.follows()
+    core.finish().reopen()
+
+
+def test_every_state_that_a_power_loss_leaves(tmp_path: Path) -> None:
+    """A transaction writes pages, syncs, and writes one of two first pages: what may be on disk."""
+    core = Core(place(tmp_path, stage_bytes=1 << 20)).create().extend(30).sync()
+    path = adapter_of(core).path
+    draw = random.Random(0)
+    states = 0
+    for turn in range(6):
+        before, last = path.read_bytes(), core.last
+        core.extend(draw.randrange(1, 6)).sync()
+        if turn == 3:
+            core.adapter.drop_below(core.last - 8, *core.live(core.wrote))
+            before, last = path.read_bytes(), core.last
+            core.extend(2).sync()
+        after = path.read_bytes()
+        before = before.ljust(len(after), b"\0")
+        changed = [
+            at
+            for at in range(0, len(after), 4096)
+            if before[at : at + 4096] != after[at : at + 4096]
+        ]
+        data = [at for at in changed if at >= 2 * 4096]
+        subsets = [draw.sample(data, draw.randrange(len(data) + 1)) for _ in range(12)]
+        for chosen in [*subsets, data, []]:
+            mixed = bytearray(before)
+            for at in chosen:
+                mixed[at : at + 4096] = after[at : at + 4096]
+            states += check_state(core, bytes(mixed), last)
+        states += check_state(core, after, core.last)
+    assert states > 60
+
+
+def check_state(core: Core, content: bytes, last: int) -> int:
+    copy = core.place.copy("state")
+    (copy.folder / layout.DATA).write_bytes(content)
+    (copy.folder / f"{layout.DATA}-lock").unlink()
+    recovered = Core(copy)
+    found = list(recovered.adapter.recover(floor_of(recovered), 0))
+    # Operations that are in the stage only may come back as well: they were written whole.
+    assert found[-1].lsn >= last
+    recovered.wrote = {n: operation(n) for n in range(1, found[-1].lsn + 1)}
+    recovered.agree(found, found[0].lsn - 1)
+    recovered.adapter.start(1000, found[-1].lsn)
+    recovered.next_lsn = 1000
+    recovered.extend(2).sync()
+    assert not [problem for problem in recovered.adapter.verify(1001) if problem.damage]
+    copy.close()
+    shutil.rmtree(copy.folder)
+    return 1
+
+
+def floor_of(core: Core) -> int:
+    return adapter_of(core).read(adapter_of(core)._floor)
+
+
+def test_without_its_stage_lmdb_is_whole(tmp_path: Path) -> None:
+    """At any power loss the stage may hold anything: all that was synced is in LMDB."""
+    core = Core(place(tmp_path)).create().extend(20).sync().extend(4)
+    draw = random.Random(1)
+    stage = core.place.folder / layout.STAGE
+    good = stage.read_bytes()
+    core.adapter.close()
+    for turn in range(40):
+        damaged = bytearray(good)
+        for _ in range(draw.choice((1, 3, 30))):
+            at = draw.randrange(96, len(damaged))
+            damaged[at : at + draw.choice((1, 512))] = draw.randbytes(1)
+        stage.write_bytes(damaged if turn else bytes(len(good)))
+        core.place.forget()
+        recovered = Core(core.place, core.place.adapter(writable=False))
+        found = [logged.lsn for logged in recovered.adapter.recover(0, 20)]
+        assert found == list(range(1, len(found) + 1))
+        assert len(found) >= 20
+        recovered.adapter.close()
+
+
+@pytest.mark.parametrize("durability", ["sync", "group", "os"])
+def test_a_storm_of_kills(tmp_path: Path, durability: str) -> None:
+    """Writers die at random instants, one after the other, and all at once."""
+    folder = tmp_path / "memory"
+    draw = random.Random(durability)
+    settings: dict[str, Any] = {
+        "persistence": {"backend": "lmdb", "lmdb": SMALL},
+        "index": {"backend": "exact", "builder": "off"},
+        "durability": durability,
+    }
+    acknowledged: set[str] = set()
+    serial = itertools.count()
+    for round_ in range(3):
+
+        def work(child: Child) -> None:
+            with ExperienceBuffer.open(folder, **settings) as buffer:
+                while name := child.hear():
+                    vector = np.full(4, len(name), np.float32)
+                    buffer.add(Experience(v_embed=vector, q_embed=vector, answer=name))
+                    child.say(name)
+
+        children = [Child(work) for _ in range(3)]
+        under_way: dict[int, str] = {}
+        for step in range(60):
+            which = step % 3
+            child = children[which]
+            if which in under_way:
+                said = child.hear()
+                assert said == under_way[which], child.join()
+                acknowledged.add(said)
+            under_way[which] = f"{round_}-{next(serial)}"
+            child.say(under_way[which])
+            if draw.random() < 0.1:
+                os.kill(child.pid, signal.SIGKILL)
+                child._reap(signal.SIGKILL)
+                children[which] = Child(work)
+                del under_way[which]
+        for child in children:
+            os.kill(child.pid, signal.SIGKILL)
+        for child in children:
+            child._reap(signal.SIGKILL)
+        with ExperienceBuffer.open(folder, **settings) as buffer:
+            found = [item.answer for item in buffer]
+            assert len(found) == len(set(found))
+            assert acknowledged <= set(found)
+            assert len(buffer.search_index(v_embed=np.ones(4), q_embed=np.ones(4), k=3)) == 3
+    with ExperienceBuffer.open(folder, **settings) as buffer:
+        session = buffer._live()
+        problems = [item for item in session.adapter.verify(buffer.lsn) if item.damage]
+    assert not problems
+
+
+# ---------------------------------------------------------------- damage
+
+
+def test_a_cut_file_does_not_kill_the_process(tmp_path: Path) -> None:
+    core = Core(place(tmp_path)).create().extend(60).finish()
+    path = adapter_of(core).path
+    size = path.stat().st_size
+    for length in (0, 100, 4096, 8191, 8192, 40_000, size // 4):
+        with open(path, "r+b") as file:
+            content = file.read()
+            file.truncate(length)
+        with pytest.raises(CorruptionError, match="cut"):
+            check_file(path)
+        assert outcome(core.place, core.wrote) == "refused"
+        path.write_bytes(content)
+    check_file(path)
+
+
+def test_first_pages_are_checked(tmp_path: Path) -> None:
+    core = Core(place(tmp_path)).create().extend(5).finish()
+    path = adapter_of(core).path
+    good = path.read_bytes()
+    changes = {
+        16: (b"\0\0\0\0", CorruptionError),  # magic
+        20: (b"\7\0\0\0", FormatVersionError),  # version
+        32: (b"\0\0\0\0\0\0\xff\0", CorruptionError),  # size of the map
+        40: (b"\1\0\0\0", CorruptionError),  # size of a page
+        80: (b"\0\0\0\0\0\0\xff\0", CorruptionError),  # root of the free list
+        128: (b"\0\0\0\0\0\0\xff\0", CorruptionError),  # root of the main tree
+        136: (b"\0\0\0\0\0\xff\0\0", CorruptionError),  # last page
+    }
+    for page in (0, 4096):
+        for at, (value, error) in changes.items():
+            damaged = bytearray(good)
+            damaged[page + at : page + at + len(value)] = value
+            path.write_bytes(damaged)
+            if at == 136 and page != newest(good):
+                continue  # of the older state: nobody reads there
+            with pytest.raises(error):
+                check_file(path)
+    path.write_bytes(good)
+    check_file(path)
+
+
+def newest(content: bytes) -> int:
+    first, second = (int.from_bytes(content[p + 144 : p + 152], "little") for p in (0, 4096))
+    return 0 if first > second else 4096
+
+
+def test_an_older_state_is_noticed(tmp_path: Path) -> None:
+    """LMDB rolled back by one transaction: the stage knows better."""
+    core = Core(place(tmp_path)).create().extend(20).sync().extend(3).finish()
+    path = adapter_of(core).path
+    content = bytearray(path.read_bytes())
+    at = newest(bytes(content))
+    content[at + 144 : at + 152] = bytes(8)  # the newest state looks oldest now
+    path.write_bytes(content)
+    core.place.forget()
+    with pytest.raises(CorruptionError, match="is missing"):
+        list(core.place.adapter().recover(0, 0))
+
+
+def test_an_environment_of_somebody_else(tmp_path: Path) -> None:
+    core = Core(place(tmp_path)).create().extend(5).finish()
+    path = adapter_of(core).path
+    path.unlink()
+    env = lmdb.open(str(path), subdir=False, max_dbs=3, lock=False, map_size=1 << 20)
+    with env.begin(write=True) as txn:
+        txn.put(b"a", b"b")
+    env.close()
+    with pytest.raises(CorruptionError, match="a database is missing"):
+        list(core.place.adapter().recover(0, 0))
+
+
+def test_errors_of_lmdb(tmp_path: Path) -> None:
+    path = tmp_path / layout.DATA
+    path.write_bytes(b"")
+    assert isinstance(wrapped(lmdb.DiskError("x"), "write", path), StorageFull)
+    assert isinstance(wrapped(lmdb.MapFullError("x"), "write", path), StorageFull)
+    assert isinstance(wrapped(lmdb.CorruptedError("x"), "read", path), CorruptionError)
+    assert isinstance(wrapped(lmdb.InvalidError("x"), "open", path), CorruptionError)
+    assert isinstance(wrapped(lmdb.VersionMismatchError("x"), "open", path), FormatVersionError)
+    plain = wrapped(lmdb.LockError("x"), "write", path)
+    assert type(plain) is StorageError
+    assert str(path) in str(plain)
+
+
+def test_a_stage_that_cannot_be_begun_anew_stops_nothing(tmp_path: Path) -> None:
+    fs = FaultyFileSystem()
+    core = Core(Place(tmp_path, "lmdb", SMALL, fs=fs)).create()
+    for turn in range(60):
+        if turn % 7 == 3:
+            fs.fail("pwrite", path=layout.STAGE)
+        try:
+            core.append(operation(core.next_lsn, 2, row_bytes=2500))
+        except StorageError:
+            if core.place.words[layout.GENERATION] == 0:
+                core.adapter.retire(core.durable, core.last, core.next_lsn + 1)
+                core.next_lsn += 1
+        fs.clear()
+    core.follows()
+    core.finish().reopen()
