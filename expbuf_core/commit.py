@@ -10,7 +10,6 @@ appender died half-way, retires the log before anything else is written.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -129,6 +128,7 @@ class CommitLog:
         self._closed = False
         self._flusher: threading.Thread | None = None
         self._dirty = threading.Event()
+        self._stop = threading.Event()
         self.flush_error: str | None = None
 
     # ------------------------------------------------------------ commit
@@ -370,7 +370,7 @@ class CommitLog:
             self._dirty.clear()
             if self._closed:
                 return
-            time.sleep(self._interval)  # the interval itself is the promise of "group"
+            self._stop.wait(self._interval)  # the interval itself is the promise of "group"
             try:
                 self.sync()
             except (StorageError, ValueError) as exc:
@@ -406,6 +406,7 @@ class CommitLog:
         """Stop the flusher; later commits are refused."""
         with self._append_lock:
             self._closed = True
+        self._stop.set()
         self._dirty.set()
         if self._flusher is not None and self._flusher is not threading.current_thread():
             self._flusher.join(timeout=10)

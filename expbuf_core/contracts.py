@@ -550,7 +550,7 @@ class PersistenceAdapter(ABC):
 
         Called in the place of `recover`, on an adapter that is not `writable`; nothing may change.
         Afterwards `pin` reads what it can of damaged storage, and need not have checked it.
-        Default: what `recover` yields before it meets damage.
+        Default: what `recover` yields before it meets damage, and behind it if it can begin there.
 
         Yields:
             Operations whose bodies are intact; their rows may be damaged. An operation whose rows
@@ -558,13 +558,21 @@ class PersistenceAdapter(ABC):
             damage in which those that should stand there were lost.
         """
         last = after_lsn
-        try:
-            for operation in self.recover(after_lsn, 0):
-                yield operation
-                last = operation.lsn
-        except CorruptionError as exc:
-            offset = -1 if exc.offset is None else exc.offset
-            yield Damage(exc.path or "", offset, last + 1, 0, str(exc))
+        while True:
+            begin = last
+            try:
+                for operation in self.recover(begin, 0):
+                    yield operation
+                    last = operation.lsn
+                return
+            except CorruptionError as exc:
+                offset = -1 if exc.offset is None else exc.offset
+                bad = max(last + 1, exc.lsn or 0)
+                stuck = last == begin > after_lsn and bad == last + 1
+                yield Damage(exc.path or "", offset, last + 1, 0 if stuck else bad, str(exc))
+                if stuck:
+                    return
+                last = bad
 
     @abstractmethod
     def stats(self) -> dict[str, Any]:

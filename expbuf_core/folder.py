@@ -99,7 +99,7 @@ def check_new(folder: Path) -> None:
         name for name in names if name.startswith("experience_data.") and name.endswith(".wal")
     )
     if any((folder / "snapshots").glob("*.snap")) or (
-        logs and logs[-1] > "experience_data.000001.wal"
+        logs and logs[-1] > "experience_data.000002.wal"
     ):
         raise CorruptionError(
             f"{folder}: holds the logs of a buffer, but {IDENTITY} is missing; restore it from a "

@@ -158,6 +158,8 @@ def _to_write(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
         raise StorageError(f"{path} is a file; a buffer is a folder")
     if folder.read_identity(path) is None:
         folder.check_new(path)
+    if not path.exists():
+        session.registry.get("persistence", session.config.persistence.backend)  # or no folder
     locks = path / folder.LOCKS
     with storage_errors("create", locks):
         session.fs.mkdir(locks)
@@ -348,15 +350,19 @@ def _reconcile(session: Session) -> None:
     _reconcile_fusion(session, stored["fusion"])
     if not session.writable:
         return
-    changed = dict(stored)
-    for key in ("max_size", "receipts_kept"):
-        if key in explicit:
-            changed[key] = getattr(config, key)
-    for key, name in _DIMS:
-        if stored[name] is None:
-            changed[name] = getattr(config.embedding, key)
-    if changed != stored:
-        _write_settings(session, changed)
+    with session.maintenance:  # so that two that open at once do not undo each other's change
+        session.commit_log.sync()
+        session.refresh()
+        stored = session.replica.state.settings
+        changed = dict(stored)
+        for key in ("max_size", "receipts_kept"):
+            if key in explicit:
+                changed[key] = getattr(config, key)
+        for key, name in _DIMS:
+            if stored[name] is None:
+                changed[name] = getattr(config.embedding, key)
+        if changed != stored:
+            _write_settings(session, changed)
 
 
 def _reconcile_fusion(session: Session, stored: Mapping[str, Any]) -> None:

@@ -493,7 +493,7 @@ class _Replay:
         for i, (row, damage) in enumerate(_rows(self._adapter, ids, places, operation.lengths)):
             checked = frames.check_row(row)
             if checked is None or (is_add and checked[0] != ids[i]):
-                self.damage += [damage] if damage is not None else []
+                self.damage.append(damage)
                 if is_add:
                     self.lost_ids.append((int(ids[i]), int(ids[i])))
                 continue
@@ -569,7 +569,6 @@ class _Replay:
             self.lost_ids += [(id_, id_) for id_ in unreadable]
             gone = set(unreadable)
             self.rebuilt_ids[:] = [pair for pair in self.rebuilt_ids if pair[0] not in gone]
-            self._name_places()
         live = set(state.live_ids().tolist()) if self.rebuilt_ids else set()
         self.rebuilt_ids[:] = [pair for pair in self.rebuilt_ids if pair[0] in live]
 
@@ -584,7 +583,7 @@ class _Replay:
             for id_, (row, damage) in zip(part.tolist(), rows, strict=True):
                 checked = frames.check_row(row)
                 if checked is None or checked[0] != id_:
-                    self.damage += [damage] if damage is not None else []
+                    self.damage.append(damage)
                     unreadable.append(id_)
                     continue
                 try:
@@ -602,22 +601,14 @@ class _Replay:
                     unreadable.append(id_)
         return unreadable
 
-    def _name_places(self) -> None:
-        """Which files and offsets the damaged payloads lie at."""
-        known = {(place.path, place.offset) for place in self.damage}
-        with contextlib.suppress(StorageError):
-            for found in self._adapter.verify(self.state.lsn):
-                if found.damage and (found.path, found.offset) not in known:
-                    self.damage.append(Damage(found.path, found.offset, 0, 0, found.message))
-
 
 def _rows(
     adapter: PersistenceAdapter,
     ids: NDArray[np.int64],
     places: NDArray[np.int64],
     lengths: NDArray[np.uint32],
-) -> Iterator[tuple[Buffer, Damage | None]]:
-    """Payloads as they are stored; nothing, and the reason, for what cannot be read."""
+) -> Iterator[tuple[Buffer, Damage]]:
+    """Payloads as stored, nothing for what cannot be read; and what to say of one that is bad."""
     try:
         together: Pin | None = adapter.pin(ids, places, lengths)
     except _UNREADABLE:
@@ -625,14 +616,16 @@ def _rows(
     for i in range(len(ids)):
         one = slice(i, i + 1)
         try:
-            if together is not None:
-                yield together.read(i), None
-            else:
-                yield adapter.pin(ids[one], places[one], lengths[one]).read(0), None
+            pin, at = together, i
+            if pin is None:
+                pin, at = adapter.pin(ids[one], places[one], lengths[one]), 0
+            file, offset = pin.where(at)
+            message = f"{Path(file).name or 'storage'}: the payload at offset {offset} is damaged"
+            yield pin.read(at), Damage(file, offset, 0, 0, message)
         except _UNREADABLE as exc:
-            path, offset = getattr(exc, "path", None), getattr(exc, "offset", None)
+            path, known = getattr(exc, "path", None), getattr(exc, "offset", None)
             message = str(exc) or str(exc.__cause__ or "a payload is missing")
-            yield b"", Damage(path or "", -1 if offset is None else offset, 0, 0, message)
+            yield b"", Damage(path or "", -1 if known is None else known, 0, 0, message)
 
 
 class _Vectors:

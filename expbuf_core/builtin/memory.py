@@ -104,11 +104,12 @@ class MemoryPersistence(PersistenceAdapter):
     ) -> None:
         keep = set(live_ids.tolist())
         with self._mutex:
-            newest = max((op.first_id for op in self._operations if op.lsn > lsn), default=None)
-            for id_ in [id_ for id_ in self._rows if id_ not in keep]:
-                if newest is None or id_ < newest:
-                    del self._rows[id_]
             self._operations = [op for op in self._operations if op.lsn > lsn]
+            newer = (op.first_id for op in self._operations if len(op.lengths))
+            first_newer = min(newer, default=None)
+            for id_ in [id_ for id_ in self._rows if id_ not in keep]:
+                if first_newer is None or id_ < first_newer:
+                    del self._rows[id_]
             self._dropped = max(self._dropped, lsn)
 
     def verify(self, until_lsn: int) -> Iterator[Problem]:

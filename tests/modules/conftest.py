@@ -6,9 +6,11 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from expbuf_core import ExperienceBuffer
 from expbuf_core.testing.crash import scratch_folder
 
 _HERE = str(Path(__file__).parent)
@@ -32,3 +34,11 @@ def open_buffer(folder: Path) -> Iterator[OpenBuffer]:
     opened = Opened(folder)
     yield opened
     opened.close()
+
+
+@pytest.fixture(params=["file", "memory"])
+def buffer(request: pytest.FixtureRequest, open_buffer: Any) -> ExperienceBuffer:
+    """A new buffer with room for 8 experiences, in a folder or in memory."""
+    made: ExperienceBuffer
+    made = open_buffer(max_size=8) if request.param == "file" else open_buffer.memory(max_size=8)
+    return made

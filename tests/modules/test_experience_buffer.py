@@ -1,4 +1,4 @@
-"""`ExperienceBuffer`, method by method, in a folder and in memory."""
+"""`ExperienceBuffer`, method by method: opening, adding, bounds, removing, reading, upkeep."""
 
 from __future__ import annotations
 
@@ -37,21 +37,9 @@ from expbuf_core import (
     Experience,
     ExperienceBuffer,
     NotEnoughExperiences,
-    ReceiptExpired,
     StorageError,
     UnknownExperienceError,
 )
-from expbuf_core.results import Receipt
-
-
-@pytest.fixture(params=["file", "memory"])
-def buffer(request: pytest.FixtureRequest, open_buffer: OpenBuffer) -> ExperienceBuffer:
-    """A new buffer with room for 8 experiences, in a folder or in memory."""
-    opener: Any = open_buffer
-    made: ExperienceBuffer
-    made = opener(max_size=8) if request.param == "file" else opener.memory(max_size=8)
-    return made
-
 
 # ---------------------------------------------------------------- opening
 
@@ -555,153 +543,6 @@ def test_clear_removes_everything(buffer: ExperienceBuffer) -> None:
     assert buffer.clear() == 0
     buffer.add(experience(7))
     assert finds(buffer, 7)
-
-
-# ---------------------------------------------------------------- updates
-
-
-def test_update_priorities(buffer: ExperienceBuffer) -> None:
-    ids = add_all(buffer, range(4))
-    assert buffer.update_priorities(ids[:2], [0.5, 2.0]) == 2
-    assert [buffer.get(i).priority for i in ids[:3]] == [0.5, 2.0, pytest.approx(0.2)]
-    assert buffer.update_priorities([ids[0], ids[0]], [1.0, 3.0]) >= 1
-    assert buffer.get(ids[0]).priority == 3.0
-    buffer.remove([ids[3]])
-    assert buffer.update_priorities(ids, np.ones(4)) == 3
-    assert buffer.update_priorities([], []) == 0
-
-
-def test_update_rewards_recomputes_the_priority(buffer: ExperienceBuffer) -> None:
-    ids = add_all(buffer, range(3))
-    before: Any = buffer.get(ids[0]).priority
-    later: list[Any] = [1.0, {"right": 0.5, "brief": 0.25}]
-    assert buffer.update_rewards(ids[:2], later) == 2
-    assert buffer.get(ids[0]).total_reward == 1.0
-    assert buffer.get(ids[0]).priority == pytest.approx(before + 0.4, abs=1e-4)
-    assert buffer.get(ids[1]).rewards == {"right": 0.5, "brief": 0.25}
-    assert buffer.get(ids[2]).total_reward is None
-    assert buffer.update_rewards(ids[1], [2.0]) == 1
-    assert buffer.get(ids[1]).total_reward == 2.0
-    assert buffer.sample(8).total_reward.shape == (8,)
-    buffer.remove([ids[0]])
-    assert buffer.update_rewards(ids[:1], [1.0]) == 0
-
-
-def test_updates_survive_reopening_and_snapshots(open_buffer: OpenBuffer) -> None:
-    with open_buffer() as buffer:
-        ids = add_all(buffer, range(4))
-        buffer.update_priorities(ids[:1], [7.0])
-        later: list[Any] = [1.5, {"a": 1.0}]
-        buffer.update_rewards(ids[1:3], later)
-        buffer.record_outcome(ids[:2], success=True, credit=[0.5, 1.0])
-        before = contents(buffer)
-    with open_buffer() as buffer:
-        assert contents(buffer) == before
-        assert buffer.get(ids[2]).rewards == {"a": 1.0}
-        buffer.save_snapshot()
-    with open_buffer() as buffer:
-        assert contents(buffer) == before
-        assert buffer.get(ids[2]).rewards == {"a": 1.0}
-
-
-# ---------------------------------------------------------------- outcomes
-
-
-def test_a_receipt_counts_exactly_once(buffer: ExperienceBuffer) -> None:
-    ids = add_all(buffer, range(6))
-    result = find(buffer, 2, k=3)
-    assert buffer.record_outcome(result.receipt, success=True) == 3
-    lsn = buffer.lsn
-    assert buffer.record_outcome(result.receipt, success=True) == 0
-    assert buffer.record_outcome(str(result.receipt), success=False) == 0
-    assert buffer.lsn == lsn
-    for id_ in ids:
-        counts = (buffer.get(id_).retrieval_count, buffer.get(id_).success_count)
-        assert counts == ((1, 1.0) if id_ in result.ids else (0, 0.0))
-    assert buffer.record_outcome(find(buffer, 2, k=3).receipt, success=False) == 3
-    hit = find(buffer, 2, k=1)[0]
-    assert (hit.retrieval_count, hit.success_count) == (2, 1.0)
-    assert hit.success_rate == pytest.approx((1 + 0.5 * 2) / (2 + 2))
-
-
-def test_the_text_form_of_a_receipt_does_the_same(buffer: ExperienceBuffer) -> None:
-    add_all(buffer, range(3))
-    receipt = find(buffer, 1, k=2).receipt
-    text = str(receipt)
-    assert Receipt.parse(text) == receipt
-    assert buffer.record_outcome(text, success=True) == 2
-    assert buffer.record_outcome(receipt, success=True) == 0
-
-
-def test_a_receipt_counts_once_across_reopening(open_buffer: OpenBuffer) -> None:
-    with open_buffer() as buffer:
-        add_all(buffer, range(3))
-        used, fresh = (str(find(buffer, 1, k=2).receipt) for _ in range(2))
-        buffer.record_outcome(used, success=True)
-    with open_buffer() as buffer:
-        assert buffer.record_outcome(used, success=True) == 0
-        buffer.save_snapshot()
-    with open_buffer() as buffer:
-        assert buffer.record_outcome(used, success=True) == 0
-        assert buffer.record_outcome(fresh, success=True) == 2
-        assert find(buffer, 1)[0].retrieval_count == 2
-
-
-def test_ids_are_counted_at_every_call(buffer: ExperienceBuffer) -> None:
-    ids = add_all(buffer, range(3))
-    for _ in range(2):
-        assert buffer.record_outcome(ids[:2], success=True) == 2
-    assert buffer.record_outcome(np.array(ids[:1]), success=False) == 1
-    assert buffer.get(ids[0]).retrieval_count == 3
-    assert buffer.get(ids[0]).success_count == 2.0
-    buffer.remove(ids[:1])
-    assert buffer.record_outcome(ids, success=True) == 2
-
-
-@pytest.mark.parametrize(
-    ("credit", "wanted"),
-    [
-        (None, [1, 1, 1]),
-        (0.25, [0.25] * 3),
-        (1, [1, 1, 1]),
-        (np.float32(0.5), [0.5] * 3),
-        ([0.5, 0, 1], [0.5, 0, 1]),
-        (np.array([0.5, 0.25, 0.75]), [0.5, 0.25, 0.75]),
-        ("by id", [0, 0.75, 0]),
-    ],
-)
-def test_credit(buffer: ExperienceBuffer, credit: Any, wanted: list[float]) -> None:
-    ids = add_all(buffer, range(3))
-    if isinstance(credit, str):
-        credit = {ids[1]: 0.75}
-    assert buffer.record_outcome(ids, success=True, credit=credit) == 3
-    assert [buffer.get(i).success_count for i in ids] == wanted
-    buffer.record_outcome(ids, success=False, credit=credit)
-    assert [buffer.get(i).success_count for i in ids] == wanted
-    assert [buffer.get(i).retrieval_count for i in ids] == [2, 2, 2]
-
-
-def test_the_receipt_of_an_empty_result_counts_nothing(buffer: ExperienceBuffer) -> None:
-    buffer.add(experience(1))
-    buffer.clear()
-    with unchanged(buffer):
-        assert buffer.record_outcome(find(buffer, 1).receipt, success=True) == 0
-
-
-def test_an_old_receipt_is_refused(open_buffer: OpenBuffer) -> None:
-    buffer = open_buffer(receipts_kept=2)
-    add_all(buffer, range(2))
-    receipts = [find(buffer, 1).receipt for _ in range(4)]
-    old = receipts[0]
-    for receipt in receipts[1:]:
-        buffer.record_outcome(receipt, success=True)
-    for receipt in receipts[2:]:
-        assert buffer.record_outcome(receipt, success=True) == 0
-    with unchanged(buffer):
-        for receipt in receipts[:2]:  # one that was forgotten, one that was never used
-            with pytest.raises(ReceiptExpired, match="receipts_kept = 2"):
-                buffer.record_outcome(receipt, success=True)
-    assert old.lsn < buffer.lsn
 
 
 # ---------------------------------------------------------------- reading

@@ -148,6 +148,9 @@ class Database:
                 self._writer = None
         self._close_reader()
 
+    def __del__(self) -> None:
+        self.close()
+
     def _close_reader(self) -> None:
         with self._read_lock:
             if self._reader is not None:

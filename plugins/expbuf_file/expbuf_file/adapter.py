@@ -82,10 +82,11 @@ class FilePersistenceAdapter(PersistenceAdapter):
     # ------------------------------------------------------------ creation and recovery
 
     def create(self, lsn: int) -> None:
+        for number in layout.numbers(self._folder, layout.DATA):
+            self._logs.check_leftover(number)
         for log in (layout.DATA, layout.INDEX):
             for number in layout.numbers(self._folder, log):
                 self._logs.unlink(log, number)
-        # Nothing comes before it, whatever its number.
         *ends, _ = self._logs.begin_file(1, lsn, previous=(0, 0, 0), durable=0)
         self._set_end(1, *ends)
         self._words[_SYNCED] = 1

@@ -106,3 +106,9 @@ def read_header(fd: int, path: Path, uuid: bytes) -> FileHeader:
             offset=0,
         )
     return FileHeader(log, number, size, owner, salt, flags)
+
+
+def owner_of(path: Path) -> bytes:
+    """UUID in the first page of a log file, unchecked; zeros where it is too short."""
+    raw = path.read_bytes()[: _HEADER.size]
+    return _HEADER.unpack(raw)[5] if len(raw) == _HEADER.size else bytes(16)

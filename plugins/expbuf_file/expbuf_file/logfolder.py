@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expbuf_core.contracts import Appended, Buffer, Stamped
+from expbuf_core.errors import CorruptionError
 from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_file import layout
-from expbuf_file.logfile import BadFrame, Begin, LogFile
+from expbuf_file.logfile import BadFrame, Begin, Frame, LogFile
 from expbuf_file.writing import begin_frame, lay_out, pages
 
 _ZEROS = bytes(1 << 20)
@@ -106,6 +107,26 @@ class LogFolder:
                     raise file.corrupt(BadFrame(at, size, "the file was cut"), 0)
                 raise file.corrupt(BadFrame(at, at, "the first frame is damaged"), 0)
         return begin
+
+    def check_leftover(self, number: int) -> None:
+        """See that a log without an identity beside it is what an interrupted creation leaves.
+
+        Raises:
+            CorruptionError: It holds experiences, or cannot be read.
+        """
+        path = layout.path_of(self.path, layout.DATA, number)
+        with storage_errors("open", path):
+            file = LogFile(self.path, layout.DATA, number, layout.owner_of(path))
+        if any(
+            isinstance(found, Frame) and found.header.row_count
+            for found in file.frames(layout.HEADER_BYTES, file.size(), rows=False)
+        ):
+            raise CorruptionError(
+                f"{path.name}: holds experiences, but the buffer's identity (expbuf.json) is "
+                "missing; restore it from a backup or run `expbuf repair`",
+                path=path,
+                offset=layout.HEADER_BYTES,
+            )
 
     def open(self, log: str, number: int) -> LogFile:
         """A log file for one reader: what it reads ahead belongs to one thread."""

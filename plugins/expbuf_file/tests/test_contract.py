@@ -7,6 +7,7 @@ from expbuf_core.testing.persistence_suite import PersistenceSuite
 
 class TestFile(PersistenceSuite):
     provider = "file"
+    crash_states = 40  # each writes and reads a log file of 1 MiB
 
 
 class TestSmallFiles(PersistenceSuite):

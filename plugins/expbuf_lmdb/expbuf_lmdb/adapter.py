@@ -323,12 +323,12 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         words, salt = self.words, self._salt()
         generation, base, start = words[GENERATION], words[BASE], words[END]
         parts, places, end = self._laid_out(stamped, salt, generation, base, start, durable_lsn)
+        if end - start > self._stage_bytes() - STAGE_HEADER_BYTES:
+            return self._append_directly(stamped, parts, places, end - start)
         if base + end > self._room_until:
             rows = any(len(item.operation.lengths) for item in stamped)
             self._make_room(base + end, end - start, rows=rows)
         if end > self._stage_bytes():
-            if end - start > self._stage_bytes() - STAGE_HEADER_BYTES:
-                return self._append_directly(stamped, parts, places, end - start)
             self._drain()
             self._begin_stage(base + start)
             return self.append(stamped, durable_lsn)
@@ -383,6 +383,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
                 self.store.put(txn, tables, header, data[at : at + header.data_bytes])
                 at += header.data_bytes
 
+        self._room_until = 0  # LMDB takes what it needs, and this leaves nothing ahead
         self._write(put)
         words[LAST] = stamped[-1].lsn
         self._note_stored(stamped[-1].lsn)
@@ -707,7 +708,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         self.stage.begin(header, durable=True)
         used = self._environment().used_bytes() + _TAIL
         with storage_errors("finish", self.path):
-            if os.fstat(self._data_descriptor()).st_size > used:
+            if os.fstat(self._data_descriptor()).st_size != used:
                 self._fs.truncate(self._data_descriptor(), used)
                 self._fs.fsync(self._data_descriptor())
 
