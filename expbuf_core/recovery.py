@@ -62,6 +62,7 @@ class Loaded(NamedTuple):
     replayed: int = 0
     torn_bytes: int = 0
     warnings: tuple[str, ...] = ()
+    rows: int = 0  # experiences added behind the snapshot
 
 
 def recover(replica: Replica, path: Path, witness: int) -> Loaded:
@@ -78,7 +79,7 @@ def recover(replica: Replica, path: Path, witness: int) -> Loaded:
     state, errors = snapshots.newest(path, replica.uuid)
     if state is not None:
         replica.reset(state)
-    snapshot_lsn = replica.state.lsn
+    snapshot_lsn, added = replica.state.lsn, replica.state.total_added
     replayed = 0
     try:
         for run in runs(replica.adapter.recover(snapshot_lsn, witness)):
@@ -97,7 +98,13 @@ def recover(replica: Replica, path: Path, witness: int) -> Loaded:
     for error in errors:
         _log.warning("%s", error)
     replica.evicted = 0
-    return Loaded(snapshot_lsn, replayed, replica.adapter.torn()[0], tuple(map(str, errors)))
+    return Loaded(
+        snapshot_lsn,
+        replayed,
+        replica.adapter.torn()[0],
+        tuple(map(str, errors)),
+        replica.state.total_added - added,
+    )
 
 
 def follow_from_snapshot(replica: Replica, path: Path) -> Loaded:
@@ -107,7 +114,7 @@ def follow_from_snapshot(replica: Replica, path: Path) -> Loaded:
         with replica.lock:
             if state is not None:
                 replica.reset(state)
-            lsn = replica.state.lsn
+            lsn, added = replica.state.lsn, replica.state.total_added
             try:
                 replica.follow_to(replica.control.published())
             except LogGone:  # a newer snapshot has replaced that part of the log meanwhile
@@ -117,5 +124,5 @@ def follow_from_snapshot(replica: Replica, path: Path) -> Loaded:
                     f"{path}: the log has a gap and no snapshot covers it", path=path
                 )
                 raise (errors[0] if errors else gap) from None
-            return Loaded(lsn, replica.state.lsn - lsn)
+            return Loaded(lsn, replica.state.lsn - lsn, rows=replica.state.total_added - added)
     raise AssertionError("unreachable")

@@ -33,7 +33,7 @@ _log = logging.getLogger("expbuf")
 _RETRY_S = 1.0  # pause after a failure, so that a full disk is not met at every commit
 _RELOG_ROWS = 256  # moved in one commit
 _MEMORY_OPERATIONS = 10_000  # kept of a buffer in memory before the dead ones are dropped
-CLOSING_OPERATIONS = 10_000  # so many behind the newest snapshot make one worth while at closing
+CLOSING_OPERATIONS = 10_000  # a log so long makes a snapshot worth while at closing
 
 
 class Upkeep:
@@ -48,6 +48,14 @@ class Upkeep:
         self._builder: int | None = None  # pid
         self._adopting = threading.Lock()
         self._dropped_at = 0
+        self._snapshot_lsn = 0  # of the snapshot behind which experiences are counted, and
+        self._snapshot_rows = 0  # what the counter of added ones said then
+
+    def begin(self, rows: int) -> None:
+        """At opening: so many experiences were added behind the newest snapshot."""
+        words = self._session.control.words
+        self._snapshot_lsn = words[c.SNAPSHOT_LSN]
+        self._snapshot_rows = words[c.ROWS_ADDED] - rows
 
     # ------------------------------------------------------------ the thread
 
@@ -221,9 +229,16 @@ class Upkeep:
 
     def snapshot_is_due(self) -> bool:
         """Whether the log behind the newest snapshot has grown long."""
-        session = self._session
-        behind = session.control.words[c.APPENDED] - session.control.words[c.SNAPSHOT_LSN]
-        return behind >= session.config.snapshot.every_ops
+        return self._behind() >= self._session.config.snapshot.every_ops
+
+    def _behind(self) -> int:
+        """Operations behind the newest snapshot; an add counts with each of its experiences."""
+        words = self._session.control.words
+        if words[c.SNAPSHOT_LSN] != self._snapshot_lsn:
+            self._snapshot_lsn = words[c.SNAPSHOT_LSN]
+            self._snapshot_rows = words[c.ROWS_ADDED]
+        operations = words[c.APPENDED] - self._snapshot_lsn
+        return max(operations, words[c.ROWS_ADDED] - self._snapshot_rows)
 
     def snapshot(self, *, if_due: bool = False) -> int:
         """Switch logs, write the columns as of the switch, drop what nobody needs; the LSN.
@@ -244,6 +259,7 @@ class Upkeep:
                 self._move_survivors()
                 # Without room for another log the snapshot is as good; it only frees less.
                 with contextlib.suppress(StorageFull):
+                    session.commit_log.prepare()
                     session.commit_log.switch()
                     session.commit_log.sync()
                 session.refresh()
@@ -253,9 +269,7 @@ class Upkeep:
 
     def closing_snapshot(self) -> None:
         """At a clean close: spare the next opening a long replay (open lock held alone)."""
-        session = self._session
-        behind = session.replica.state.lsn - session.control.words[c.SNAPSHOT_LSN]
-        if behind > CLOSING_OPERATIONS:
+        if self._behind() > CLOSING_OPERATIONS:
             self._write_snapshot()
 
     def _write_snapshot(self) -> int:

@@ -326,6 +326,9 @@ class FilePersistenceAdapter(PersistenceAdapter):
 
     def prepare(self) -> None:
         number = self._words[_FILE] + 1
+        path = layout.path_of(self._folder, layout.DATA, number)
+        if self._settings.commit == "rename" or path.exists():
+            return
         size = self._next_size(0)
         index_size = pages(size // 2 + INDEX_SLACK)
         pair = self._logs.make_pair(number, size, index_size, f"{os.getpid()}.spare")
