@@ -612,7 +612,7 @@ class ExperienceBuffer:
         with session.replica.lock:
             live = array[session.replica.state.find(array) >= 0]
             if not session.replica.tiers.holds(live).all():
-                session.replica.fill(intake.refuse)
+                session.fill_index()
         return len(live)
 
     def _known_ids(self, ids: Any) -> tuple[Session, NDArray[np.int64]]:

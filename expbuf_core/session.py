@@ -45,6 +45,7 @@ from expbuf_core.replica import Replica
 from expbuf_core.upkeep import Upkeep
 
 _log = logging.getLogger("expbuf")
+_TRIES = 10
 
 
 class Session:
@@ -303,13 +304,31 @@ class Session:
             return
         intake = self._intake or self._make_intake(int(settings["v_dim"]), int(settings["q_dim"]))
         assert self.choice is not None
-        words = self.control.words
-        with self.replica.lock:
-            manifest, opened = indexing.load(self.path, self.replica, self.choice)
-            if manifest is not None and self.writable:
-                words[c.INDEX_GENERATION] = max(words[c.INDEX_GENERATION], manifest.generation)
-            self.replica.adopt(manifest, opened, words[c.INDEX_GENERATION])
-            self.replica.fill(intake.refuse)
+        words, replica = self.control.words, self.replica
+        with replica.lock:
+            for _ in range(_TRIES):
+                manifest, opened = indexing.load(self.path, replica, self.choice)
+                if manifest is not None and self.writable:
+                    words[c.INDEX_GENERATION] = max(words[c.INDEX_GENERATION], manifest.generation)
+                replica.adopt(manifest, opened, words[c.INDEX_GENERATION])
+                try:
+                    replica.fill(intake.refuse)
+                    return
+                except LogGone:
+                    # Payloads were evicted and deleted since this replica looked: look again.
+                    recovery.follow_from_snapshot(replica, self.path)
+        raise CorruptionError(
+            f"{self.path}: payloads of live experiences are gone; run `expbuf verify`",
+            path=self.path,
+        )
+
+    def fill_index(self) -> None:
+        """Fuse again what no tier holds (replica lock held)."""
+        if self._intake is not None:
+            try:
+                self.replica.fill(self._intake.refuse)
+            except LogGone:
+                self._start_anew()
 
     # ------------------------------------------------------------ closing
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from expbuf_core import control as c
 from expbuf_core import folder, indexing, snapshots
 from expbuf_core.config_schema import BufferConfig
+from expbuf_core.contracts import LogGone
 from expbuf_core.errors import ExpbufError, StorageFull
 from expbuf_core.locks import holder
 from expbuf_core.relog import relog_draft
@@ -176,7 +177,7 @@ class Upkeep:
     def _adopt_aside(self) -> None:
         try:
             self.adopt_now()
-        except (ExpbufError, OSError, ValueError) as exc:
+        except (ExpbufError, LogGone, OSError, ValueError) as exc:
             if not self._session.closed:
                 _log.warning("the new index could not be opened; searches stay exact: %s", exc)
         finally:
@@ -185,8 +186,8 @@ class Upkeep:
     def adopt_now(self) -> None:
         """Open what the builder has published last, and search it from now on."""
         session = self._session
-        intake, choice = session.intake(), session.choice
-        if session.closed or session.path is None or intake is None or choice is None:
+        choice = session.choice
+        if session.closed or session.path is None or session.intake() is None or choice is None:
             return
         generation = session.control.words[c.INDEX_GENERATION]
         manifest, opened = indexing.load(session.path, session.replica, choice)
@@ -198,9 +199,9 @@ class Upkeep:
                 replica.tiers.generation = generation  # keep what is there
                 return
             if manifest is not None and replica.state.lsn < manifest.lsn:
-                replica.refresh()  # a replica adopts segments only once it is as far as they are
+                session.refresh()  # a replica adopts segments only once it is as far as they are
             replica.adopt(manifest, opened, generation)
-            replica.fill(intake.refuse)
+            session.fill_index()
         session.registry.fire(
             "expbuf_on_index_swapped",
             path=str(session.path),

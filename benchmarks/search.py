@@ -1,0 +1,273 @@
+"""Finding similar experiences: latency and recall beside raw FAISS, also while others write.
+
+    python -m benchmarks.search --quick
+
+The reference is FAISS on the very vectors that the buffer searches, in the same process, one
+OpenMP thread: the same index file with the same effort, and an IVF index of whole vectors whose
+nprobe was raised until it reaches the same recall.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import (
+    DIM,
+    Report,
+    clustered,
+    in_turns,
+    parse,
+    parser,
+    percentiles,
+    run_groups,
+    scratch,
+)
+from expbuf_core import ExperienceBuffer
+from expbuf_core.exact_search import exact_search
+
+K = 10
+RECALL = 0.95
+TAIL = 1000  # experiences that no segment holds yet
+
+_WRITER = """
+import sys, threading, time
+import numpy as np
+from expbuf_core import Experience, ExperienceBuffer
+rng = np.random.default_rng(5)
+parts = rng.standard_normal((1000, 384)).astype(np.float32)
+settings = {"index": {"builder": "off"}}
+with ExperienceBuffer.open(sys.argv[1], **settings) as buffer:
+    stop = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+    print("ready", flush=True)
+    i = 0
+    while not stop.is_set():
+        buffer.add(Experience(v_embed=parts[i % 1000], q_embed=parts[i % 1000]))
+        i += 1
+    print(i)
+"""
+_BUILDER = """
+import os, sys, threading
+from expbuf_core import ExperienceBuffer
+os.nice(19)
+settings = {"index": {"builder": "off", "growth": 1e-6}}
+with ExperienceBuffer.open(sys.argv[1], **settings) as buffer:
+    stop = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+    print("ready", flush=True)
+    while not stop.is_set():
+        buffer.rebuild_index()
+"""
+
+
+@contextmanager
+def _beside(program: str, path: Path) -> Iterator[None]:
+    """Run a program in another process for the time of the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    if process.stdout.readline() != "ready\n":
+        raise RuntimeError("the process beside did not start")
+    try:
+        yield
+    finally:
+        process.communicate()
+
+
+def _times(search: Callable[[int], Any], n: int) -> list[float]:
+    times = []
+    for i in range(n):
+        started = time.perf_counter()
+        search(i)
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def _recall(found: Any, exact: Any) -> float:
+    return float(np.mean([len(set(a) & set(b)) / K for a, b in zip(found, exact, strict=True)]))
+
+
+def _ivf_flat(faiss: Any, vectors: Any, queries: Any, exact: Any) -> tuple[Any, float]:
+    """FAISS's own index of whole vectors, with the least effort that reaches the recall."""
+    n = len(vectors)
+    lists = 1 << max(4, round(np.log2(4 * np.sqrt(n))))
+    index = faiss.index_factory(DIM, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+    index.cp.niter = 10
+    rng = np.random.default_rng(0)
+    index.train(vectors[np.sort(rng.choice(n, min(n, 64 * lists), replace=False))])
+    index.add(vectors)
+    reached = 0.0
+    while reached < RECALL and index.nprobe < lists:
+        reached = _recall(index.search(queries, K)[1], exact)
+        if reached < RECALL:
+            index.nprobe *= 2
+    return index, reached
+
+
+def search(report: Report, arguments: argparse.Namespace) -> None:
+    try:
+        import faiss
+    except ImportError as exc:
+        report.skip("search", exc)
+        return
+    sizes = (100_000,) if arguments.quick else (100_000, 1_000_000)
+    calls = 1000 if arguments.quick else 4000
+    for n in sizes:
+        report.group(
+            f"search of {n:,}",
+            f"k = {K}, {DIM} dimensions, clustered unit vectors; one large segment and a tail of "
+            f"{TAIL}; times in ms",
+        )
+        rng = np.random.default_rng(arguments.seed)
+        everything = clustered(rng, n + TAIL + 2000)
+        vectors, queries = everything[: n + TAIL], everything[n + TAIL :]
+        with scratch(arguments) as folder:
+            path = folder / "buffer"
+            settings: dict[str, Any] = {"index": {"backend": "faiss_cpu", "builder": "off"}}
+            with ExperienceBuffer.open(path, max_size=2 * n, durability="os", **settings) as buffer:
+                for start in range(0, n, 4096):
+                    part = vectors[start : min(start + 4096, n)]
+                    buffer.add_many({"v_embed": part, "q_embed": part})
+                started = time.perf_counter()
+                buffer.rebuild_index()
+                report.add("building the index", [time.perf_counter() - started], "s")
+                part = vectors[n:]
+                buffer.add_many({"v_embed": part, "q_embed": part})
+            with ExperienceBuffer.open(path, **settings) as buffer:
+                _measure(report, arguments, faiss, buffer, vectors, queries, calls)
+                _measure_beside(report, arguments, buffer, queries, calls, path)
+
+
+def _measure(
+    report: Report,
+    arguments: argparse.Namespace,
+    faiss: Any,
+    buffer: ExperienceBuffer,
+    vectors: Any,
+    queries: Any,
+    calls: int,
+) -> None:
+    some = queries[:500]
+    exact = exact_search(vectors, None, some, K, "cosine")[0]
+    found = [buffer.search_index(hybrid_embed=query, k=K).ids for query in some]
+    report.add(
+        "recall of expbuf",
+        [_recall(found, exact)],
+        f"at {K}",
+        target=f"{RECALL}",
+        met=lambda row: row.median >= RECALL,
+    )
+    segment = buffer.stats()["index"]["segments"][0]
+    print(f"  index: { {k: segment[k] for k in ('factory', 'effort', 'rerank') if k in segment} }")
+    faiss.omp_set_num_threads(1)
+    flat, reached = _ivf_flat(faiss, vectors, some, exact)
+    report.add(f"recall of FAISS IVF,Flat at nprobe {flat.nprobe}", [reached], f"at {K}")
+    cases: dict[str, Callable[[int], Any]] = {
+        "expbuf": lambda i: buffer.search_index(hybrid_embed=queries[i % len(queries)], k=K),
+        "FAISS IVF,Flat": lambda i: flat.search(queries[i % len(queries)][None], K),
+    }
+    if "factory" in segment and buffer.path is not None:
+        name = f"{segment['name']}.{segment['backend']}"
+        same = faiss.read_index(str(buffer.path / "index" / name), faiss.IO_FLAG_MMAP_IFC)
+        faiss.extract_index_ivf(same).nprobe = segment["effort"]
+        wanted = K * max(1, segment.get("rerank") or 1)
+        cases["FAISS, the same index, unranked"] = lambda i: same.search(
+            queries[i % len(queries)][None], wanted
+        )
+    everything: dict[str, list[list[float]]] = {name: [] for name in cases}
+
+    def case(name: str) -> Callable[[], float]:
+        def run() -> float:
+            everything[name].append(_times(cases[name], calls))
+            return percentiles(everything[name][-1])[0]
+
+        return run
+
+    for run in cases.values():
+        _times(run, 200)
+    p50 = in_turns({name: case(name) for name in cases}, arguments.repetitions)
+    reference = p50["FAISS IVF,Flat"]
+    for name, values in p50.items():
+        ours = name == "expbuf"
+        report.add(
+            f"{name}, p50",
+            values,
+            "ms",
+            reference=("FAISS IVF,Flat", reference),
+            target="1.3 × FAISS or 0.1 ms more" if ours else "",
+            met=(
+                lambda row: (
+                    np.median(
+                        [
+                            a <= max(1.3 * b, b + 0.1)
+                            for a, b in zip(row.values, reference, strict=True)
+                        ]
+                    )
+                    >= 0.5
+                )
+            )
+            if ours
+            else None,
+        )
+        report.add(f"{name}, p99", [percentiles(times)[1] for times in everything[name]], "ms")
+
+
+def _measure_beside(
+    report: Report,
+    arguments: argparse.Namespace,
+    buffer: ExperienceBuffer,
+    queries: Any,
+    calls: int,
+    path: Path,
+) -> None:
+    def ours(i: int) -> Any:
+        return buffer.search_index(hybrid_embed=queries[i % len(queries)], k=K)
+
+    def alone() -> float:
+        return percentiles(_times(ours, calls))[1]
+
+    def with_writer() -> float:
+        with _beside(_WRITER, path):
+            return percentiles(_times(ours, calls))[1]
+
+    def with_builder() -> float:
+        with _beside(_WRITER, path), _beside(_BUILDER, path):
+            return percentiles(_times(ours, calls))[1]
+
+    p99 = in_turns(
+        {"alone": alone, "writer": with_writer, "builder": with_builder}, arguments.repetitions
+    )
+    report.add("expbuf p99, alone", p99["alone"], "ms")
+    report.add(
+        "expbuf p99, beside a writer", p99["writer"], "ms", reference=("alone", p99["alone"])
+    )
+    report.add(
+        "expbuf p99, beside a writer and the builder",
+        p99["builder"],
+        "ms",
+        reference=("beside a writer", p99["writer"]),
+        target="1.5 × beside a writer",
+        met=lambda row: (row.ratio or 9) <= 1.5,
+    )
+
+
+def main() -> None:
+    made = parser("Finding similar experiences.")
+    run_groups(Report("search", parse(made)), [search])
+
+
+if __name__ == "__main__":
+    main()
