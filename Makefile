@@ -18,7 +18,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo setup test test-long check format coverage clean
+.PHONY: help demo setup test test-long check format coverage bench bench-quick clean
 
 help:
 	@echo "make demo       watch an agent learn, get killed, come back and go on"
@@ -27,6 +27,7 @@ help:
 	@echo "make check      lint, format, types, layering"
 	@echo "make format     format, and fix what the linter can fix"
 	@echo "make coverage   the quick tests with branch coverage"
+	@echo "make bench      the benchmarks (an hour, 30 GB of disk); bench-quick: some minutes"
 	@echo "make clean      remove what was built, .venv too"
 
 demo: .venv/demo.stamp
@@ -56,6 +57,15 @@ coverage: .venv/dev.stamp
 	@$(BIN)/coverage run -m pytest $(ARGS)
 	@$(BIN)/coverage report --skip-covered --show-missing
 
+# Peers are optional: what .venv has takes part.
+bench: .venv/dev.stamp
+	@for name in storage search sampling; do \
+		$(BIN)/python -m benchmarks.$$name --json benchmark_output/$$name.json $(ARGS) || exit 1; \
+	done
+
+bench-quick:
+	@$(MAKE) --no-print-directory bench ARGS="--quick $(ARGS)"
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "expbuf needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
@@ -75,6 +85,6 @@ coverage: .venv/dev.stamp
 
 clean:
 	@rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis \
-		.coverage demo_output
+		.coverage demo_output benchmark_output
 	@find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "Clean"

@@ -268,10 +268,14 @@ def clustered(
 
 
 def private_bytes() -> int:
-    """Memory of this process that no other shares (its unique set size)."""
+    """Memory of this process that no other can share.
+
+    Clean pages of mapped files are left out: the kernel calls them private as long as nobody else
+    maps them, but they are page cache, and the next process that opens the buffer shares them.
+    """
     total = 0
     for line in _lines("/proc/self/smaps_rollup"):
-        if line.startswith(("Private_Clean:", "Private_Dirty:", "Private_Hugetlb:")):
+        if line.startswith(("Private_Dirty:", "Private_Hugetlb:")):
             total += int(line.split()[1]) * 1024
     return total
 

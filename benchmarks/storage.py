@@ -418,8 +418,8 @@ def opening(report: Report, arguments: argparse.Namespace) -> None:
     n = 100_000 if arguments.quick else 1_000_000
     report.group(
         f"opening {n:,} experiences after a clean close",
-        "in a fresh process, page cache warm, imports excluded; private memory is the growth of "
-        "the unique set size",
+        "in a fresh process, page cache warm, imports excluded; private memory is what grew in "
+        "dirty private pages: mapped files are page cache",
     )
     rng = np.random.default_rng(arguments.seed)
     vectors = clustered(rng, n)

@@ -207,7 +207,9 @@ class SnapshotConfig(_Section):
     """When the columns are written as a whole, so that old logs can go."""
 
     every_ops: Int = Field(
-        200_000, ge=1, description="Operations after which a snapshot is taken, builder or not."
+        200_000,
+        ge=1,
+        description="Operations, or experiences added, after which a snapshot is taken.",
     )
 
 

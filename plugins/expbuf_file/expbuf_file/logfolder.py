@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expbuf_core.contracts import Appended, Buffer, Stamped
-from expbuf_core.errors import CorruptionError
+from expbuf_core.errors import CorruptionError, StorageError
 from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_file import layout
 from expbuf_file.logfile import BadFrame, Begin, Frame, LogFile
@@ -83,7 +83,12 @@ class LogFolder:
                 continue
             if wanted is not None and number < wanted:
                 break  # a gap: older files hold payloads only
-            begin = self.begin(number)
+            try:
+                begin = self.begin(number)
+            except StorageError as exc:
+                if isinstance(exc.__cause__, FileNotFoundError):
+                    break  # dropped since the folder was listed, and so are those before it
+                raise
             if begin is None:
                 if chain and self.begins[chain[-1]].previous_lsn <= after_lsn:
                     break  # damaged, but nothing behind `after_lsn` is missing
