@@ -10,6 +10,7 @@ and at `group`, which syncs within 10 ms.
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -36,7 +37,7 @@ class Peer:
 
 
 def cpprb_peer(n: int, priorities: Any, updates: Any) -> Peer:
-    import cpprb
+    cpprb: Any = importlib.import_module("cpprb")
 
     buffer = cpprb.PrioritizedReplayBuffer(n, {"obs": {"shape": 2 * DIM}, "rew": {}}, alpha=0.6)
     for start in range(0, n, 4096):
@@ -53,28 +54,26 @@ def cpprb_peer(n: int, priorities: Any, updates: Any) -> Peer:
 
 
 def torchrl_peer(n: int, priorities: Any, updates: Any) -> Peer:
-    import torch
-    from tensordict import TensorDict
-    from torchrl.data import LazyTensorStorage, TensorDictPrioritizedReplayBuffer
+    torch: Any = importlib.import_module("torch")
+    data: Any = importlib.import_module("torchrl.data")
+    tensordict: Any = importlib.import_module("tensordict")
 
-    buffer = TensorDictPrioritizedReplayBuffer(
-        alpha=0.6, beta=0.4, storage=LazyTensorStorage(n), batch_size=BATCH
+    buffer = data.TensorDictPrioritizedReplayBuffer(
+        alpha=0.6, beta=0.4, storage=data.LazyTensorStorage(n), batch_size=BATCH
     )
     for start in range(0, n, 1 << 16):
         size = min(1 << 16, n - start)
-        buffer.extend(
-            TensorDict({"obs": torch.zeros(size, 2 * DIM)}, batch_size=[size])  # type: ignore[no-untyped-call]
-        )
+        buffer.extend(tensordict.TensorDict({"obs": torch.zeros(size, 2 * DIM)}, batch_size=[size]))
     buffer.update_priority(torch.arange(n), torch.from_numpy(priorities))
     tensors = [(torch.from_numpy(ids), torch.from_numpy(p)) for ids, p in updates]
     return Peer(buffer.sample, lambda i: buffer.update_priority(*tensors[i]))
 
 
 def tianshou_peer(n: int, priorities: Any, updates: Any) -> Peer:
-    from tianshou.data import Batch, PrioritizedReplayBuffer
+    data: Any = importlib.import_module("tianshou.data")
 
-    buffer = PrioritizedReplayBuffer(n, alpha=0.6, beta=0.4)
-    row = Batch(
+    buffer = data.PrioritizedReplayBuffer(n, alpha=0.6, beta=0.4)
+    row = data.Batch(
         obs=np.zeros(2 * DIM, np.float32),
         act=0,
         rew=0.0,

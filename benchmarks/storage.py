@@ -11,6 +11,7 @@ sqlite-vec take part where they are installed; each syncs every commit, as expbu
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -122,7 +123,7 @@ def sqlite_store(folder: Path, material: Material) -> Iterator[Store]:
 
 @contextmanager
 def sqlite_vec_store(folder: Path, material: Material) -> Iterator[Store]:
-    import sqlite_vec
+    sqlite_vec: Any = importlib.import_module("sqlite_vec")
 
     db = sqlite3.connect(folder / "vec.db", isolation_level=None)
     db.enable_load_extension(True)
@@ -143,7 +144,7 @@ def sqlite_vec_store(folder: Path, material: Material) -> Iterator[Store]:
 
 @contextmanager
 def lmdb_store(folder: Path, material: Material) -> Iterator[Store]:
-    import lmdb
+    lmdb: Any = importlib.import_module("lmdb")
 
     environment = lmdb.open(str(folder / "lmdb"), map_size=16 << 30)
     key = 0
@@ -264,8 +265,8 @@ def batches(report: Report, arguments: argparse.Namespace) -> None:
         def case(store: Callable[[], Any]) -> Callable[[], float]:
             return lambda: n * BATCH / seconds(lambda: [store() for _ in range(n)])
 
-        for store in stores.values():
-            store()
+        for warm_up in stores.values():
+            warm_up()
         rates = in_turns(
             {name: case(store) for name, store in stores.items()}, arguments.repetitions
         )
@@ -557,7 +558,7 @@ def recovery(report: Report, arguments: argparse.Namespace) -> None:
 
 def _pauses(buffer: ExperienceBuffer, material: Material, stop: threading.Event) -> list[float]:
     """Durations of adds, one after the other, until told to stop."""
-    times = []
+    times: list[float] = []
     while not stop.is_set():
         started = time.perf_counter()
         buffer.add(material.experience(len(times)))
@@ -697,7 +698,7 @@ def _switch_holds(buffer: ExperienceBuffer, material: Material, n: int) -> list[
 
 
 def main() -> None:
-    made = parser(__doc__.splitlines()[0])  # type: ignore[union-attr]
+    made = parser("Storing durably, opening, recovering.")
     report = Report("storage", parse(made))
     run_groups(report, [single_adds, batches, writers, opening, recovery, snapshots])
 
