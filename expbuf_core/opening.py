@@ -276,6 +276,7 @@ def _begin_anew(session: Session, loaded: Loaded, *, clean: bool) -> None:
     words[c.RESERVED_ID], words[c.RESERVED_LSN] = state.reserved_id, state.reserved_lsn
     words[c.SNAPSHOT_LSN] = loaded.snapshot_lsn
     session.adapter.start(next_lsn, state.lsn)
+    session.replica.settled()
 
 
 # ---------------------------------------------------------------- to read

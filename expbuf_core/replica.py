@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from expbuf_core.contracts import (
     LoggedOperation,
     PersistenceAdapter,
 )
-from expbuf_core.control import INDEX_GENERATION, RETIREMENTS, Control
+from expbuf_core.control import DURABLE, INDEX_GENERATION, RETIREMENTS, Control
 from expbuf_core.errors import CorruptionError
 from expbuf_core.frames import damaged_payload
 from expbuf_core.sampling import PrioritySampler, Settings
@@ -66,6 +67,7 @@ class Replica:
         self.uuid = uuid
         self._sampling = sampling
         self._follower: LogFollower | None = None
+        self._cursor: tuple[int, object] | None = None  # (LSN, behind it), of our own last one
         self._own: dict[int, _Own] = {}
         self.counts: dict[int, int] = {}  # of own operations, until their caller has read them
         self.evicted = 0  # since it was last told
@@ -76,9 +78,19 @@ class Replica:
         self.state = state
         self.tiers = IndexTiers(str(state.settings.get("metric", "cosine")))
         self.sampler = PrioritySampler(state, self._sampling)
+        self._leave_log()
+        self.settled()
+
+    def settled(self) -> None:
+        """All that is applied is durable, and stands where it will stay."""
+        self._settled = self.state.lsn
+        self._retirements = self.control.words[RETIREMENTS]
+
+    def _leave_log(self) -> None:
+        """Look for the place to read on anew."""
         if self._follower is not None:
             self._follower.close()
-        self._follower = None
+        self._follower = self._cursor = None
 
     # ------------------------------------------------------------ following
 
@@ -111,7 +123,11 @@ class Replica:
         Raises:
             LogGone: This replica lags so far behind that it must start from the newest snapshot.
         """
-        if self.control.published() == self.state.lsn:
+        control = self.control
+        if (
+            control.published() == self.state.lsn
+            and control.words[RETIREMENTS] == self._retirements
+        ):
             return
         with self.lock:
             self._catch_up(self.control.published())
@@ -120,7 +136,25 @@ class Replica:
         """Apply everything up to `lsn`, which is published, and nothing beyond (lock held)."""
         self._catch_up(lsn)
 
+    def _settle(self) -> None:
+        """Where a log was given up since, learn where the new one has what was written again.
+
+        What is durable never moves; what is applied here and was not, may have.
+        """
+        words, state = self.control.words, self.state
+        durable = words[DURABLE]  # read first: a retirement counts itself before it raises it
+        retirements = words[RETIREMENTS]
+        if retirements != self._retirements:
+            self._leave_log()
+            if self._settled < state.lsn:
+                with contextlib.closing(self.adapter.follow(self._settled)) as follower:
+                    for operation in follower.read(state.lsn):
+                        state.relocate(operation)
+            self._retirements = retirements
+        self._settled = min(durable, state.lsn)
+
     def _catch_up(self, published: int) -> None:
+        self._settle()
         state = self.state
         while state.lsn < published:
             own = self._at_hand(state.lsn + 1)
@@ -151,8 +185,6 @@ class Replica:
         if self._own:
             for lsn in [n for n in list(self._own) if n <= state.lsn]:
                 del self._own[lsn]  # of a log that was given up
-
-    _cursor: tuple[int, object] | None = None
 
     def _following(self) -> LogFollower:
         if self._follower is None:

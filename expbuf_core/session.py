@@ -242,7 +242,7 @@ class Session:
         """
         if self._intake is not None:
             return self._intake
-        self.replica.refresh()
+        self.refresh()
         settings = self.replica.state.settings
         if settings["v_dim"] is None or settings["q_dim"] is None:
             if v is None and q is None:
@@ -292,7 +292,7 @@ class Session:
             # Another process may have been first; its operation is then published already.
             if self.writable:
                 self.commit_log.sync()
-            self.replica.refresh()
+            self.refresh()
             current = self.replica.state.settings
             if current["v_dim"] is None or current["q_dim"] is None:
                 self.commit(Draft(codec.encode_settings(settings), weight=0))

@@ -302,21 +302,35 @@ class State:
         slots &= self.capacity - 1
         return slots, slots
 
+    def relocate(self, operation: LoggedOperation) -> None:
+        """Take from an operation that was applied before only where its payloads are now."""
+        if operation.kind == codec.ADD:
+            self._move(*_rows([operation]))
+        elif operation.kind == codec.RELOG:
+            ids = codec.decode_relog(operation.body).columns["id"]
+            self._move(ids, *_rows([operation])[1:])
+
+    def _move(
+        self, ids: NDArray[np.int64], locations: NDArray[np.int64], lengths: NDArray[np.uint32]
+    ) -> int:
+        """Say where payloads are; how many of the experiences are still here."""
+        slots = self.find(ids)
+        here = slots >= 0
+        self.location[slots[here]] = locations[here]
+        self.length[slots[here]] = lengths[here]
+        return int(here.sum())
+
     def _relog(self, operation: LoggedOperation) -> Change:
         body = codec.decode_relog(operation.body)
         ids = body.columns["id"]
         n = len(ids)
         if n != len(operation.lengths) or (n > 1 and bool((np.diff(ids) <= 0).any())):
             raise ValueError(f"{n} experiences with {len(operation.lengths)} payloads")
-        ends = np.cumsum(operation.lengths, dtype=np.int64)
-        locations = operation.location + ends - operation.lengths
-        slots = self.find(ids)
-        here = slots >= 0
-        self.location[slots[here]] = locations[here]
-        self.length[slots[here]] = operation.lengths[here]
+        _, locations, _ = _rows([operation])
+        moved = self._move(ids, locations, operation.lengths)
         new = np.flatnonzero(ids >= self.next_id)  # others were removed or evicted meanwhile
         if not len(new):
-            return Change(int(here.sum()))
+            return Change(moved)
         removed = self._make_room(len(new), int(self.settings["max_size"]))
         at, touched = self._claim(len(new))
         for name in codec.RELOG_COLUMNS:

@@ -274,12 +274,16 @@ class Upkeep:
             self._write_snapshot()
 
     def _write_snapshot(self) -> int:
-        session = self._session
+        session, words = self._session, self._session.control.words
         assert session.path is not None
-        with session.replica.lock:
-            tree, columns = session.replica.state.dump()
-        lsn = int(tree["lsn"])
-        session.commit_log.flush(lsn)  # a snapshot is never ahead of the disk
+        retirements = -1
+        while words[c.RETIREMENTS] != retirements:  # else it tells of payloads where they were
+            retirements = words[c.RETIREMENTS]
+            session.refresh()
+            with session.replica.lock:
+                tree, columns = session.replica.state.dump()
+            lsn = int(tree["lsn"])
+            session.commit_log.flush(lsn)  # a snapshot is never ahead of the disk
         snapshots.write(session.path, session.uuid, tree, columns, session.fs)
         session.control.words[c.SNAPSHOT_LSN] = lsn
         return lsn

@@ -668,6 +668,45 @@ def test_whoever_comes_first_after_a_death(scene: Scene, flag: int, first: str) 
     check(scene.open(), [*serials, 9])
 
 
+@pytest.mark.parametrize("cause", [c.APPENDING, c.FLUSH_FAILED])
+@pytest.mark.parametrize("durability", ["group", "os"])
+def test_payloads_written_again_are_found_where_they_are_now(
+    scene: Scene, durability: str, cause: int
+) -> None:
+    """The file that was given up may lie about its pages: nobody may believe in it any more."""
+    quick = {"durability": durability, "group_interval_ms": 60_000}
+    config = {**CONFIG, **quick}
+    buffer = ExperienceBuffer.open(scene.folder, config=config)
+    other = ExperienceBuffer.open(scene.folder, config=config)
+    with buffer, other:
+        add(buffer, range(3))
+        buffer.sync()
+        add(buffer, range(3, 20))
+        old = buffer._session.control.words[c.ADAPTER]
+        check(other, list(range(20)))
+        buffer._session.control.words[cause] = 1
+        add(other, [20])
+        assert buffer.stats()["log_retirements"] == 1
+        given_up = buffer._session.adapter._writable.data_path
+        for each in (buffer, other):
+            assert len(each) == 21
+            state = each._session.replica.state
+            files = state.location[state.live_slots()] >> 40
+            assert (files == old).tolist() == [True] * 3 + [False] * 18
+        # What stands behind the durable part of the old file is nothing to anybody.
+        logs = buffer._session.adapter._logs
+        logs.begins.clear()
+        logs.chain(0)
+        os.truncate(given_up, logs.begins[max(logs.begins)].previous_end)
+        for each in (buffer, other):
+            check(each, list(range(21)))
+        buffer.save_snapshot()
+        for each in (buffer, other):
+            check(each, list(range(21)))
+    with scene.open() as again:
+        check(again, list(range(21)))
+
+
 @pytest.mark.parametrize("name", programs())
 def test_killed_at_every_call(home: Path, name: str) -> None:
     """Two others have the buffer open: they lose nothing that was acknowledged, and go on."""

@@ -29,7 +29,7 @@ from expbuf_core.contracts import (
 from expbuf_core.errors import CorruptionError, StorageError
 from expbuf_core.filesystem import storage_errors
 from expbuf_file import layout
-from expbuf_file.follower import FileFollower, FilePin
+from expbuf_file.follower import FileFollower, FilePin, Part
 from expbuf_file.logfile import BadFrame, LogFile
 from expbuf_file.logfolder import INDEX_SLACK, LogFolder
 from expbuf_file.recovering import LogReader
@@ -417,8 +417,8 @@ class FilePersistenceAdapter(PersistenceAdapter):
     def follow(self, after_lsn: int) -> LogFollower:
         return FileFollower(self._folder, self._uuid, after_lsn, self._start_of(after_lsn))
 
-    def _start_of(self, after_lsn: int) -> list[tuple[int, int | None]]:
-        """Files to follow from `after_lsn` on, each with its end, where that is known."""
+    def _start_of(self, after_lsn: int) -> list[Part]:
+        """Files to follow from `after_lsn` on."""
         chain = self._logs.chain(after_lsn)
         first = max(
             (n for n in chain if self._logs.begins[n].previous_lsn <= after_lsn), default=None
@@ -426,8 +426,12 @@ class FilePersistenceAdapter(PersistenceAdapter):
         if first is None:
             raise LogGone
         files = chain[chain.index(first) :]
-        ends = [self._logs.begins[n].previous_end for n in files[1:]]
-        return list(zip(files, [*ends, None], strict=True))
+        successors = [self._logs.begins[n] for n in files[1:]]
+        parts = [
+            Part(number, successor.previous_end, successor.previous_lsn)
+            for number, successor in zip(files, successors, strict=False)
+        ]
+        return [*parts, Part(files[-1])]
 
     def pin(
         self, ids: NDArray[np.int64], locations: NDArray[np.int64], lengths: NDArray[np.uint32]

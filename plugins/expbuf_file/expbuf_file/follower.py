@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,20 @@ from expbuf_file import layout
 from expbuf_file.logfile import BadFrame, LogFile
 
 
+class Part(NamedTuple):
+    """A file to read, as far as it is part of the log; its successor says so, the last has none.
+
+    Attributes:
+        number: Of the file.
+        end: Where it ends in the data log.
+        last_lsn: Its last operation; what stands behind was given up, and written again elsewhere.
+    """
+
+    number: int
+    end: int | None = None
+    last_lsn: int | None = None
+
+
 class FileFollower(LogFollower):
     """Reads the index log; where that is gone (a recovered file), the data log without its rows.
 
@@ -25,13 +39,10 @@ class FileFollower(LogFollower):
         folder: Of the buffer.
         uuid: Of the buffer.
         after_lsn: Operations up to here are known.
-        files: Files to read, oldest first, each with the end that its successor states; the last
-            has none.
+        files: Files to read, oldest first.
     """
 
-    def __init__(
-        self, folder: Path, uuid: bytes, after_lsn: int, files: list[tuple[int, int | None]]
-    ) -> None:
+    def __init__(self, folder: Path, uuid: bytes, after_lsn: int, files: list[Part]) -> None:
         self._folder = folder
         self._uuid = uuid
         self._lsn = after_lsn
@@ -44,7 +55,7 @@ class FileFollower(LogFollower):
             self._file.forget()
         while self._lsn < until_lsn:
             file = self._file or self._open()
-            _, end = self._files[0]
+            _, end, last_lsn = self._files[0]
             limit = file.size() if file.header.log == 1 or end is None else end
             moved = False
             for found in file.frames(self._offset, limit, rows=False):
@@ -55,10 +66,14 @@ class FileFollower(LogFollower):
                     (following,) = layout.END_BODY.unpack(found.body)
                     moved = self._advance(following)
                     break
-                if header.lsn > until_lsn and header.kind != frames.LOG_BEGIN:
+                is_begin = header.kind == frames.LOG_BEGIN
+                if last_lsn is not None and header.lsn > last_lsn and not is_begin:
+                    moved = self._advance(0)
+                    break
+                if header.lsn > until_lsn and not is_begin:
                     return  # numbers were left out; what comes next is not wanted yet
                 self._offset = found.end
-                if header.kind == frames.LOG_BEGIN or header.lsn <= self._lsn:
+                if is_begin or header.lsn <= self._lsn:
                     continue
                 self._lsn = header.lsn
                 yield file.operation(found)
@@ -78,7 +93,7 @@ class FileFollower(LogFollower):
                 )
 
     def _open(self) -> LogFile:
-        number, _ = self._files[0]
+        number = self._files[0].number
         for log in (layout.INDEX, layout.DATA):
             try:
                 self._file = LogFile(self._folder, log, number, self._uuid)
@@ -92,7 +107,7 @@ class FileFollower(LogFollower):
         if len(self._files) > 1:
             del self._files[0]
         elif following:
-            self._files = [(following, None)]
+            self._files = [Part(following)]
         else:
             return False
         self._file = None
@@ -102,8 +117,8 @@ class FileFollower(LogFollower):
     def skip(self, lsn: int, cursor: Any) -> None:
         number, offset = cursor
         self._lsn = lsn
-        if self._files[0][0] != number:
-            self._files = [(number, None)]
+        if self._files[0].number != number:
+            self._files = [Part(number)]
             self._file = None
         self._offset = offset
 
