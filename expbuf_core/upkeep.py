@@ -308,6 +308,8 @@ class Upkeep:
     def _live_payloads(
         self,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]]:
+        # Another process may have moved payloads: what it left is free, what it wrote is not.
+        self._session.refresh()
         replica = self._session.replica
         with replica.lock:
             state = replica.state

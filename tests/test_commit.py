@@ -51,6 +51,9 @@ class Scene:
         self._buffers.append(buffer)
         return buffer
 
+    def logs(self) -> list[Path]:
+        return sorted(self.folder.glob("experience_data.*.wal"))
+
     def close(self) -> None:
         self.fs.clear()
         for buffer in reversed(self._buffers):
@@ -800,3 +803,24 @@ def test_killed_at_every_call_of_recovery(home: Path) -> None:
             assert nth > 3
             break
     source.close()
+
+
+def test_a_snapshot_taken_right_behind_that_of_another_spares_what_that_one_moved(
+    scene: Scene,
+) -> None:
+    buffer, other = scene.open(), scene.open(FileSystem())
+    ids = [buffer.add(experience(serial, 900)) for serial in range(80)]
+    check(other, list(range(80)))
+    kept = list(range(0, 80, 13))  # one a file; so many that they fill the next one well
+    buffer.remove([id_ for serial, id_ in enumerate(ids) if serial not in kept])
+    check(other, kept)
+    first = scene.logs()[0]
+    buffer.save_snapshot()
+    buffer.update_priorities(ids[:1], [2.0])
+    buffer.save_snapshot()
+    assert not first.exists()  # what it held was moved
+    other.save_snapshot()
+    for each in (buffer, other):
+        check(each, kept)
+    scene.close()
+    check(scene.open(), kept)
