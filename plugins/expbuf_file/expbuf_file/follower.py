@@ -97,9 +97,11 @@ class FileFollower(LogFollower):
         for log in (layout.INDEX, layout.DATA):
             try:
                 self._file = LogFile(self._folder, log, number, self._uuid)
-                return self._file
             except FileNotFoundError:
                 continue
+            if log == layout.DATA:
+                self._offset = layout.HEADER_BYTES  # what `skip` said is a place in the index log
+            return self._file
         raise LogGone
 
     def _advance(self, following: int) -> bool:
