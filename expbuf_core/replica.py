@@ -24,11 +24,12 @@ from expbuf_core.errors import CorruptionError
 from expbuf_core.frames import damaged_payload
 from expbuf_core.sampling import PrioritySampler, Settings
 from expbuf_core.segments import Manifest
-from expbuf_core.state import Change, State
+from expbuf_core.state import Change, State, runs
 from expbuf_core.tiers import IndexTiers
 
 _log = logging.getLogger("expbuf")
 _REFUSE_CHUNK = 1024
+_LAG = 64  # operations that a writer may leave to be applied
 
 Refuse = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
 
@@ -108,14 +109,29 @@ class Replica:
             return None
         return own
 
-    def _apply_own(self, own: _Own) -> None:
-        lsn = own.operation.lsn
-        del self._own[lsn]
+    def _apply_own(self, own: _Own, published: int) -> None:
+        """Apply an operation of this process; an add with the adds right behind it."""
+        run = [own.operation]
+        if run[0].kind == codec.ADD:
+            while (lsn := run[-1].lsn + 1) <= published:
+                following = self._at_hand(lsn)
+                if following is None or following.operation.kind != codec.ADD:
+                    break
+                own = following
+                run.append(own.operation)
+        for operation in run:
+            del self._own[operation.lsn]
         if self._follower is not None:
-            self._follower.skip(lsn, own.place.cursor)
+            self._follower.skip(run[-1].lsn, own.place.cursor)
         else:
-            self._cursor = (lsn, own.place.cursor)
-        self.counts[lsn] = self.apply(own.operation).applied
+            self._cursor = (run[-1].lsn, own.place.cursor)
+        change = self.apply(*run)
+        if run[0].kind != codec.ADD:
+            self.counts[run[0].lsn] = change.applied
+
+    def may_lag(self) -> bool:
+        """Whether the next read may as well apply what there is, many at once, as a write now."""
+        return self.control.published() - self.state.lsn < _LAG
 
     def refresh(self) -> None:
         """Apply what has been published since; one comparison where that is nothing.
@@ -159,21 +175,25 @@ class Replica:
         while state.lsn < published:
             own = self._at_hand(state.lsn + 1)
             if own is not None:
-                self._apply_own(own)
+                self._apply_own(own, published)
                 continue
             # Of the others; up to the next of our own, which is at hand.
             mine = [n for n in list(self._own) if state.lsn < n <= published and self._at_hand(n)]
             until = min(mine, default=published + 1)
             before = state.lsn
-            for operation in self._following().read(until - 1):
-                written_here = self._own.pop(operation.lsn, None) is not None
-                change = self.apply(operation)
-                if written_here:
-                    self.counts[operation.lsn] = change.applied
+            for run in runs(self._following().read(until - 1)):
+                written_here = {op.lsn for op in run if self._own.pop(op.lsn, None) is not None}
+                if not written_here or run[0].kind == codec.ADD:
+                    self.apply(*run)
+                    continue
+                for operation in run:
+                    applied = self.apply(operation).applied
+                    if operation.lsn in written_here:
+                        self.counts[operation.lsn] = applied
             if state.lsn == before:
                 own = self._at_hand(until)
                 if own is not None:  # LSNs jump from here to our own operation
-                    self._apply_own(own)
+                    self._apply_own(own, published)
                     continue
                 if self._own.get(until) is not None:
                     continue  # its log was given up just now: read on

@@ -87,6 +87,7 @@ class Session:
         self.watched: Control | None = None
         self.adapter_words: memoryview | None = None  # a part of the control page's words
         self._intake: Intake | None = None
+        self._tells_evictions = "expbuf_on_evicted" in registry.events
         self._control_path = "" if path is None else str(path / folder.CONTROL)
         self._control_inode = 0
         self.fusion: EmbeddingFusion = self._make_plugin("fusion", config.fusion)
@@ -208,7 +209,7 @@ class Session:
         )
 
     def commit(self, draft: Draft) -> tuple[int, int, int]:
-        """Write an operation and apply it here.
+        """Write an operation and apply it here; a single add when the next read needs it.
 
         Returns:
             Its LSN, the id of its first row, and to how many experiences it applied.
@@ -217,8 +218,12 @@ class Session:
             raise ReadOnlyBuffer(f"{self.path} is open in mode 'r'; open it in mode 'a' to write")
         started = time.monotonic()
         lsn, first_id = self.commit_log.commit(draft)
-        self.refresh()
-        count = self.replica.counts.pop(lsn, 0)
+        is_add = draft.operation.kind == codec.ADD
+        count = len(draft.content_crcs)
+        if not is_add or count > 1 or self._tells_evictions or not self.replica.may_lag():
+            self.refresh()
+        if not is_add:
+            count = self.replica.counts.pop(lsn, 0)
         if "expbuf_on_committed" in self.registry.events:
             self.registry.fire(
                 "expbuf_on_committed",

@@ -71,10 +71,20 @@ def runs(operations: Iterable[LoggedOperation]) -> Iterator[list[LoggedOperation
     """Group operations for `State.apply`: successive ones of a kind, where the kind allows it.
 
     What a run does is exactly what its operations do one by one; it takes a fraction of the time.
+    What was read before an error comes before the error.
     """
     run: list[LoggedOperation] = []
     kind = size = 0
-    for operation in operations:
+    failure: Exception | None = None
+    following = iter(operations)
+    while True:
+        try:
+            operation = next(following)
+        except StopIteration:
+            break
+        except Exception as exc:
+            failure = exc
+            break
         if operation.kind != kind or size > _RUN_BYTES or kind not in _IN_RUNS:
             if run:
                 yield run
@@ -83,6 +93,8 @@ def runs(operations: Iterable[LoggedOperation]) -> Iterator[list[LoggedOperation
         size += len(operation.body) + 1024
     if run:
         yield run
+    if failure is not None:
+        raise failure
 
 
 def _rows(
