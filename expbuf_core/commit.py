@@ -3,6 +3,7 @@
     encode (no lock) -> append lock: number, stamp, append -> release
                      -> flush lock: one fsync for all that arrived -> publish -> acknowledge
 
+Threads of one process that arrive together are one append and one flush; processes share flushes.
 Lock order: append before flush. Whoever finds that a flush failed, that its leader died, or that an
 appender died half-way, retires the log before anything else is written.
 """
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from expbuf_core import codec, frames
 from expbuf_core import control as c
+from expbuf_core.combining import Combiner
 from expbuf_core.contracts import (
     Appended,
     LoggedOperation,
@@ -33,6 +35,10 @@ from expbuf_core.control import Control
 from expbuf_core.errors import BufferClosed, StorageError
 
 RESERVATION = 1 << 16
+_TRIES = 50  # before a lock is waited for as one that may be stuck
+_EVERYBODY = 1 << 30
+_APPEND_PAUSE_S = 1e-3  # a lost wake-up costs so much
+_FLUSH_PAUSE_S = 5e-3
 _NONE: NDArray[np.uint32] = np.empty(0, np.uint32)
 
 
@@ -82,6 +88,17 @@ class Draft:
         self.weight = weight
 
 
+class _Entry:
+    """A draft, and what became of it."""
+
+    __slots__ = ("draft", "error", "first_id", "lsn", "retirements")
+
+    def __init__(self, draft: Draft) -> None:
+        self.draft = draft
+        self.lsn = self.first_id = self.retirements = 0
+        self.error: StorageError | None = None
+
+
 class CommitLog:
     """Appends operations and makes them durable; one a process and buffer.
 
@@ -123,6 +140,7 @@ class CommitLog:
         self._outer = outer
         self._check = check
         self._reserves = reserves and durability != "sync"
+        self._threads = Combiner(self._commit)
         self._turn = threading.Condition()
         self._leading = False
         self._closed = False
@@ -143,23 +161,25 @@ class CommitLog:
             StorageError: It was not written, or its durability is not known.
             LockTimeout: The append lock was not free in time; nothing was written.
         """
-        lsn, first_id, retirements = self._append(draft)
-        if self._durability == "sync":
-            self.flush(lsn, retirements)
-        elif self._durability == "group":
-            self._start_flusher()
-            self._dirty.set()
-        return lsn, first_id
-
-    def _append(self, draft: Draft) -> tuple[int, int, int]:
-        if self._outer is not None:
+        entry = _Entry(draft)
+        if self._outer is None:
+            self._threads.do(entry)
+        else:  # whoever holds that lock must not wait for a thread that waits for it
             with self._outer:
-                return self._append_locked(draft)
-        return self._append_locked(draft)
+                self._append([entry])
+            self._finish([entry])
+        if entry.error is not None:
+            raise entry.error
+        return entry.lsn, entry.first_id
 
-    def _append_locked(self, draft: Draft) -> tuple[int, int, int]:
+    def _commit(self, entries: list[_Entry]) -> None:
+        self._append(entries)
+        self._finish(entries)
+
+    def _append(self, entries: list[_Entry]) -> None:
+        """Write operations one behind the other."""
         words = self._control.words
-        self._append_lock.acquire()
+        self._take_append_lock()
         try:
             if self._closed:
                 raise BufferClosed("the buffer is closed")
@@ -167,64 +187,115 @@ class CommitLog:
             if words[c.APPENDING] or words[c.FLUSH_FAILED]:
                 self._retire()
             if self._reserves:
-                self._reserve(len(draft.content_crcs))
-            lsn, first_id = self._write(draft)
+                self._reserve(entries)
+            try:
+                self._write(entries)
+            except LogInterrupted:
+                raise
+            except StorageError:
+                if len(entries) == 1:
+                    raise
+                self._write_singly(entries)
             if self._durability != "sync":
-                words[c.PUBLISHED] = lsn
-            return lsn, first_id, words[c.RETIREMENTS]
+                words[c.PUBLISHED] = words[c.APPENDED]
+            for entry in entries:
+                entry.retirements = words[c.RETIREMENTS]
         finally:
             self._append_lock.release()
+            self._control.tell(c.APPENDED, c.WAITING_TO_APPEND, 1)
 
-    def _write(self, draft: Draft) -> tuple[int, int]:
+    def _take_append_lock(self) -> None:
+        control, words = self._control, self._control.words
+        for _ in range(_TRIES):
+            appended = words[c.APPENDED]
+            if self._append_lock.try_acquire():
+                return
+            control.await_change(c.APPENDED, c.WAITING_TO_APPEND, appended, _APPEND_PAUSE_S)
+        self._append_lock.acquire()  # waits for long, and says in the end who has it
+
+    def _write_singly(self, entries: list[_Entry]) -> None:
+        """After a failure: what is too large for the log or the disk must not take others along."""
+        for entry in entries:
+            try:
+                self._write([entry])
+            except LogInterrupted:
+                raise
+            except StorageError as exc:
+                entry.error = exc
+
+    def _finish(self, entries: list[_Entry]) -> None:
+        """Return when the operations are as durable as configured."""
+        if self._durability == "sync":
+            for entry in reversed(entries):  # the last one's flush is that of all
+                if entry.error is None:
+                    try:
+                        self.flush(entry.lsn, entry.retirements)
+                    except StorageError as exc:
+                        entry.error = exc
+        elif self._durability == "group":
+            self._start_flusher()
+            self._dirty.set()
+
+    def _write(self, entries: list[_Entry]) -> None:
         """Number, stamp and append (append lock held)."""
         words = self._control.words
-        lsn, first_id = words[c.NEXT_LSN], words[c.NEXT_ID]
-        operation = draft.operation
-        count = len(draft.content_crcs) if operation.kind == codec.ADD else 0
-        if draft.rows is not None:
-            crcs = frames.stamp_rows(draft.rows, operation.lengths, draft.content_crcs, first_id)
-            operation = operation._replace(rows=draft.rows, row_crcs=crcs)
-        stamped = Stamped(lsn, first_id if count else 0, operation)
+        lsn, next_id, added = words[c.NEXT_LSN], words[c.NEXT_ID], 0
+        stamped = []
+        for entry in entries:
+            draft = entry.draft
+            operation = draft.operation
+            entry.lsn, entry.first_id = lsn, next_id
+            count = len(draft.content_crcs) if operation.kind == codec.ADD else 0
+            if draft.rows is not None:
+                crcs = frames.stamp_rows(draft.rows, operation.lengths, draft.content_crcs, next_id)
+                operation = operation._replace(rows=draft.rows, row_crcs=crcs)
+            stamped.append(Stamped(lsn, next_id if count else 0, operation))
+            lsn += 1
+            next_id += count
+            added += draft.weight
         words[c.APPENDING] = 1
         try:
-            (place,) = self._adapter.append([stamped], words[c.DURABLE])
+            places = self._adapter.append(stamped, words[c.DURABLE])
         except LogInterrupted:
             raise  # APPENDING stays set: the next append retires the log
         except Exception:
             words[c.APPENDING] = 0
             raise
-        words[c.NEXT_ID] = first_id + count
-        words[c.ROWS_ADDED] += draft.weight
-        words[c.NEXT_LSN] = lsn + 1
-        words[c.APPENDED] = lsn
+        words[c.NEXT_ID] = next_id
+        words[c.ROWS_ADDED] += added
+        words[c.NEXT_LSN] = lsn
+        words[c.APPENDED] = lsn - 1
         words[c.APPENDING] = 0
-        self._written(
-            LoggedOperation(
-                lsn,
-                operation.kind,
-                stamped.first_id,
-                operation.body,
-                place.location,
-                operation.lengths,
-            ),
-            place,
-        )
-        return lsn, first_id
+        for item, place in zip(stamped, places, strict=True):
+            operation = item.operation
+            self._written(
+                LoggedOperation(
+                    item.lsn,
+                    operation.kind,
+                    item.first_id,
+                    operation.body,
+                    place.location,
+                    operation.lengths,
+                ),
+                place,
+            )
 
-    def _reserve(self, count: int) -> None:
+    def _reserve(self, entries: list[_Entry]) -> None:
         """Make a reservation durable before an id or LSN beyond the last one can be seen.
 
         Where commits are published before they are synced, a power loss takes operations that
         others have seen. Their ids and LSNs must never be issued again.
         """
         words = self._control.words
-        next_id, next_lsn = words[c.NEXT_ID] + count, words[c.NEXT_LSN] + 2
+        count = sum(len(entry.draft.content_crcs) for entry in entries)
+        next_id, next_lsn = words[c.NEXT_ID] + count, words[c.NEXT_LSN] + len(entries) + 1
         if next_id <= words[c.RESERVED_ID] and next_lsn <= words[c.RESERVED_LSN]:
             return
         limit_id, limit_lsn = next_id + RESERVATION, next_lsn + RESERVATION
-        lsn, _ = self._write(Draft(codec.encode_reserve(limit_id, limit_lsn), weight=0))
+        entry = _Entry(Draft(codec.encode_reserve(limit_id, limit_lsn), weight=0))
+        self._write([entry])
         with self._flush_lock:
-            self._sync_to(lsn)
+            self._sync_to(entry.lsn)
         words[c.RESERVED_ID], words[c.RESERVED_LSN] = limit_id, limit_lsn
 
     # ------------------------------------------------------------ flush
@@ -272,7 +343,8 @@ class CommitLog:
 
     def _lead(self, lsn: int, retirements: int | None) -> None:
         words = self._control.words
-        self._flush_lock.acquire()
+        if not self._take_flush_lock(lsn):
+            return
         died = False
         try:
             if words[c.DURABLE] >= lsn or (
@@ -288,11 +360,25 @@ class CommitLog:
                 self._sync_to(words[c.APPENDED])
         finally:
             self._flush_lock.release()
+            self._control.tell(c.DURABLE, c.WAITING_FOR_FLUSH, _EVERYBODY)
         if died:
             # Its error report, if there was one, died with it. All pages are still readable.
             with self._append_lock:
                 if words[c.FLUSHING] or words[c.FLUSH_FAILED]:
                     self._retire()
+
+    def _take_flush_lock(self, lsn: int) -> bool:
+        """Take the flush lock; False if another process's flush has covered `lsn` meanwhile."""
+        control, words = self._control, self._control.words
+        for _ in range(_TRIES):
+            durable = words[c.DURABLE]
+            if durable >= lsn:
+                return False
+            if self._flush_lock.try_acquire():
+                return True
+            control.await_change(c.DURABLE, c.WAITING_FOR_FLUSH, durable, _FLUSH_PAUSE_S)
+        self._flush_lock.acquire()  # waits for long, and says in the end who has it
+        return True
 
     def _sync_to(self, lsn: int) -> None:
         """Sync, and say that all up to `lsn` is durable (flush lock held)."""

@@ -13,18 +13,21 @@ import mmap
 import os
 import secrets
 import struct
+import time
 from pathlib import Path
 from typing import cast
 from zlib import crc32
 
 from expbuf_core.contracts import Words
 from expbuf_core.filesystem import FileSystem, storage_errors
+from expbuf_core.waiting import Doorbell
 
 PAGE_BYTES = 4096
 _MAGIC = int.from_bytes(b"EXPBUFC1", "little")
 
 # Who writes a word: (o) the first opener alone, (a) under the append lock, (f) under the flush
-# lock, (b) under the builder lock, (m) under the maintenance lock.
+# lock, (b) under the builder lock, (m) under the maintenance lock, (r) under the representation
+# lock.
 MAGIC = 0  # (o)
 GENERATION = 1  # (o) random at each recovery; 0 while one is under way
 BOOT = 2  # (o) two words
@@ -48,6 +51,10 @@ SNAPSHOT_LSN = 20  # (m) of the newest snapshot
 ROWS_ADDED = 21  # (a) experiences and other changes since the folder was opened
 BUILT_ROWS = 22  # (b) ROWS_ADDED when the last build began
 BUILDER_FAILURES = 23  # (b)
+REPRESENTATION = 24  # (r) number of the current one, | 1 << 32 while it is being changed
+NEXT_REPRESENTATION = 25  # (r) of an index that is complete and about to be changed to, else 0
+WAITING_TO_APPEND = 26  # (anybody) a hint: somebody sleeps until APPENDED changes
+WAITING_FOR_FLUSH = 27  # (anybody) a hint: somebody sleeps until DURABLE changes
 ADAPTER = 32  # eight words of the storage adapter
 WORDS = 64
 
@@ -74,10 +81,17 @@ def _checksum(words: Words) -> int:
 class Control:
     """The words, by number: `control.words[DURABLE]`. One load or store each, never torn."""
 
-    def __init__(self, words: Words, mapped: mmap.mmap | None = None, inode: int = 0) -> None:
+    def __init__(
+        self,
+        words: Words,
+        mapped: mmap.mmap | None = None,
+        inode: int = 0,
+        bell: Doorbell | None = None,
+    ) -> None:
         self.words = words
         self._map = mapped
         self._inode = inode
+        self._bell = bell
 
     @classmethod
     def private(cls) -> Control:
@@ -100,7 +114,8 @@ class Control:
                 inode = os.fstat(fd).st_ino
             finally:
                 os.close(fd)
-        return cls(cast("Words", memoryview(mapped).cast("Q")), mapped, inode)
+        bell = Doorbell(mapped) if writable else None
+        return cls(cast("Words", memoryview(mapped).cast("Q")), mapped, inode, bell)
 
     @classmethod
     def map_existing(cls, path: Path) -> Control | None:
@@ -168,6 +183,26 @@ class Control:
         published, durable = words[PUBLISHED], words[DURABLE]
         return durable if durable > published else published
 
+    def await_change(self, word: int, hint: int, seen: int, timeout_s: float) -> None:
+        """Sleep until `tell` of this word, or so long; not if it is no longer `seen`.
+
+        Args:
+            word: Number of the word that will change.
+            hint: Number of the word that says that somebody waits for it.
+            seen: Its value when it was looked at last.
+            timeout_s: At most so long.
+        """
+        if self._bell is None:
+            time.sleep(min(timeout_s, 1e-4))
+            return
+        self.words[hint] = 1
+        self._bell.wait(word, seen, timeout_s)
+
+    def tell(self, word: int, hint: int, count: int) -> None:
+        """Wake those who wait for a change of this word, up to `count`; cheap if nobody does."""
+        if self.words[hint] and self._bell is not None and self._bell.ring(word, count) < count:
+            self.words[hint] = 0
+
     def mark_clean(self, path: Path, fs: FileSystem) -> None:
         """Note a clean close, durably (open lock held alone)."""
         self.words[CLEAN] = _checksum(self.words)
@@ -181,6 +216,8 @@ class Control:
 
     def close(self) -> None:
         """Unmap; a mapping still referenced elsewhere goes with its last reference."""
+        if self._bell is not None:
+            self._bell.close()
         if self._map is not None:
             words, self.words = self.words, [0] * WORDS
             if isinstance(words, memoryview):
