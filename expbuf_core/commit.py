@@ -37,6 +37,7 @@ from expbuf_core.errors import BufferClosed, StorageError
 RESERVATION = 1 << 16
 _TRIES = 50  # before a lock is waited for as one that may be stuck
 _EVERYBODY = 1 << 30
+_RETRY_S = 1.0  # after a failed flush
 _APPEND_PAUSE_S = 1e-3  # a lost wake-up costs so much
 _FLUSH_PAUSE_S = 5e-3
 _NONE: NDArray[np.uint32] = np.empty(0, np.uint32)
@@ -396,6 +397,7 @@ class CommitLog:
         if lsn > words[c.DURABLE]:
             words[c.DURABLE] = lsn
         words[c.FLUSHING] = 0
+        self.flush_error = None
 
     def _retire(self) -> None:
         """Go on in a new log (append lock held)."""
@@ -418,6 +420,7 @@ class CommitLog:
             words[c.FLUSHING] = 0
             words[c.FLUSH_FAILED] = 0
             words[c.APPENDING] = 0
+            self.flush_error = None
 
     def sync(self) -> int:
         """Make durable all that any process has written so far.
@@ -461,6 +464,8 @@ class CommitLog:
                 self.sync()
             except (StorageError, ValueError) as exc:
                 self.flush_error = str(exc)
+                self._stop.wait(_RETRY_S)
+                self._dirty.set()  # what is written must not wait for the next commit
 
     # ------------------------------------------------------------ life
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -221,6 +222,23 @@ def test_threads_that_share_a_failed_flush_all_hear_of_it(scene: Scene) -> None:
     assert sorted(answers(buffer)) == sorted([0, 1, *acknowledged])
     scene.close()
     assert sorted(answers(scene.open())) == sorted([0, 1, *acknowledged])
+
+
+def test_what_a_failed_group_flush_left_is_flushed_without_another_commit(scene: Scene) -> None:
+    buffer = scene.open(durability="group", group_interval_ms=1.0)
+    add(buffer, [0])
+    buffer.sync()
+    fault = scene.fs.fail_sync(drop=False)
+    buffer.add(experience(1))
+    lsn = buffer.lsn
+    deadline = time.monotonic() + TIMEOUT_S
+    while buffer.stats()["durable_lsn"] < lsn:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert fault.seen > 0  # it has struck
+    assert buffer.stats()["log_retirements"] == 1
+    assert buffer.stats()["flush_error"] is None
+    check(buffer, [0, 1])
 
 
 @pytest.mark.parametrize("durability", ["group", "os"])
