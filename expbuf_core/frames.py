@@ -12,6 +12,7 @@ for a frame.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 from zlib import crc32
 
@@ -134,9 +135,9 @@ def decode_header(data: Buffer, offset: int, salt_crc: int) -> Header | None:
     fields = HEADER.unpack_from(data, offset)
     if fields[0] != MAGIC:
         return None
-    if crc32(memoryview(data)[offset + 8 : offset + HEADER_BYTES], salt_crc) != fields[1]:
+    if crc32(data[offset + 8 : offset + HEADER_BYTES], salt_crc) != fields[1]:
         return None
-    return Header._make(fields[2:])
+    return tuple.__new__(Header, fields[2:])  # `_make` takes three times as long
 
 
 def find_header(data: Buffer, start: int, salt_crc: int) -> tuple[int, Header] | None:
@@ -159,6 +160,19 @@ def decode_table(data: Buffer, header: Header, offset: int) -> NDArray[np.void] 
     if len(raw) != 8 * header.row_count or crc32(raw) != header.table_crc:
         return None
     return np.frombuffer(raw, TABLE_ENTRY)
+
+
+def decode_single(data: Buffer, header: Header, offset: int) -> tuple[int, int] | None:
+    """(length, checksum) of the one row of the frame at `offset`, or None if damaged.
+
+    What `decode_table` says of it, in a fifth of the time.
+    """
+    start = offset + HEADER_BYTES + header.body_len
+    raw = data[start : start + 8]
+    if len(raw) != 8 or crc32(raw) != header.table_crc:
+        return None
+    length, crc = _START.unpack(raw)
+    return length, crc
 
 
 def check_rows(
@@ -217,6 +231,22 @@ def check_row(row: Buffer) -> tuple[int, int] | None:
     if crc32(memoryview(row)[ROW_HEADER_BYTES:]) != crc or crc32(_ID.pack(id_), crc) != seal:
         return None
     return id_, seal
+
+
+def first_damaged(rows: Sequence[Buffer], ids: Sequence[int]) -> int:
+    """Number of the first row that is not the intact payload of its id; -1 where all are."""
+    unpack, pack = _ROW.unpack_from, _ID.pack
+    for i, (row, wanted) in enumerate(zip(rows, ids, strict=True)):
+        if len(row) < ROW_HEADER_BYTES:
+            return i
+        id_, crc, seal = unpack(row)
+        if (
+            id_ != wanted
+            or crc32(memoryview(row)[ROW_HEADER_BYTES:]) != crc
+            or crc32(pack(id_), crc) != seal
+        ):
+            return i
+    return -1
 
 
 def damaged_payload(pin: Pin, i: int, id_: int) -> CorruptionError:

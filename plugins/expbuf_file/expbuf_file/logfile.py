@@ -88,11 +88,16 @@ class LogFile:
 
         Reads ahead, further and further.
         """
+        at = self._reach(offset, length)
+        return self._window[at : min(at + length, self._filled)]
+
+    def _reach(self, offset: int, length: int) -> int:
+        """Where in the window these bytes begin; they may end behind `_filled` if the file does."""
         at = offset - self._window_at
         if at < 0 or at + length > self._filled:
             self._fill(offset, length)
-            at = 0
-        return self._window[at : min(at + length, self._filled)]
+            return 0
+        return at
 
     def _fill(self, offset: int, length: int) -> None:
         size = max(length, self._ahead)
@@ -143,39 +148,51 @@ class LogFile:
             offset = found.end
 
     def _frame(self, offset: int, limit: int, *, rows: bool) -> Frame | BadFrame:
-        head = self.read(offset, frames.HEADER_BYTES)
-        header = frames.decode_header(head, 0, self.salt_crc)
+        start = frames.HEADER_BYTES
+        at = self._reach(offset, start)
+        header = None
+        if at + start <= self._filled:
+            header = frames.decode_header(self._window, at, self.salt_crc)
         if header is None:
             return BadFrame(offset, offset, "no valid frame header")
         data_log = self.header.log == 0
-        start = frames.HEADER_BYTES
-        bare = start + header.body_len + 8 * header.row_count
+        body_len, n = header.body_len, header.row_count
+        bare = start + body_len + 8 * n
         size = frames.padded(bare + header.rows_len if data_log else bare)
         if header.epoch != self.number or (data_log and header.data_offset != offset):
             return BadFrame(offset, offset, "a frame of another place")
         if offset + size > limit:
             return BadFrame(offset, offset, f"a frame of {size} bytes, beyond the end of the file")
-        raw = self.read(offset, size if rows else bare)
-        body = raw[start : start + header.body_len]
+        length = size if rows else bare
+        at = self._reach(offset, length)
+        raw = self._window[at : min(at + length, self._filled)]
+        body = bytes(raw[start : start + body_len])
         if crc32(body) != header.body_crc:
             return BadFrame(offset, offset + start, "checksum mismatch in the body")
-        lengths = _NO_LENGTHS
-        if header.row_count:
+        lengths: NDArray[np.uint32] | None = _NO_LENGTHS
+        wrong: int | None = None
+        if n == 1:  # nearly all
+            single = frames.decode_single(raw, header, 0)
+            lengths = None if single is None else np.array(single[:1], np.uint32)
+            if single is not None and rows and single[0] == header.rows_len:
+                row = frames.check_row(raw[bare : bare + header.rows_len])
+                if row is None or row[1] != single[1] or row[0] != (header.first_id or row[0]):
+                    wrong = bare
+        elif n:
             table = frames.decode_table(raw, header, 0)
-            if table is None:
-                at = offset + start + header.body_len
-                return BadFrame(offset, at, "checksum mismatch in the row table")
-            lengths = table["length"].copy()
-            if sum(lengths.tolist()) != header.rows_len:
-                return BadFrame(offset, offset, "row lengths that contradict the header")
-            if rows:
-                first = header.first_id or None
-                wrong = frames.check_rows(raw, bare, first, table)
-                if wrong is not None:
-                    return BadFrame(offset, offset + wrong, "checksum mismatch in a row")
-        if rows and any(raw[bare + header.rows_len : size]):
+            lengths = None if table is None else table["length"].copy()
+            if table is not None and rows:
+                wrong = frames.check_rows(raw, bare, header.first_id or None, table)
+        if lengths is None:
+            at = offset + start + body_len
+            return BadFrame(offset, at, "checksum mismatch in the row table")
+        if n and sum(lengths.tolist()) != header.rows_len:
+            return BadFrame(offset, offset, "row lengths that contradict the header")
+        if wrong is not None:
+            return BadFrame(offset, offset + wrong, "checksum mismatch in a row")
+        if rows and bare + header.rows_len < size and any(raw[bare + header.rows_len :]):
             return BadFrame(offset, offset + bare + header.rows_len, "padding that is not zero")
-        return Frame(offset, offset + size, header, bytes(body), lengths)
+        return Frame(offset, offset + size, header, body, lengths)
 
     def proof(self, offset: int, limit: int) -> int:
         """The highest LSN that any valid frame in [offset, limit) says was durable before it."""
