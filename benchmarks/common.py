@@ -2,6 +2,9 @@
 
 Absolute times mean little on a machine that others share. So everything that is compared is
 measured in turns within one run, and compared turn by turn: what disturbs one disturbs the other.
+
+A run may be boxed in time (`--box`): a comparison that is over its time finishes the turn it is in
+and reports fewer repetitions. It never reports a figure that was not measured.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import tempfile
 import time
@@ -19,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +32,12 @@ DIM = 384
 TEXT_BYTES = 500
 PAYLOAD_BYTES = 2 * 4 * DIM + TEXT_BYTES  # what a user hands over: two embeddings and some text
 
+T = TypeVar("T")
+
 _DISTRIBUTIONS = (
     "expbuf-core",
     "expbuf-file",
+    "expbuf-lmdb",
     "expbuf-faiss-cpu",
     "numpy",
     "faiss-cpu",
@@ -55,6 +62,8 @@ class Row:
     ratios: list[float] = field(default_factory=list)
     target: str = ""
     met: bool | None = None
+    against: dict[str, float] = field(default_factory=dict)
+    tags: dict[str, Any] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -66,12 +75,24 @@ class Row:
 
 
 class Report:
-    """Collects rows, prints them as they come, and writes them as JSON."""
+    """Collects rows, prints them as they come, and writes them as JSON.
+
+    Attributes:
+        rows: The figures.
+        groups: Name and note of each group, in order.
+        skipped: What could not be measured, and why.
+        extra: Facts that are no figures, for the JSON file.
+    """
 
     def __init__(self, title: str, arguments: argparse.Namespace) -> None:
         self.title = title
         self.arguments = arguments
         self.rows: list[Row] = []
+        self.groups: list[dict[str, str]] = []
+        self.skipped: list[dict[str, str]] = []
+        self.extra: dict[str, Any] = {}
+        self._group = ""
+        self._begun = time.perf_counter()
         self.facts = machine(arguments.folder)
         print(f"# {title}")
         for name, value in self.facts.items():
@@ -82,6 +103,7 @@ class Report:
         load = os.getloadavg()[0]
         print(f"\n## {name} (load average {load:.1f})" + (f"\n{note}" if note else ""), flush=True)
         self._group = name
+        self.groups.append({"name": name, "note": note})
 
     def add(
         self,
@@ -90,8 +112,10 @@ class Report:
         unit: str,
         *,
         reference: tuple[str, Sequence[float]] | None = None,
+        against: Mapping[str, Sequence[float]] | None = None,
         target: str = "",
         met: Callable[[Row], bool] | None = None,
+        tags: Mapping[str, Any] | None = None,
     ) -> Row:
         """Report a figure.
 
@@ -100,19 +124,28 @@ class Report:
             values: One for each repetition.
             unit: Of the values.
             reference: Name and values, in the same repetitions, of what it is compared with.
+            against: The same of others that it is compared with besides.
             target: What it should reach, in words.
             met: Whether it does.
+            tags: Facts for tables and plots: metric, contender, size, …
         """
         row = Row(self._group, name, unit, [float(value) for value in values], target=target)
+        row.tags = dict(tags or {})
         if reference is not None:
             row.reference = reference[0]
             row.ratios = [a / b for a, b in zip(row.values, reference[1], strict=True) if b]
+        for other, values_there in (against or {}).items():
+            ratios = [a / b for a, b in zip(row.values, values_there, strict=False) if b]
+            if ratios:
+                row.against[other] = statistics.median(ratios)
         row.met = met(row) if met is not None else None
         self.rows.append(row)
         text = f"{name:<44} {_number(row.median):>10} {unit:<14}"
         text += f" [{_number(min(row.values))} … {_number(max(row.values))}]"
         if row.ratio is not None:
             text += f"  {row.ratio:.2f} × {row.reference}"
+        for other, ratio in row.against.items():
+            text += f"  {ratio:.3g} × {other}"
         if target:
             verdict = "" if row.met is None else " – met" if row.met else " – MISSED"
             text += f"  (target: {target}{verdict})"
@@ -120,6 +153,7 @@ class Report:
         return row
 
     def skip(self, name: str, why: object) -> None:
+        self.skipped.append({"group": self._group, "name": name, "why": str(why)})
         print(f"{name:<44} skipped: {why}", flush=True)
 
     def write(self) -> None:
@@ -131,6 +165,11 @@ class Report:
             "machine": self.facts,
             "seed": self.arguments.seed,
             "quick": self.arguments.quick,
+            "repetitions": self.arguments.repetitions,
+            "seconds": round(time.perf_counter() - self._begun, 1),
+            "groups": self.groups,
+            "skipped": self.skipped,
+            "extra": self.extra,
             "rows": [
                 {**asdict(row), "median": row.median, "ratio": row.ratio} for row in self.rows
             ],
@@ -197,6 +236,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--repetitions", type=int, default=0, help="default: 5, or 3 if quick")
+    made.add_argument(
+        "--box",
+        type=float,
+        default=0,
+        help="a comparison over so many seconds makes no more repetitions; default: no limit",
+    )
     return made
 
 
@@ -209,25 +254,37 @@ def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
 def run_groups(
     report: Report, groups: Sequence[Callable[[Report, argparse.Namespace], None]]
 ) -> None:
-    """Run the groups that were asked for; write the report also after an interruption."""
+    """Run the groups that were asked for; write the report also when told to stop."""
     wanted = [name for name in report.arguments.only.split(",") if name]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    global _box
+    _box = report.arguments.box
     try:
         for group in groups:
             if not wanted or group.__name__ in wanted:
                 group(report, report.arguments)
+    except KeyboardInterrupt:
+        report.skip("the rest", "told to stop")
+        raise SystemExit(130) from None
     finally:
         report.write()
 
 
-def in_turns(cases: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
+_box = 0.0  # seconds that one call of `in_turns` may take; 0: any
+
+
+def in_turns(cases: Mapping[str, Callable[[], T]], repetitions: int) -> dict[str, list[T]]:
     """Run each case once in every repetition, each time in another order.
 
     Returns:
-        What each case returned, by repetition.
+        What each case returned, by repetition; fewer than asked for where the time was over.
     """
     names = list(cases)
-    values: dict[str, list[float]] = {name: [] for name in names}
+    values: dict[str, list[T]] = {name: [] for name in names}
+    started = time.perf_counter()
     for repetition in range(repetitions):
+        if repetition and _box and time.perf_counter() - started > _box:
+            break
         turn = repetition % len(names)
         for name in names[turn:] + names[:turn]:
             values[name].append(cases[name]())

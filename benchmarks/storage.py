@@ -25,7 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -311,10 +311,11 @@ def _writer_process(
     material = Material(seed, 256)
     with opened(Path(path)) as buffer:
         buffer.add(material.experience(0))
-        for _ in range(repetitions):
-            barrier.wait()
-            counts.put(_add_for(buffer, material, duration))
-            barrier.wait()
+        with suppress(threading.BrokenBarrierError):  # the harness makes no more repetitions
+            for _ in range(repetitions):
+                barrier.wait()
+                counts.put(_add_for(buffer, material, duration))
+                barrier.wait()
 
 
 def writers(report: Report, arguments: argparse.Namespace) -> None:
@@ -368,6 +369,7 @@ def writers(report: Report, arguments: argparse.Namespace) -> None:
             },
             arguments.repetitions,
         )
+        barrier.abort()
         for process in processes:
             process.join()
     report.add("one writer", rates["one"], "adds/s")
@@ -471,13 +473,15 @@ def opening(report: Report, arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- recovery
 
 
-def _left_by_a_kill(path: Path, write: Callable[[ExperienceBuffer], None]) -> None:
+def _left_by_a_kill(
+    path: Path, write: Callable[[ExperienceBuffer], None], **settings: Any
+) -> None:
     """Let a child write a buffer and end without closing it."""
     pid = os.fork()
     if not pid:
         code = 1
         try:
-            settings = {"durability": "os", "snapshot": {"every_ops": 1 << 40}}
+            settings |= {"durability": "os", "snapshot": {"every_ops": 1 << 40}}
             buffer = opened(path, **settings)
             write(buffer)
             buffer.sync()

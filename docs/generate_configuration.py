@@ -21,10 +21,9 @@ from expbuf_core.config_schema import BufferConfig
 from expbuf_core.plugins import KINDS, default_registry
 
 TARGET = Path(__file__).with_name("configuration.md")
-# faiss_gpu is not installed beside faiss_cpu; its own README has its settings.
 BACKENDS = {
     "persistence": ("file", "lmdb", "memory"),
-    "index": ("faiss_cpu", "exact"),
+    "index": ("faiss_cpu", "faiss_gpu", "exact"),
     "priority": ("weighted_sum", "absolute_reward"),
     "fusion": ("weighted_sum", "weighted_concat"),
 }

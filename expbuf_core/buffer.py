@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import importlib
 import os
 import threading
@@ -25,11 +26,13 @@ from expbuf_core.commit import Draft
 from expbuf_core.conditions import Condition, matching_slots
 from expbuf_core.config_schema import BufferConfig, load_config
 from expbuf_core.contracts import LogGone
+from expbuf_core.embedding_cache import EmbeddingCache
 from expbuf_core.errors import (
     BufferClosed,
     BufferReplaced,
     ConfigError,
     CorruptionError,
+    ExpbufError,
     InvalidExperience,
     NotEnoughExperiences,
     ReadOnlyBuffer,
@@ -50,8 +53,10 @@ from expbuf_core.intake import (
     number,
     rewards,
 )
+from expbuf_core.locks import holder
 from expbuf_core.plugins import PluginRegistry, default_registry
 from expbuf_core.recovery import RecoveryReport
+from expbuf_core.reindexing import Embed, Progress, ReindexReport, reembed
 from expbuf_core.results import (
     PinnedExperiences,
     Receipt,
@@ -66,12 +71,13 @@ from expbuf_core.sampling import (
     rng_state,
     success_rate,
 )
-from expbuf_core.session import Session
+from expbuf_core.session import Outdated, Session
 from expbuf_core.state import State
 from expbuf_core.tiers import best, search
 
 _PIN_TRIES = 5
 _SEARCH_TRIES = 3
+_CHANGES = 100  # of the representation that a search may meet
 _fork_count = 0
 _open_buffers: weakref.WeakSet[ExperienceBuffer] = weakref.WeakSet()
 
@@ -110,6 +116,7 @@ class ExperienceBuffer:
         self._forks = _fork_count
         self._rng = np.random.default_rng(arguments.get("seed"))
         self._submitter: concurrent.futures.ThreadPoolExecutor | None = None
+        self._cache: EmbeddingCache | None = None
         _open_buffers.add(self)
 
     # ------------------------------------------------------------ opening and closing
@@ -179,6 +186,7 @@ class ExperienceBuffer:
             StorageError: There is no buffer at this path.
         """
         if folder.read_identity(Path(path)) is None:
+            folder.check_finished(Path(path))
             raise StorageError(
                 f"{os.fspath(path)} is no buffer: it has no {folder.IDENTITY}; "
                 "ExperienceBuffer.open creates one"
@@ -248,6 +256,7 @@ class ExperienceBuffer:
             if parent.closed:
                 return parent
             self._submitter = None
+            self._cache = None
             # The child must not repeat its parent's draws.
             self._rng = np.random.default_rng()
             if parent.path is None:
@@ -295,6 +304,13 @@ class ExperienceBuffer:
         session.refresh()
         return session.replica.state.count
 
+    @property
+    def total_added(self) -> int:
+        """Experiences that any process has ever added, the evicted and removed ones among them."""
+        session = self._live()
+        session.refresh()
+        return session.replica.state.total_added
+
     def is_full(self) -> bool:
         """Whether the next add evicts the oldest."""
         return len(self) >= self.max_size
@@ -327,6 +343,8 @@ class ExperienceBuffer:
         where = session.path or "in memory"
         if session.closed:
             return f"ExperienceBuffer({where}, closed)"
+        with contextlib.suppress(ExpbufError):  # then what was known last is told
+            session.refresh()
         return f"ExperienceBuffer({where}, {session.replica.state.count} experiences)"
 
     # ------------------------------------------------------------ writing
@@ -348,13 +366,17 @@ class ExperienceBuffer:
         if not isinstance(experience, Experience):
             raise InvalidExperience(f"expected an Experience, found a {type(experience).__name__}")
         session = self._writer()
-        intake = session.intake()
-        if intake is None:
-            v, q = experience.v_embed, experience.q_embed
-            _first_intake(session, v, q, rank=1).one(experience, priority)
-            intake = session.intake(v, q)
-            assert intake is not None
-        return session.commit(intake.one(experience, priority))[1]
+        while True:
+            intake = session.intake()
+            if intake is None:
+                v, q = experience.v_embed, experience.q_embed
+                _first_intake(session, v, q, rank=1).one(experience, priority)
+                intake = session.intake(v, q)
+                assert intake is not None
+            try:
+                return session.commit(intake.one(experience, priority))[1]
+            except Outdated:
+                continue
 
     def add_many(
         self,
@@ -392,19 +414,23 @@ class ExperienceBuffer:
             if not isinstance(first, Experience):
                 raise InvalidExperience(f"expected an Experience, found a {type(first).__name__}")
             rank, v, q = 1, first.v_embed, first.q_embed
-        intake = session.intake()
-        if intake is None:
-            draft = _draft_many(_first_intake(session, v, q, rank=rank), experiences, given)
-            if not draft.content_crcs:
+        while True:
+            intake = session.intake()
+            if intake is None:
+                draft = _draft_many(_first_intake(session, v, q, rank=rank), experiences, given)
+                if not draft.content_crcs:
+                    return np.empty(0, np.int64)
+                intake = session.intake(v, q)
+                assert intake is not None
+            draft = _draft_many(intake, experiences, given)
+            n = len(draft.content_crcs)
+            if n == 0:
                 return np.empty(0, np.int64)
-            intake = session.intake(v, q)
-            assert intake is not None
-        draft = _draft_many(intake, experiences, given)
-        n = len(draft.content_crcs)
-        if n == 0:
-            return np.empty(0, np.int64)
-        first_id = session.commit(draft)[1]
-        return np.arange(first_id, first_id + n)
+            try:
+                first_id = session.commit(draft)[1]
+            except Outdated:
+                continue
+            return np.arange(first_id, first_id + n)
 
     def submit(self, experience: Experience) -> concurrent.futures.Future[int]:
         """Store one experience without waiting for the disk.
@@ -514,7 +540,7 @@ class ExperienceBuffer:
     def _rescored(
         self, session: Session, ids: NDArray[np.int64], totals: NDArray[np.float64]
     ) -> NDArray[np.float32]:
-        """Priorities by the scorer, from stored confidence and probabilities and new rewards."""
+        """Priorities by the scorer, from what is stored of the experiences and new rewards."""
         intake = session.intake()
         if intake is None:
             return np.zeros(len(ids), np.float32)
@@ -525,15 +551,16 @@ class ExperienceBuffer:
             live = slots >= 0
             confidence = np.where(live, state.confidence[slots], 0.0).astype(np.float32)
             age = np.where(live, ages(now, state.timestamp[slots]), np.float32(0))
-        probabilities: list[NDArray[np.float32] | None] = [None] * len(ids)
         experiences = self._pinned(ids[live], missing="skip")
-        stored = {
-            int(id_): experiences.row(i).fields.get("probabilities")
-            for i, id_ in enumerate(experiences.ids.tolist())
-        }
-        for i, id_ in enumerate(ids.tolist()):
-            probabilities[i] = stored.get(id_)
-        return intake.score(confidence, totals, probabilities, age)
+        stored = {id_: experiences.row(i).fields for i, id_ in enumerate(experiences.ids.tolist())}
+        fields = [stored.get(id_, {}) for id_ in ids.tolist()]
+        return intake.score(
+            confidence,
+            totals,
+            [one.get("probabilities") for one in fields],
+            age,
+            [one.get("metadata") for one in fields],
+        )
 
     def record_outcome(
         self,
@@ -621,8 +648,9 @@ class ExperienceBuffer:
         session.refresh()
         if len(array):
             next_id = session.replica.state.next_id
-            bad = array[(array < 0) | (array >= next_id)]
-            if len(bad):
+            # A negative one is huge as an unsigned number.
+            if np.maximum.reduce(array.view(np.uint64)) >= next_id:
+                bad = array[(array < 0) | (array >= next_id)]
                 raise _never_issued(int(bad[0]), next_id)
         return session, array
 
@@ -712,12 +740,13 @@ class ExperienceBuffer:
             InvalidExperience: k < 1, or an embedding is wrong.
         """
         session = self._live()
+        started = _started(session)
         session.refresh()
         k = self._checked_k(k)
-        queries = _queries(session, v_embed, q_embed, hybrid_embed, rank=1)
+        asked = _Question(session, v_embed, q_embed, hybrid_embed, rank=1)
         left_out = as_ids(exclude)
         for _ in range(_SEARCH_TRIES):
-            ids, similarities = self._search(session, queries, k, where, left_out)
+            ids, similarities = self._search(session, asked, k, where, left_out)
             found = ids[0] >= 0
             chosen = self._pinned(ids[0][found], missing="skip")
             values = similarities[0][found]
@@ -734,6 +763,8 @@ class ExperienceBuffer:
         )
         numbers = tuple(chosen.ids.tolist())
         receipt = Receipt.new(session.uuid[:8].hex(), session.replica.state.lsn, numbers)
+        if started is not None:
+            _tell_search(session, receipt.lsn, k, 1, started)
         return SearchResult(chosen, values, rates, receipt)
 
     def search_many(
@@ -761,12 +792,13 @@ class ExperienceBuffer:
             receipts.
         """
         session = self._live()
+        started = _started(session)
         session.refresh()
         k = self._checked_k(k)
-        queries = _queries(session, v_embed, q_embed, hybrid_embed, rank=2)
+        asked = _Question(session, v_embed, q_embed, hybrid_embed, rank=2)
         left_out, replica = as_ids(exclude), session.replica
         for _ in range(_SEARCH_TRIES):
-            ids, similarities = self._search(session, queries, k, where, left_out)
+            ids, similarities = self._search(session, asked, k, where, left_out)
             with replica.lock:
                 gone = replica.state.find(ids.reshape(-1)).reshape(ids.shape) < 0
             gone &= ids >= 0
@@ -781,6 +813,8 @@ class ExperienceBuffer:
         receipts = [
             Receipt.new(prefix, lsn, tuple(id_ for id_ in row if id_ >= 0)) for row in ids.tolist()
         ]
+        if started is not None:
+            _tell_search(session, lsn, k, len(ids), started)
         return SearchBatch(ids, similarities, receipts)
 
     def _checked_k(self, k: int | None) -> int:
@@ -793,7 +827,7 @@ class ExperienceBuffer:
     def _search(
         self,
         session: Session,
-        queries: NDArray[np.float32],
+        asked: _Question,
         k: int,
         where: Condition | None,
         left_out: NDArray[np.int64],
@@ -803,16 +837,23 @@ class ExperienceBuffer:
         What is removed while the search is under way may be among them: filter once more.
         """
         replica = session.replica
-        with replica.lock:
-            state = replica.state
-            view, count, metric = replica.tiers.view(), state.count, replica.tiers.metric
-            allowed = None
-            if where is not None:
-                slots = matching_slots(where, state, session.config.sampling)
-                allowed = state.id[slots]
-                count = len(allowed)
+        for _ in range(_CHANGES):
+            with replica.lock:
+                state, tiers = replica.state, replica.tiers
+                if asked.representation in (tiers.representation, None):
+                    view, count, metric = tiers.view(), state.count, tiers.metric
+                    allowed = None
+                    if where is not None:
+                        slots = matching_slots(where, state, session.config.sampling)
+                        allowed = state.id[slots]
+                        count = len(allowed)
+                    break
+            session.refresh()
+            asked.fuse()
+        else:
+            raise RuntimeError("the representation has changed during each of many tries")
         wanted = min(k + len(left_out), max(count, 1))
-        ids, similarities = search(view, metric, queries, wanted, allowed)
+        ids, similarities = search(view, metric, asked.vectors, wanted, allowed)
         if not len(left_out):
             return ids, similarities
         return _without(np.isin(ids, left_out), ids, similarities, k)
@@ -839,8 +880,7 @@ class ExperienceBuffer:
             batch_size: At least 1.
             beta: In [0, 1]; 0 turns the correction off. Default: the configured value.
             rng: A stream of the caller's; default: the buffer's own (see `seed` of `open`).
-            where: Draw only from what meets a condition on columns; see `search_index`. Goes
-                neither with `replace=False` nor with `uniform`.
+            where: Draw only from what meets a condition on columns; see `search_index`.
             replace: False: no experience twice.
             uniform: Without regard to priorities.
 
@@ -857,8 +897,6 @@ class ExperienceBuffer:
             raise InvalidExperience(f"batch_size must be an integer, not {batch_size!r}")
         if batch_size < 1:
             raise InvalidExperience(f"batch_size must be at least 1, not {batch_size}")
-        if where is not None and (uniform or not replace):
-            raise InvalidExperience("where goes neither with uniform=True nor with replace=False")
         session = self._live()
         beta = session.config.sampling.beta if beta is None else number(beta, "beta", 0.0, 1.0)
         session.refresh()
@@ -868,11 +906,12 @@ class ExperienceBuffer:
                 if state.count == 0:
                     raise NotEnoughExperiences("the buffer is empty: nothing can be sampled")
                 stream = self._rng if rng is None else rng
-                n, lsn = state.count, state.lsn
+                lsn = state.lsn
                 if where is not None:
                     slots = matching_slots(where, state, session.config.sampling)
-                    n = len(slots)
-                    draw = sampler.draw_where(slots, int(batch_size), rng=stream)
+                    draw = sampler.draw_where(
+                        slots, int(batch_size), rng=stream, replace=replace, uniform=uniform
+                    )
                 elif uniform and replace:
                     draw = sampler.uniform(int(batch_size), rng=stream)
                 elif uniform:
@@ -881,7 +920,9 @@ class ExperienceBuffer:
                     draw = sampler.draw_without_replacement(int(batch_size), rng=stream)
                 else:
                     draw = sampler.draw(int(batch_size), rng=stream)
-                chosen = PinnedExperiences(state.id[draw.slots], draw.slots, state)
+                chosen = PinnedExperiences(
+                    state.id.take(draw.slots), draw.slots, state, self._embedding_cache(session)
+                )
             try:
                 chosen.pin(
                     session.adapter.pin(chosen.ids, chosen.locations, chosen.lengths),
@@ -892,9 +933,19 @@ class ExperienceBuffer:
                 session.catch_up_after_deletion(attempt)
         else:
             raise CorruptionError("payloads of live experiences are gone; run `expbuf verify`")
-        return SampleBatch(
-            chosen, importance_weights(draw.probabilities, n, beta), draw.probabilities, lsn
-        )
+        weights = importance_weights(draw.probabilities, beta)
+        return SampleBatch(chosen, weights, draw.probabilities, lsn)
+
+    def _embedding_cache(self, session: Session) -> EmbeddingCache | None:
+        """Of this process, made when the first sample is drawn (replica lock held)."""
+        budget = int(session.config.sampling.cache_bytes)
+        if not budget:
+            return None
+        settings = session.replica.state.settings
+        dims = int(settings["v_dim"] or 0), int(settings["q_dim"] or 0)
+        if self._cache is None or self._cache.dims != dims:
+            self._cache = EmbeddingCache(budget, *dims)
+        return self._cache
 
     def rng_state(self) -> dict[str, Any]:
         """State of the buffer's random stream, JSON-like; `set_rng_state` restores it."""
@@ -921,6 +972,43 @@ class ExperienceBuffer:
             False if there is nothing to build, or another builder is at it.
         """
         return self._writer().upkeep.build_index()
+
+    def reembed(
+        self,
+        embed: Embed,
+        *,
+        batch_size: int = 256,
+        name: str = "",
+        progress: Progress | None = None,
+    ) -> ReindexReport:
+        """Give all experiences new embeddings, of the same dimensions or others.
+
+        Searches go on with the old ones, in all processes, until all is done; then the new ones
+        count everywhere at once. Adds go on, too, and wait only for the last few experiences; from
+        then on they have to bring embeddings of the new kind. Ids, priorities, counts, rewards and
+        receipts stay. Takes room in the log for all payloads once more, until the old ones are
+        dropped.
+
+        May be killed at any instant: what was embedded is in the log, and the next call with the
+        same `name` goes on there.
+
+        Args:
+            embed: Called with up to `batch_size` experiences; returns a mapping with `v_embed`
+                (n, v_dim), `q_embed` (n, q_dim), or both; a part that it leaves out stays. It must
+                not add to this buffer.
+            batch_size: At least 1.
+            name: Of the embedding model. Another name begins anew.
+            progress: Called now and then with ("embed" | "fuse" | "index", done, total).
+
+        Raises:
+            InvalidExperience: The function returned something else; nothing has changed.
+            DimensionError: The embeddings of two batches differ in their dimensions.
+            ConfigError: The buffer's fusion does not take such dimensions.
+            LockTimeout: Another change is under way.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InvalidExperience(f"batch_size must be an integer >= 1, not {batch_size!r}")
+        return reembed(self._writer(), embed, batch_size=batch_size, name=name, progress=progress)
 
     def stats(self) -> dict[str, Any]:
         """Facts worth showing, JSON-like."""
@@ -959,9 +1047,12 @@ class ExperienceBuffer:
                         for segment in tiers.segments
                     ],
                     "builder_failures": int(words[c.BUILDER_FAILURES]),
+                    "changed_rows": max(0, int(words[c.ROWS_ADDED] - words[c.BUILT_ROWS])),
                 },
                 "log_retirements": int(words[c.RETIREMENTS]),
             }
+        if session.path is not None:  # of another process that is building the index just now
+            facts["index"]["building_pid"] = holder(session.path / folder.LOCKS / "builder")
         facts["storage"] = session.adapter.stats()
         facts["flush_error"] = session.commit_log.flush_error if session.writable else None
         return facts
@@ -1052,16 +1143,60 @@ def _uniform_without_replacement(state: State, n: int, rng: np.random.Generator)
     return Draw(slots, np.full(n, 1.0 / state.count))
 
 
-def _queries(session: Session, v: Any, q: Any, hybrid: Any, *, rank: int) -> NDArray[np.float32]:
-    """Fused query vectors (m, dim), checked as far as the buffer knows what it holds."""
-    intake = session.intake()
-    if intake is not None:
-        return intake.query(v, q, hybrid, rank=rank)
-    named = (("v_embed", v), ("q_embed", q), ("hybrid_embed", hybrid))
-    given = [as_vectors(x, name, rank=rank, dim=None) for name, x in named if x is not None]
-    if not given:
-        raise InvalidExperience("a search needs v_embed, q_embed or hybrid_embed")
-    return np.empty((1 if rank == 1 else len(given[0]), 0), np.float32)
+class _Question:
+    """What is searched for, fused as the buffer does at the time.
+
+    Attributes:
+        vectors: (m, dim) float32, checked as far as the buffer knows what it holds.
+        representation: That they are of; None where the buffer holds nothing yet.
+    """
+
+    __slots__ = ("_parts", "_rank", "_session", "representation", "vectors")
+
+    vectors: NDArray[np.float32]
+    representation: int | None
+
+    def __init__(self, session: Session, v: Any, q: Any, hybrid: Any, *, rank: int) -> None:
+        self._session = session
+        self._parts = (v, q, hybrid)
+        self._rank = rank
+        self.fuse()
+
+    def fuse(self) -> None:
+        """Fuse, again where the representation has changed since."""
+        intake = self._session.intake()
+        if intake is not None:
+            self.representation = intake.representation
+            self.vectors = intake.query(*self._parts, rank=self._rank)
+            return
+        named = zip(("v_embed", "q_embed", "hybrid_embed"), self._parts, strict=True)
+        rank = self._rank
+        given = [as_vectors(x, name, rank=rank, dim=None) for name, x in named if x is not None]
+        if not given:
+            raise InvalidExperience("a search needs v_embed, q_embed or hybrid_embed")
+        self.representation = None
+        self.vectors = np.empty((1 if rank == 1 else len(given[0]), 0), np.float32)
+
+
+def _started(session: Session) -> float | None:
+    """When a search began; None where nobody wants to know."""
+    return time.monotonic() if "expbuf_on_searched" in session.registry.events else None
+
+
+def _tell_search(session: Session, lsn: int, k: int, queries: int, started: float) -> None:
+    seconds = time.monotonic() - started
+    wanted, choice = session.config.index.backend, session.choice
+    searched = session.replica.tiers.segments
+    session.registry.fire(
+        "expbuf_on_searched",
+        path=str(session.path or ""),
+        lsn=lsn,
+        k=k,
+        queries=queries,
+        seconds=seconds,
+        degraded=(choice is not None and choice.unopened)
+        or any(segment.info.backend != wanted for segment in searched),
+    )
 
 
 def _without(

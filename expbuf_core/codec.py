@@ -23,7 +23,9 @@ from expbuf_core.errors import CorruptionError, FormatVersionError, InvalidExper
 from expbuf_core.frames import ROW_HEADER_BYTES
 
 # Kinds of operations; also the names that the event `expbuf_on_committed` uses.
-SETTINGS, ADD, REMOVE, PRIORITY, REWARD, OUTCOME, CLEAR, RESERVE, RELOG, CARRY = range(1, 11)
+SETTINGS, ADD, REMOVE, PRIORITY, REWARD, OUTCOME, CLEAR, RESERVE, RELOG, CARRY, REEMBED = range(
+    1, 12
+)
 KIND_NAMES = {
     SETTINGS: "settings",
     ADD: "add",
@@ -35,6 +37,7 @@ KIND_NAMES = {
     RESERVE: "reserve",
     RELOG: "relog",
     CARRY: "carry",
+    REEMBED: "reembed",
 }
 
 UNDECODABLE = (
@@ -136,6 +139,7 @@ def unpack_tree(tree: Any, attachments: Sequence[Buffer]) -> Any:
 
 
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
+_quoted = json.encoder.encode_basestring  # what the encoder makes of a string, without its detours
 
 
 def dump_json(tree: Any) -> bytes:
@@ -185,6 +189,19 @@ class DecodedRow(NamedTuple):
     fields: dict[str, Any]
 
 
+def _member(name: str, value: Any, attachments: list[bytes]) -> str:
+    """One of a payload's fields as JSON."""
+    if type(value) is str:
+        return f"{_quoted(name)}:{_quoted(value)}"
+    return f"{_quoted(name)}:{_encoder.encode(pack_tree(value, attachments, name))}"
+
+
+def _text_of(fields: Mapping[str, Any], attachments: list[bytes]) -> bytes:
+    """A payload's fields as JSON."""
+    members = [_member(name, value, attachments) for name, value in fields.items()]
+    return f"{{{','.join(members)}}}".encode("utf-8", "surrogatepass")
+
+
 def encode_row(v: NDArray[np.float32], q: NDArray[np.float32], fields: Mapping[str, Any]) -> bytes:
     """Encode a payload; `stamp_rows` fills in the first 16 bytes later.
 
@@ -194,10 +211,7 @@ def encode_row(v: NDArray[np.float32], q: NDArray[np.float32], fields: Mapping[s
         fields: Trees by name; those that are absent are left out.
     """
     attachments: list[bytes] = []
-    if fields:
-        text = dump_json({key: pack_tree(fields[key], attachments, key) for key in fields})
-    else:
-        text = b"{}"
+    text = _text_of(fields, attachments)
     head = _CONTENT.pack(_ROW_VERSION, 0, len(v), len(q), len(text), len(attachments))
     if not attachments:
         return b"".join((bytes(ROW_HEADER_BYTES), head, v.tobytes(), q.tobytes(), text))
@@ -205,6 +219,29 @@ def encode_row(v: NDArray[np.float32], q: NDArray[np.float32], fields: Mapping[s
     return b"".join(
         (bytes(ROW_HEADER_BYTES), head, v.tobytes(), q.tobytes(), sizes, text, *attachments)
     )
+
+
+def encode_rows(
+    v: NDArray[np.float32], q: NDArray[np.float32], fields: Sequence[Mapping[str, Any]]
+) -> tuple[bytearray, NDArray[np.uint32]]:
+    """Encode n payloads.
+
+    Args:
+        v: (n, v_dim) float32.
+        q: (n, q_dim) float32.
+        fields: Of each, trees by name.
+
+    Returns:
+        The rows one behind the other, (n,) uint32 lengths.
+    """
+    attachments: list[bytes] = []
+    texts = []
+    for item in fields:
+        texts.append(_text_of(item, attachments))
+        if attachments:
+            rows = [encode_row(v[i], q[i], each) for i, each in enumerate(fields)]
+            return bytearray().join(rows), np.fromiter(map(len, rows), np.uint32, len(rows))
+    return encode_bare_rows(v, q, texts)
 
 
 def encode_bare_rows(
@@ -257,11 +294,9 @@ def encode_texts(columns: Mapping[str, Sequence[Any]], n: int) -> list[bytes] | 
     members: list[list[str]] = [[] for _ in range(n)]
     attachments: list[bytes] = []
     for name, values in columns.items():
-        prefix = f'"{name}":'
         for member, value in zip(members, values, strict=True):
             if value is not None:
-                tree = value if type(value) is str else pack_tree(value, attachments, name)
-                member.append(prefix + _encoder.encode(tree))
+                member.append(_member(name, value, attachments))
         if attachments:
             return None
     return [f"{{{','.join(member)}}}".encode("utf-8", "surrogatepass") for member in members]
@@ -274,6 +309,20 @@ def content_crcs(rows: bytearray, lengths: NDArray[np.uint32]) -> list[int]:
         crcs.append(crc32(view[at + ROW_HEADER_BYTES : at + length]))
         at += length
     return crcs
+
+
+def reembedded_row(row: Buffer, v: NDArray[np.float32], q: NDArray[np.float32]) -> bytearray:
+    """A payload with other embeddings, and all the rest byte by byte as it was.
+
+    Args:
+        row: As stored, intact.
+        v: (v_dim,) float32.
+        q: (q_dim,) float32.
+    """
+    version, flags, v_dim, q_dim, text_len, count = _CONTENT.unpack_from(row, ROW_HEADER_BYTES)
+    head = _CONTENT.pack(version, flags, len(v), len(q), text_len, count)
+    rest = memoryview(row)[_FIXED + 4 * (v_dim + q_dim) :]
+    return bytearray().join((bytes(ROW_HEADER_BYTES), head, v.tobytes(), q.tobytes(), rest))
 
 
 def decode_row(row: Buffer) -> DecodedRow:
@@ -311,6 +360,37 @@ def decode_row(row: Buffer) -> DecodedRow:
     return DecodedRow(v, q, {key: unpack_tree(value, attachments) for key, value in tree.items()})
 
 
+def decode_embeddings(rows: Sequence[Buffer], part: str) -> NDArray[np.float32]:
+    """One part of the embeddings of n payloads whose checksums have been verified.
+
+    One copy, from the rows straight into the array.
+
+    Args:
+        rows: n payloads, at least one, of the same dimensions.
+        part: "v_embed" or "q_embed".
+
+    Returns:
+        (n, dim) float32.
+
+    Raises:
+        ValueError: The content is not what `encode_row` makes, or dimensions differ.
+        FormatVersionError: A newer version wrote it.
+    """
+    first = decode_row(rows[0])  # finds out a version or dimensions that make no sense
+    begin = _FIXED if part == "v_embed" else _FIXED + first.v_embed.nbytes
+    dim = len(first.v_embed if part == "v_embed" else first.q_embed)
+    end = begin + 4 * dim
+    same = slice(ROW_HEADER_BYTES, _FIXED - 8)  # all but the sizes of what follows
+    head = bytes(rows[0][same])
+    parts = []
+    for row in rows:
+        if row[same] != head:
+            raise ValueError("payloads of different dimensions or versions")
+        parts.append(row[begin:end])
+    # A row that ends too early shows here.
+    return np.frombuffer(bytearray().join(parts), np.float32).reshape(len(rows), dim)
+
+
 # ---------------------------------------------------------------- bodies
 
 
@@ -334,6 +414,7 @@ class AddBody(NamedTuple):
         priority: (n,) float32.
         vectors: (n, dim) float32, fused, and normalised where the metric is cosine.
         labels: {"tags": n lists, "keys": n strings or None}, or None.
+        representation: Which the vectors are of; -1 where they are of several.
     """
 
     timestamp: NDArray[np.float64]
@@ -342,13 +423,14 @@ class AddBody(NamedTuple):
     priority: NDArray[np.float32]
     vectors: NDArray[np.float32]
     labels: dict[str, list[Any]] | None
+    representation: int = 0
 
 
-def encode_add(body: AddBody, representation: int = 0) -> bytes:
+def encode_add(body: AddBody) -> bytes:
     """Encode the body of an add."""
     n, dim = body.vectors.shape
     parts = [
-        _ADD.pack(n, dim, representation, 0 if body.labels is None else 1),
+        _ADD.pack(n, dim, body.representation, 0 if body.labels is None else 1),
         body.timestamp.tobytes(),
         body.reward.tobytes(),
         body.confidence.tobytes(),
@@ -379,7 +461,7 @@ def _add_type(n: int, dim: int) -> np.dtype[Any]:
 def decode_add(*bodies: Buffer) -> AddBody:
     """The inverse of `encode_add`; several bodies become one, as if they had been added at once."""
     data = bodies[0]
-    n, dim, _representation, sections = _ADD.unpack_from(data)
+    n, dim, representation, sections = _ADD.unpack_from(data)
     at = _ADD.size + n * (24 + 4 * dim)
     if at > len(data):
         raise ValueError("an add whose columns exceed its body")
@@ -409,7 +491,13 @@ def decode_add(*bodies: Buffer) -> AddBody:
         table["priority"].ravel(),
         table["vectors"].reshape(len(bodies) * n, dim),
         labels,
+        representation,
     )
+
+
+def add_representation(body: Buffer) -> int:
+    """Which representation the vectors of an add are of."""
+    return int(_ADD.unpack_from(body)[2])
 
 
 def _joined(parts: list[AddBody]) -> AddBody:
@@ -422,7 +510,9 @@ def _joined(parts: list[AddBody]) -> AddBody:
         n = len(part.timestamp)
         labels["tags"] += part.labels["tags"] if part.labels else [[]] * n
         labels["keys"] += part.labels["keys"] if part.labels else [None] * n
-    return AddBody(timestamp, reward, confidence, priority, vectors, labels)
+    representations = {part.representation for part in parts}
+    representation = representations.pop() if len(representations) == 1 else -1
+    return AddBody(timestamp, reward, confidence, priority, vectors, labels, representation)
 
 
 _RELOG = struct.Struct("<III4x")  # n, dim, bytes of the labels
@@ -481,6 +571,41 @@ def decode_relog(data: Buffer) -> RelogBody:
     return RelogBody(columns, vectors.reshape(n, dim), labels)
 
 
+_REEMBED = struct.Struct("<IIII")  # n, representation, bytes of the name, 0
+
+
+class ReembedBody(NamedTuple):
+    """n experiences with new embeddings, which count from the change of representation on.
+
+    Attributes:
+        representation: Their place, and their embeddings, are those of this one.
+        name: Of whoever makes the embeddings; another one begins anew.
+        ids: (n,) int64, rising.
+    """
+
+    representation: int
+    name: str
+    ids: NDArray[np.int64]
+
+
+def encode_reembed(body: ReembedBody) -> bytes:
+    """Encode the body of a reembed."""
+    name = body.name.encode("utf-8", "surrogatepass")
+    head = _REEMBED.pack(len(body.ids), body.representation, len(name), 0)
+    return b"".join((head, body.ids.tobytes(), name))
+
+
+def decode_reembed(data: Buffer) -> ReembedBody:
+    """The inverse of `encode_reembed`."""
+    n, representation, name_len, _ = _REEMBED.unpack_from(data)
+    ids = np.frombuffer(data, np.int64, n, _REEMBED.size)
+    at = _REEMBED.size + ids.nbytes
+    if at + name_len > len(data):
+        raise ValueError("a reembed whose name exceeds its body")
+    name = bytes(memoryview(data)[at : at + name_len]).decode("utf-8", "surrogatepass")
+    return ReembedBody(representation, name, ids)
+
+
 def encode_carry(facts: Mapping[str, Any]) -> Operation:
     """What a buffer takes over from another besides experiences: receipts, numbers."""
     return _operation(CARRY, dump_json(facts))
@@ -514,9 +639,12 @@ def decode_priority(*bodies: Buffer) -> tuple[NDArray[np.int64], NDArray[np.floa
     """Ids and priorities, of several bodies one behind the other."""
     (n,) = _COUNT.unpack_from(bodies[0])
     size = _COUNT.size + 12 * n
+    if len(bodies) == 1 and len(bodies[0]) == size:
+        ids = np.frombuffer(bodies[0], np.int64, n, _COUNT.size)
+        return ids, np.frombuffer(bodies[0], np.float32, n, _COUNT.size + ids.nbytes)
     if all(len(body) == size for body in bodies):
         table = np.frombuffer(b"".join(bodies), _priority_type(n))
-        if len(bodies) == 1 or (table["n"] == n).all():
+        if (table["n"] == n).all():
             return table["ids"].ravel(), table["p"].ravel()
     elif len(bodies) == 1:
         raise ValueError(f"{n} priorities in {len(bodies[0])} bytes")

@@ -155,7 +155,9 @@ class PriorityConfig(_Choice):
 
     backend: str = Field(
         "weighted_sum",
-        description="weighted_sum (uncertainty, reward, age), absolute_reward, or a plugin's.",
+        description=(
+            "weighted_sum (uncertainty, reward, age), absolute_reward, td_error, or a plugin's."
+        ),
     )
 
 
@@ -182,8 +184,15 @@ class SamplingConfig(_Section):
         ge=0,
         le=100,
         description=(
-            "f(rate) = 1 + success_weight · (rate − success_prior), at least 0.05; 0 turns it off."
+            "f(rate) = 1 + success_weight · (rate − success_prior), at least success_floor; 0 "
+            "turns it off."
         ),
+    )
+    success_floor: Float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Least f(rate): what was never right stays in play; 0 may end that.",
     )
     ageing: Annotated[Literal["off", "adds", "time"], BeforeValidator(_off)] = Field(
         "off", description="Older experiences count less: off, by adds since, or by time."
@@ -193,6 +202,23 @@ class SamplingConfig(_Section):
     )
     stratified: bool = Field(
         True, description="One draw from each of batch_size equal parts of the total weight."
+    )
+    cache_bytes: Bytes = Field(
+        ByteSize(0),
+        ge=0,
+        description=(
+            "Memory in which each process may keep embeddings that it sampled; 0: always read them."
+        ),
+    )
+    samples_per_insert: Float | None = Field(
+        None,
+        gt=0,
+        description="Draws that `ReplayBatches` makes at most for each experience added.",
+    )
+    insert_wait_s: Float = Field(
+        60.0,
+        ge=0,
+        description="Seconds that it waits for the next experience before SampleLimitError.",
     )
 
     @field_validator("half_life")

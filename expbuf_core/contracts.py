@@ -9,7 +9,7 @@ model of its settings. `expbuf_core.testing` has a suite for each contract.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -84,7 +84,8 @@ class IndexProvider(_Provider):
     """Offers an `IndexBackend`: `factory(settings, context: IndexContext)`.
 
     Capabilities: "filter" (`IndexSegment.search` honours `allowed`; without it the core asks for
-    more and filters itself).
+    more and filters itself), "verifies" (`IndexBackend.open` checks every byte of the file; without
+    it the core reads the file through and compares its checksum before).
     """
 
 
@@ -109,6 +110,7 @@ class ScoringBatch:
         reward_known: (n,) bool.
         probabilities: n entries, each None or a (classes,) float32 array that sums to 1.
         age: (n,) float32, seconds since the experience happened; 0 at insertion.
+        metadata: n entries, each None or what the experience carries; or empty: none carries any.
     """
 
     confidence: NDArray[np.float32]
@@ -116,6 +118,7 @@ class ScoringBatch:
     reward_known: NDArray[np.bool_]
     probabilities: Sequence[NDArray[np.float32] | None]
     age: NDArray[np.float32]
+    metadata: Sequence[Mapping[str, Any] | None] = ()
 
     def __len__(self) -> int:
         return len(self.confidence)
@@ -169,6 +172,10 @@ class EmbeddingFusion(Protocol):
 # ---------------------------------------------------------------- index
 
 
+def _tell_nobody(used: str, reason: str) -> None:
+    """What a context does that was made without a buffer."""
+
+
 @dataclass(frozen=True)
 class IndexContext:
     """What an index backend is made for.
@@ -179,12 +186,19 @@ class IndexContext:
             or "l2".
         seed: For whatever the backend draws at random.
         target_recall: Recall at 10 that an approximate index should reach.
+        fallback: Names of the backends that may take this one's place, the most wanted first.
+            Empty: what cannot be done as configured is an error.
+        on_fallback: Called as `on_fallback(used, reason)` by a backend that goes on in another way
+            instead of failing, `used` being one of `fallback`. Logs a warning and fires
+            `expbuf_on_fallback`; from any thread, whatever locks it holds.
     """
 
     dim: int
     metric: str
     seed: int = 0
     target_recall: float = 0.95
+    fallback: tuple[str, ...] = ()
+    on_fallback: Callable[[str, str], None] = field(default=_tell_nobody, repr=False, compare=False)
 
 
 class IndexSegment(ABC):
@@ -243,7 +257,7 @@ class IndexBackend(ABC):
         """Open what `build` wrote.
 
         Args:
-            path: The file, complete and verified.
+            path: The file, complete; verified, unless the backend says that it does so itself.
             ids: (n,) int64, as given to `build`.
             vectors: (n, dim) float32 memory map, as given to `build`: for exact re-ranking.
         """
@@ -353,6 +367,10 @@ class Pin(ABC):
             CorruptionError: The file is shorter than that.
         """
 
+    def read_many(self, which: NDArray[np.int64]) -> list[Buffer]:
+        """`read` for several at once, in this order; override it where that is faster."""
+        return [self.read(i) for i in which.tolist()]
+
     def where(self, i: int) -> tuple[str, int]:
         """File and offset of the i-th pinned row, for messages; ("", -1) where there are none."""
         return "", -1
@@ -428,7 +446,7 @@ class PersistenceAdapter(ABC):
         """Read the log behind `after_lsn`, verify every byte, and stop before a torn tail.
 
         The open lock is held alone: no other process has the buffer open. LSNs rise, with gaps
-        only where a log was begun by `start`.
+        only where a log was begun by `create`, `start` or `retire`.
 
         Args:
             after_lsn: LSN of the snapshot that was loaded, or 0.

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from expbuf_core import folder as folders
+from expbuf_core import shared_libraries
 from expbuf_core.config_schema import BufferConfig, load_config
 from expbuf_core.errors import ConfigError, ExpbufError, PluginError
 from expbuf_core.locks import opener
@@ -132,6 +133,12 @@ def _faiss() -> Iterator[Finding]:
             yield Finding("cuda", "warning", message, advice)
         else:
             yield Finding("cuda", "ok", "the NVIDIA driver is there")
+    for wheel in wheels:
+        missing = shared_libraries.cuda_libraries_missing(wheel)
+        if missing:
+            message = f"{wheel} needs {', '.join(missing)}, which cannot be found; it will not load"
+            advice = "install NVIDIA's CUDA packages of that version, or use faiss-cpu"
+            yield Finding("cuda", "problem", message, advice)
 
 
 def _threads() -> Iterator[Finding]:
@@ -155,9 +162,19 @@ def _threads() -> Iterator[Finding]:
         yield Finding(
             "openmp", "warning", message, "unset it, and install one build of each library"
         )
+    runtimes = shared_libraries.openmp_runtimes()
+    text = "; ".join(f"{name} comes with {', '.join(who)}" for name, who in runtimes.items())
     threads = os.environ.get("OMP_NUM_THREADS")
-    if threads:
-        yield Finding("openmp", "ok", f"OMP_NUM_THREADS={threads}")
+    text = "; ".join(filter(None, [text, f"OMP_NUM_THREADS={threads}" if threads else ""]))
+    if len(runtimes) > 1:
+        message = (
+            f"several OpenMP runtimes are installed ({text}); in one process each starts threads "
+            "for all cores, and a fork after that may hang"
+        )
+        advice = "set OMP_NUM_THREADS, and start children by spawn"
+        yield Finding("openmp", "warning", message, advice)
+    elif text:
+        yield Finding("openmp", "ok", text)
 
 
 # ---------------------------------------------------------------- a configuration

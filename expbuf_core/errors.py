@@ -66,6 +66,20 @@ class NotEnoughExperiences(ExpbufError, ValueError):
     """A sample was asked of an empty buffer, or of more experiences than match."""
 
 
+class SampleLimitError(ExpbufError, TimeoutError):
+    """A consumer has drawn as often as the limit on samples per insert allows.
+
+    Attributes:
+        drawn: How often it has drawn.
+        allowed: How often it may, with what has been added so far.
+    """
+
+    def __init__(self, message: str, *, drawn: int = 0, allowed: int = 0) -> None:
+        super().__init__(message)
+        self.drawn = drawn
+        self.allowed = allowed
+
+
 class ReceiptExpired(ExpbufError, ValueError):
     """A receipt is older than the receipts that the buffer remembers; nothing was counted."""
 

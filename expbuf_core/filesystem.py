@@ -16,6 +16,7 @@ from expbuf_core.errors import StorageError, StorageFull
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _IOV_MAX = 512
+_PACE_BYTES = 16 << 20  # of a file written aside, between two syncs
 
 Buffer = bytes | bytearray | memoryview
 
@@ -116,16 +117,22 @@ class FileSystem:
             os.close(fd)
 
     def write_atomically(self, path: Path, chunks: Iterable[Buffer]) -> None:
-        """Let a file appear under its name whole and durable, or not at all."""
+        """Let a file appear under its name whole and durable, or not at all.
+
+        A large one is synced as it grows: else the commits of others would wait for all of it.
+        """
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         fd = self.open(temporary, create=True)
         try:
             try:
                 self.truncate(fd, 0)
-                offset = 0
+                offset = synced = 0
                 for chunk in chunks:
                     self.pwrite(fd, chunk, offset)
                     offset += memoryview(chunk).nbytes
+                    if offset - synced >= _PACE_BYTES:
+                        self.fdatasync(fd)
+                        synced = offset
                 self.fsync(fd)
             finally:
                 self.close(fd)

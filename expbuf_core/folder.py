@@ -1,6 +1,7 @@
 """A buffer's folder: what makes it one, what it is called, where it may lie.
 
 expbuf.json                      identity: format, UUID, storage backend; written last at creation
+migration.json                   in its place, while a buffer is being copied into the folder
 control                          words shared by the processes that have it open; a cache
 locks/                           lock files, used for nothing else
 snapshots/  index/               see those modules
@@ -9,6 +10,7 @@ snapshots/  index/               see those modules
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -21,6 +23,8 @@ from expbuf_core.errors import CorruptionError, FormatVersionError, StorageError
 from expbuf_core.filesystem import FileSystem, storage_errors
 
 IDENTITY = "expbuf.json"
+UNFINISHED = "migration.json"
+"""Stands in a folder that a buffer is being copied into, until the copy is whole."""
 CONTROL = "control"
 LOCKS = "locks"
 FORMAT = 1
@@ -85,6 +89,7 @@ def check_new(folder: Path) -> None:
     """
     if not folder.exists():
         return
+    check_finished(folder)
     with storage_errors("list", folder):
         names = set(os.listdir(folder))
     leftovers = (".wal", ".tmp", ".mdb", ".mdb-lock")
@@ -107,6 +112,54 @@ def check_new(folder: Path) -> None:
             path=folder / IDENTITY,
             offset=0,
         )
+
+
+def check_finished(folder: Path) -> None:
+    """See that a folder without an identity is not an unfinished copy of a buffer.
+
+    Raises:
+        StorageError: It is one.
+    """
+    if not (folder / UNFINISHED).exists():
+        return
+    known = ""
+    with contextlib.suppress(StorageError):
+        known = str((read_unfinished(folder) or {}).get("command", ""))
+    command = f"`{known}`" if known else "the command that began it"
+    raise StorageError(
+        f"{folder} is no buffer yet: it is an unfinished copy of one ({UNFINISHED}). To finish it, "
+        f"run {command} again. To discard it, remove the folder; the buffer that it is copied from "
+        "is as it was"
+    )
+
+
+def read_unfinished(folder: Path) -> dict[str, Any] | None:
+    """What is being copied into a folder; None where nothing is.
+
+    Raises:
+        StorageError: It cannot be read.
+        CorruptionError: It is damaged.
+    """
+    path = folder / UNFINISHED
+    try:
+        with storage_errors("read", path):
+            raw = path.read_bytes()
+    except StorageError as exc:
+        if isinstance(exc.__cause__, FileNotFoundError):
+            return None
+        raise
+    try:
+        note = dict(json.loads(raw))
+        stored = note.pop("crc")
+        if stored != crc32(json.dumps(note).encode()) or not isinstance(note["uuid"], str):
+            raise ValueError("checksum mismatch")
+    except (ValueError, KeyError, TypeError) as exc:
+        raise CorruptionError(
+            f"{path}: damaged ({exc}); remove the folder and begin the copy anew",
+            path=path,
+            offset=0,
+        ) from exc
+    return note
 
 
 def write_identity(folder: Path, backend: str, uuid: bytes, fs: FileSystem) -> None:

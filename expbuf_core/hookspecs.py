@@ -2,7 +2,8 @@
 
 The `register` hooks *offer* named providers once, at start-up; nothing on a hot path goes through
 a hook. The `on` hooks are events: they return None, run outside all locks, and an exception in
-one is logged and never fails the operation that caused it.
+one is logged and never fails the operation that caused it. An observer that has an attribute
+`listening` is told nothing while that is false, and costs nothing then.
 """
 
 from __future__ import annotations
@@ -101,8 +102,27 @@ def expbuf_on_committed(path: str, lsn: int, kind: str, count: int, seconds: flo
 
 
 @hookspec
+def expbuf_on_searched(
+    path: str, lsn: int, k: int, queries: int, seconds: float, degraded: bool
+) -> None:
+    """Told after this process has answered a search.
+
+    Args:
+        path: Folder of the buffer, or "" for one in memory.
+        lsn: Log position that the answer includes.
+        k: Results that were asked for.
+        queries: 1, or how many `search_many` was given.
+        seconds: From the call to the answer.
+        degraded: The configured index took no part: a fallback built the segments, or they could
+            not be opened. The answer is complete all the same.
+    """
+
+
+@hookspec
 def expbuf_on_evicted(path: str, lsn: int, count: int) -> None:
-    """Told when adds have evicted the oldest experiences.
+    """Told when adds have evicted the oldest experiences, once this process has followed them.
+
+    That is at its next read, or some dozens of adds later.
 
     Args:
         path: Folder of the buffer, or "" for one in memory.

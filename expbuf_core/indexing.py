@@ -7,8 +7,15 @@ writer waits for; killed at any instant it leaves the old set in place.
 
 from __future__ import annotations
 
+import json
 import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +30,7 @@ from expbuf_core.errors import (
     PluginError,
     StorageError,
 )
-from expbuf_core.filesystem import FileSystem
+from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_core.plugins import PluginRegistry
 from expbuf_core.replica import Replica
 from expbuf_core.segments import Manifest, OpenSegment, SegmentInfo
@@ -32,6 +39,8 @@ _log = logging.getLogger("expbuf")
 _CHUNK = 1 << 14
 _TRIES = 5
 _MAX_DEAD = 0.25
+_FANOUT = 4  # more: fewer segments to search, and each row is written more often
+TARGET = "target.json"
 
 
 class IndexChoice:
@@ -41,16 +50,28 @@ class IndexChoice:
         config: Says which, and what to fall back to.
         registry: Has them.
         context: Dimension, metric, seed.
+        representation: Number of that which the vectors are of.
+
+    Attributes:
+        unopened: The segments that were published last could not be used.
     """
 
     def __init__(
-        self, config: BufferConfig, registry: PluginRegistry, context: IndexContext
+        self,
+        config: BufferConfig,
+        registry: PluginRegistry,
+        context: IndexContext,
+        representation: int = 0,
     ) -> None:
         self._config = config
         self._registry = registry
         self.context = context
+        self.representation = representation
         self._made: dict[str, IndexBackend] = {}
         self._chosen: str | None = None
+        self.unopened = False
+        if not config.index.fallback:  # this backend or none: tell now, not when it is built
+            self.chosen()
 
     def make(self, name: str) -> IndexBackend:
         """The backend of this name.
@@ -63,7 +84,7 @@ class IndexChoice:
             provider = self._registry.get("index", name)
             settings = self._registry.settings("index", name, self._config.index.section(name))
             try:
-                backend = provider.factory(settings, self.context)
+                backend = provider.factory(settings, self._context_of(name))
             except (ImportError, RuntimeError, OSError) as exc:
                 if isinstance(exc, PluginError):
                     raise
@@ -73,9 +94,33 @@ class IndexChoice:
             self._made[name] = backend
         return backend
 
-    def filters(self, name: str) -> bool:
-        """Whether the backend leaves rows out by itself."""
-        return "filter" in self._registry.get("index", name).capabilities
+    def _context_of(self, name: str) -> IndexContext:
+        """The context, and what may take the place of this backend."""
+        names = self._in_order()
+        after = names[names.index(name) + 1 :] if name in names else names
+        return replace(
+            self.context, fallback=tuple(after), on_fallback=partial(self._fell_back, name)
+        )
+
+    def _in_order(self) -> list[str]:
+        wanted = self._config.index.backend
+        return [wanted, *(n for n in self._config.index.fallback if n != wanted)]
+
+    def _fell_back(self, wanted: str, used: str, reason: str) -> None:
+        """A backend goes on in another way; it may hold any lock, so observers get a thread."""
+        _warn_of_fallback(wanted, used, reason)
+        if "expbuf_on_fallback" in self._registry.events:
+            facts = {"kind": "index", "wanted": wanted, "used": used, "reason": reason}
+            threading.Thread(
+                target=self._registry.fire,
+                args=("expbuf_on_fallback",),
+                kwargs=facts,
+                name="expbuf-fallback",
+            ).start()
+
+    def can(self, name: str, capability: str) -> bool:
+        """Whether the backend declares a capability."""
+        return capability in self._registry.get("index", name).capabilities
 
     def chosen(self) -> str:
         """Name of the configured backend, or of the first fallback that works.
@@ -88,8 +133,8 @@ class IndexChoice:
         return self._chosen
 
     def _choose(self) -> str:
-        wanted = self._config.index.backend
-        names = [wanted, *(n for n in self._config.index.fallback if n != wanted)]
+        names = self._in_order()
+        wanted = names[0]
         errors: list[str] = []
         first: Exception | None = None
         for name in names:
@@ -101,9 +146,7 @@ class IndexChoice:
                 continue
             if errors:
                 reason = errors[0]
-                _log.warning(
-                    "index backend %r is not used, %r takes over: %s", wanted, name, reason
-                )
+                _warn_of_fallback(wanted, name, reason)
                 self._registry.fire(
                     "expbuf_on_fallback", kind="index", wanted=wanted, used=name, reason=reason
                 )
@@ -118,33 +161,75 @@ class IndexChoice:
             backend.after_fork()
 
 
-def representation(settings: dict[str, object]) -> str:
+def _warn_of_fallback(wanted: str, used: str, reason: str) -> None:
+    _log.warning("index backend %r is not used, %r takes over: %s", wanted, used, reason)
+
+
+def write_target(home: Path, settings: Mapping[str, object], fs: FileSystem) -> None:
+    """Note the settings for which an index is being made here, with their fused dimension."""
+    text = json.dumps(settings, sort_keys=True)
+    document = json.dumps({"settings": settings, "crc": crc32(text.encode())}, indent=1)
+    with storage_errors("write", home / TARGET):
+        fs.mkdir(home)
+        fs.sync_folder(home.parent)
+        fs.write_atomically(home / TARGET, [document.encode()])
+
+
+def read_target(home: Path) -> dict[str, Any] | None:
+    """What `write_target` noted; None where that is nothing, or damaged."""
+    try:
+        document = json.loads((home / TARGET).read_bytes())
+        text = json.dumps(document["settings"], sort_keys=True)
+        return dict(document["settings"]) if document["crc"] == crc32(text.encode()) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def representation(settings: Mapping[str, object]) -> str:
     """What the fused vectors of a buffer are made by; segments of another are not used."""
     return repr((settings.get("fusion"), settings.get("representation", 0)))
 
 
 def load(
-    folder: Path, replica: Replica, choice: IndexChoice
+    folder: Path,
+    replica: Replica,
+    choice: IndexChoice,
+    settings: Mapping[str, object] | None = None,
 ) -> tuple[Manifest | None, tuple[OpenSegment, ...]]:
     """Open the published segments; none where they are missing, damaged, or not of this buffer.
 
     Nothing is lost by that: the vectors are in the payloads, and searches stay exact.
+
+    Args:
+        folder: Of the buffer.
+        replica: Whose live experiences are searched.
+        choice: Opens them; it and the settings are of one representation.
+        settings: Of the buffer; default: those that the replica has.
     """
     for _ in range(_TRIES):
-        manifest, opened = _load_once(folder, replica, choice)
+        choice.unopened = False
+        manifest, opened = _load_once(folder, replica, choice, settings)
         if manifest is None or len(opened) == len(manifest.segments):
             return manifest, opened
     return None, ()
 
 
 def _load_once(
-    folder: Path, replica: Replica, choice: IndexChoice
+    folder: Path,
+    replica: Replica,
+    choice: IndexChoice,
+    settings: Mapping[str, object] | None,
 ) -> tuple[Manifest | None, tuple[OpenSegment, ...]]:
     with replica.lock:
-        settings, live = replica.state.settings, replica.state.live_ids()
+        state = replica.state
+        settings, live, next_id = settings or state.settings, state.live_ids(), state.next_id
+        # What is open already is the same object in the next set: its rows only ever go out.
+        same = replica.tiers.representation == choice.representation
+        there = {segment.info: segment for segment in replica.tiers.segments} if same else {}
+    home = segments.home(folder, choice.representation)
     manifest = None
     try:
-        manifest = segments.read_manifest(folder)
+        manifest = segments.read_manifest(home)
         if manifest is None:
             return None, ()
         stale = (
@@ -154,47 +239,87 @@ def _load_once(
             or manifest.representation != representation(settings)
         )
         if stale:
+            choice.unopened = True
             return None, ()
         opened = tuple(
-            segments.open_segment(
-                folder,
+            there.get(info)
+            or segments.open_segment(
+                home,
                 info,
                 manifest.dim,
                 choice.make(info.backend),
                 live,
-                filters=choice.filters(info.backend),
+                next_id=next_id,
+                filters=choice.can(info.backend, "filter"),
+                verifies=choice.can(info.backend, "verifies"),
             )
             for info in manifest.segments
         )
     except (CorruptionError, PluginError, ValueError, RuntimeError) as exc:
         _log.warning("the index is not used and will be built again: %s", exc)
+        choice.unopened = True
         return None, ()
-    except StorageError as exc:
-        if isinstance(exc.__cause__, FileNotFoundError):
+    except (StorageError, FileNotFoundError) as exc:
+        if isinstance(exc, FileNotFoundError) or isinstance(exc.__cause__, FileNotFoundError):
             return manifest, ()  # the builder has replaced it meanwhile: look again
         raise
     return manifest, opened
 
 
-def plan(replica: Replica, growth: float) -> tuple[list[OpenSegment], NDArray[np.int64]]:
+def plan(
+    replica: Replica, growth: float, batch: int
+) -> tuple[list[OpenSegment], NDArray[np.int64]]:
     """Which segments stay, and which ids go into a new one.
 
-    Two levels: what is new goes into a small segment with what the last small one held; when that
-    or the dead rows reach `growth` of the large one, all become one.
+    The large segment is built anew when the rest, or its dead rows, reach `growth` of it. The rest
+    lies in levels, each `_FANOUT` times as large as the one before: what is new goes into the
+    lowest together with what that held, and where this is too much for a level, into the next. So
+    a row is written again a few times on each level, however many rows there are.
+
+    Args:
+        replica: Has the segments, and says what is live.
+        growth: Of the large segment.
+        batch: Rows that are new at an ordinary build.
     """
     state, tiers = replica.state, replica.tiers
     live = state.live_ids()
-    kept: list[OpenSegment] = []
-    if tiers.segments:
-        large = tiers.segments[0]
-        alive = large.info.rows - large.dead
-        rest = len(live) - alive
-        if rest <= growth * large.info.rows and large.dead <= _MAX_DEAD * large.info.rows:
-            kept = [large]
+    kept = _unspoilt(tiers.segments)
+    if kept:
+        large = kept[0]
+        rest = len(live) - (large.info.rows - large.dead)
+        if rest > growth * large.info.rows:
+            kept = []
     inside = np.zeros(len(live), bool)
     for segment in kept:
         inside |= (live >= segment.info.first_id) & (live < segment.info.end_id)
+    moving = len(live) - int(np.count_nonzero(inside))
+    while len(kept) > 1:
+        newest = kept[-1]
+        alive = newest.info.rows - newest.dead
+        if _level(alive, batch) > _level(moving, batch):
+            break
+        moving += alive
+        kept.pop()
+        inside &= live < newest.info.first_id
     return kept, live[~inside]
+
+
+def _unspoilt(opened: tuple[OpenSegment, ...]) -> list[OpenSegment]:
+    """Segments before the first in which too much is dead."""
+    kept: list[OpenSegment] = []
+    for segment in opened:
+        if segment.dead > _MAX_DEAD * segment.info.rows:
+            break
+        kept.append(segment)
+    return kept
+
+
+def _level(rows: int, batch: int) -> int:
+    """Where a segment of so many rows belongs."""
+    level, most = 0, _FANOUT * batch
+    while rows > most:
+        level, most = level + 1, most * _FANOUT
+    return level
 
 
 def build(
@@ -204,21 +329,40 @@ def build(
     fs: FileSystem,
     uuid: bytes,
     growth: float,
-) -> Manifest:
+    batch: int,
+    *,
+    anew: bool = False,
+) -> Manifest | None:
     """Build segments of everything up to the replica's LSN and publish them.
 
     The caller holds the builder lock, and the log is durable up to that LSN.
+
+    Args:
+        folder: Of the buffer.
+        replica: Has the vectors.
+        choice: Builds.
+        fs: Writes.
+        uuid: Of the buffer.
+        growth: Of the large segment, by which it is built anew.
+        batch: Rows that are new at an ordinary build.
+        anew: Keep no segment that is there.
+
+    Returns:
+        What was published; None where the representation has changed since the choice was made.
     """
     with replica.lock:
+        if replica.tiers.representation != choice.representation:
+            return None
         lsn = replica.state.lsn
         end_id = replica.state.next_id
-        kept, ids = plan(replica, growth)
+        kept, ids = ([], replica.state.live_ids()) if anew else plan(replica, growth, batch)
         settings = representation(replica.state.settings)
         missing = int(np.count_nonzero(~replica.tiers.holds(ids)))
         gather = replica.tiers.gatherer(choice.context.dim)
     if missing:
         raise StorageError(f"{folder}: {missing} live experiences have no vector in any tier")
-    previous = segments.read_manifest_or_none(folder)
+    home = segments.home(folder, choice.representation)
+    previous = segments.read_manifest_or_none(home)
     published = replica.control.words[c.INDEX_GENERATION]
     generation = max(previous.generation if previous else 0, published) + 1
     infos: list[SegmentInfo] = [segment.info for segment in kept]
@@ -226,7 +370,7 @@ def build(
         name = choice.chosen()
         infos.append(
             segments.write_segment(
-                folder,
+                home,
                 f"{generation:06d}",
                 uuid=uuid,
                 ids=ids,
@@ -246,8 +390,10 @@ def build(
         representation=settings,
         segments=tuple(infos),
     )
-    fs.mkdir(folder / segments.FOLDER)
-    segments.write_manifest(folder, manifest, fs)
+    fs.mkdir(home)
+    segments.write_manifest(home, manifest, fs)
     replica.control.words[c.INDEX_GENERATION] = generation
-    segments.drop_unlisted(folder, manifest, fs)
+    segments.drop_unlisted(home, manifest, fs)
+    # Of higher numbers somebody may be making one just now.
+    segments.drop_representations(folder, lambda number: number < choice.representation, fs)
     return manifest

@@ -278,6 +278,7 @@ class Intake:
         scorer: Gives initial priorities.
         max_experience_bytes: Most bytes that one experience may take.
         max_commit_bytes: Most bytes that one commit may take.
+        representation: Number of the buffer's; what is fused here is of it.
     """
 
     def __init__(
@@ -290,6 +291,7 @@ class Intake:
         scorer: PriorityScorer,
         max_experience_bytes: int,
         max_commit_bytes: int,
+        representation: int = 0,
     ) -> None:
         self.v_dim, self.q_dim = v_dim, q_dim
         self.metric = metric
@@ -298,6 +300,7 @@ class Intake:
         self.dim = fusion.output_dim(v_dim, q_dim)
         self._max_experience = max_experience_bytes
         self._max_commit = max_commit_bytes
+        self.representation = representation
 
     # ------------------------------------------------------------ parts
 
@@ -346,6 +349,7 @@ class Intake:
         reward: NDArray[np.float64],
         probabilities: Sequence[NDArray[np.float32] | None],
         age: NDArray[np.float32],
+        metadata: Sequence[Mapping[str, Any] | None] = (),
     ) -> NDArray[np.float32]:
         """Initial priorities, checked."""
         unknown = np.isnan(reward)
@@ -358,6 +362,7 @@ class Intake:
                 reward_known=~unknown,
                 probabilities=probabilities,
                 age=age,
+                metadata=metadata,
             )
             scores = np.asarray(self.scorer(batch)).astype(np.float32)
         if scores.shape != confidence.shape or not _are_priorities(scores):
@@ -387,6 +392,7 @@ class Intake:
             reward=np.array([item.reward], np.float64),
             timestamp=np.array([item.timestamp], np.float64),
             probabilities=[item.fields.get("probabilities")],
+            metadata=[item.fields.get("metadata")],
             priorities=None if priority is None else [priority],
             labels=_labels([item.tags], [item.key]),
             now=now,
@@ -406,16 +412,17 @@ class Intake:
         v = self._stack([item.v_embed for item in experiences], "v_embed", self.v_dim)
         q = self._stack([item.q_embed for item in experiences], "q_embed", self.q_dim)
         items = [self._checked(item, now) for item in experiences]
-        rows = [codec.encode_row(v[i], q[i], item.fields) for i, item in enumerate(items)]
+        rows, lengths = codec.encode_rows(v, q, [item.fields for item in items])
         return self._draft(
             v,
             q,
-            bytearray().join(rows),
-            np.fromiter(map(len, rows), np.uint32, len(rows)),
+            rows,
+            lengths,
             confidence=np.array([item.confidence for item in items], np.float32),
             reward=np.array([item.reward for item in items], np.float64),
             timestamp=np.array([item.timestamp for item in items], np.float64),
             probabilities=[item.fields.get("probabilities") for item in items],
+            metadata=[item.fields.get("metadata") for item in items],
             priorities=priorities,
             labels=_labels([item.tags for item in items], [item.key for item in items]),
             now=now,
@@ -526,6 +533,7 @@ class Intake:
             reward=reward,
             timestamp=timestamp,
             probabilities=probabilities,
+            metadata=lists.get("metadata", ()),
             priorities=priorities,
             labels=_labels(tags, lists.get("key", [None] * n)),
             now=now,
@@ -542,6 +550,7 @@ class Intake:
         reward: NDArray[np.float64],
         timestamp: NDArray[np.float64],
         probabilities: Sequence[NDArray[np.float32] | None],
+        metadata: Sequence[Mapping[str, Any] | None],
         priorities: Any,
         labels: dict[str, list[Any]] | None,
         now: float,
@@ -562,11 +571,13 @@ class Intake:
         priority = None if priorities is None else _priorities(priorities, n)
         if priority is None or np.isnan(priority).any():
             age = ages(now, timestamp)
-            scores = self.score(confidence, reward, probabilities, age)
+            scores = self.score(confidence, reward, probabilities, age, metadata)
             priority = (
                 scores if priority is None else np.where(np.isnan(priority), scores, priority)
             )
-        body = codec.encode_add(AddBody(timestamp, reward, confidence, priority, vectors, labels))
+        body = codec.encode_add(
+            AddBody(timestamp, reward, confidence, priority, vectors, labels, self.representation)
+        )
         return draft_rows(codec.ADD, body, rows, lengths, n)
 
 
@@ -626,6 +637,9 @@ def checked_priorities(values: Any, n: int) -> NDArray[np.float32]:
         raise InvalidExperience(
             f"expected {n} priorities, found {array.dtype} of shape {array.shape}"
         )
+    # As a learner gives them; NaN fails both comparisons.
+    if array.dtype == np.float32 and n and 0 <= array.min() and array.max() < np.inf:
+        return array
     narrow = finite32(array.astype(np.float64), "priorities")
     if n and narrow.min() < 0:
         raise InvalidExperience(f"priorities: {narrow.min()!r} is negative; nothing was written")

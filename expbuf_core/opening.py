@@ -275,6 +275,7 @@ def _begin_anew(session: Session, loaded: Loaded, *, clean: bool) -> None:
     words[c.NEXT_LSN], words[c.NEXT_ID] = next_lsn, next_id
     words[c.RESERVED_ID], words[c.RESERVED_LSN] = state.reserved_id, state.reserved_lsn
     words[c.SNAPSHOT_LSN] = loaded.snapshot_lsn
+    words[c.REPRESENTATION] = state.representation
     session.adapter.start(next_lsn, state.lsn)
     session.replica.settled()
 
@@ -285,6 +286,7 @@ def _begin_anew(session: Session, loaded: Loaded, *, clean: bool) -> None:
 def _to_read(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
     identity = folder.read_identity(path)
     if identity is None:
+        folder.check_finished(path)
         raise StorageError(f"{path} is no buffer: it has no {folder.IDENTITY}")
     session.uuid = identity.uuid
     _check_backend(session, identity.backend)
@@ -377,12 +379,4 @@ def _reconcile_fusion(session: Session, stored: Mapping[str, Any]) -> None:
             "without that key, or change the buffer by `expbuf reindex`",
             key="fusion",
         )
-    name = stored["name"]
-    provider = session.registry.get("fusion", name)
-    session.fusion = provider.factory(session.registry.settings("fusion", name, stored["settings"]))
-    if int(session.fusion.version) != stored["version"]:
-        raise ConfigError(
-            f"the fusion {name!r} of {session.path} has version {stored['version']}, the installed "
-            f"one {session.fusion.version}; change the buffer by `expbuf reindex`",
-            key="fusion",
-        )
+    session.use_fusion(stored)

@@ -112,8 +112,8 @@ def follow_from_snapshot(replica: Replica, path: Path) -> Loaded:
     for attempt in range(_TRIES):
         state, errors = snapshots.newest(path, replica.uuid)
         with replica.lock:
-            if state is not None:
-                replica.reset(state)
+            # Without a snapshot, too: its place may be in a log that another session has closed.
+            replica.reset(replica.state if state is None else state)
             lsn, added = replica.state.lsn, replica.state.total_added
             try:
                 replica.follow_to(replica.control.published())

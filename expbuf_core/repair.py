@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -187,7 +188,15 @@ def repair(
             adapter,
             _Vectors(adapter, state, registry),
         )
-        copy(content, goal, storage, progress=progress, fs=filesystem or FileSystem(), anew=True)
+        copy(
+            content,
+            goal,
+            storage,
+            progress=progress,
+            fs=filesystem or FileSystem(),
+            command=shlex.join(["expbuf", "repair", str(path), str(goal)]),
+            anew=True,
+        )
     return RepairReport(
         folder=path,
         target=goal,
@@ -454,6 +463,7 @@ class _Replay:
     def _apply(self, operation: LoggedOperation) -> None:
         state, next_id = self.state, self.state.next_id
         try:
+            self._follow_representation(operation)
             change = state.apply(operation)
         except CorruptionError as exc:
             self._damaged(Damage(str(self._path), -1, operation.lsn, operation.lsn, str(exc)))
@@ -465,6 +475,22 @@ class _Replay:
                 self._not_lost(id_)
         elif operation.kind == codec.CLEAR:
             self.lost_ids.clear()
+
+    def _follow_representation(self, operation: LoggedOperation) -> None:
+        """Where a change of representation is lost, go over at the first add behind it."""
+        state = self.state
+        if operation.kind != codec.ADD:
+            return
+        number = codec.add_representation(operation.body)
+        if number <= state.representation or not self._gap:
+            return
+        made = codec.encode_settings({**state.settings, "representation": number})
+        state.apply(LoggedOperation(state.lsn, codec.SETTINGS, 0, made.body, 0, made.lengths))
+        state.settings = {**state.settings, "v_dim": None, "q_dim": None}
+        self.notes.append(
+            f"the change to representation {number} is lost: dimensions are taken from the "
+            "embeddings, the fusion is taken to be as before"
+        )
 
     def _gap_closed(self, next_id: int, first_id: int) -> None:
         """An add after lost operations: the ids between are those that they may have given."""
@@ -497,6 +523,8 @@ class _Replay:
                 if is_add:
                     self.lost_ids.append((int(ids[i]), int(ids[i])))
                 continue
+            if not is_add and self._is_readable(checked[0]):
+                continue  # what wrote it anew is lost; it may have meant other embeddings
             body = self._made_up(checked[0], codec.decode_row(row).fields, total + i)
             at, length = int(places[i]), operation.lengths[i : i + 1]
             relog = LoggedOperation(operation.lsn, codec.RELOG, 0, body, at, length)
@@ -506,6 +534,15 @@ class _Replay:
         if is_add:
             state.next_id = max(state.next_id, operation.first_id + n)
             state.total_added = max(state.total_added, total + n)
+
+    def _is_readable(self, id_: int) -> bool:
+        """Whether an experience is here, with its payload."""
+        state, ids = self.state, np.array([id_])
+        slots = state.find(ids)
+        if slots[0] < 0:
+            return False
+        rows = _rows(self._adapter, ids, state.location[slots], state.length[slots])
+        return all(frames.check_row(row) is not None for row, _ in rows)
 
     def _made_up(self, id_: int, fields: Mapping[str, Any], sequence: int) -> bytes:
         """Columns for a payload: what it has itself, and what is usual for the rest."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expbuf_core.errors import InvalidExperience
+from expbuf_core.errors import ConfigError, InvalidExperience, SampleLimitError
+from expbuf_core.sampling import restore_rng, rng_state
 
 if TYPE_CHECKING:
     from expbuf_core.buffer import ExperienceBuffer
@@ -44,6 +47,12 @@ class ReplayBatches:
     buffer again by itself and shares no draws with the others. Which of them draws which batch
     makes no odds, so a `DataLoader` may take the batches by number; the number is not looked at.
 
+    With `samples_per_insert` a learner never runs further ahead of those who add than this: all
+    draws together stay at or below that many for each experience added, where what the buffer holds
+    at the beginning counts as added. A draw beyond it waits. Nobody who adds ever waits. The
+    workers of a `DataLoader` share the count; looking at it at once, they may exceed it by a batch
+    each.
+
     Args:
         buffer: In a folder, if several processes are to draw.
         batch_size: Experiences a batch.
@@ -55,6 +64,8 @@ class ReplayBatches:
         uniform: Without regard to priorities.
         transform: What is made of a sample; default `as_arrays`. With spawned workers it must be
             picklable.
+        samples_per_insert: Above 0, `math.inf` for no limit. Default: the configured one.
+        insert_wait_s: Seconds to wait for the next experience. Default: the configured time.
     """
 
     def __init__(
@@ -68,6 +79,8 @@ class ReplayBatches:
         where: Condition | None = None,
         uniform: bool = False,
         transform: Callable[[SampleBatch], Any] = as_arrays,
+        samples_per_insert: float | None = None,
+        insert_wait_s: float | None = None,
     ) -> None:
         if length is not None and length < 1:
             raise InvalidExperience(f"length must be at least 1, not {length}")
@@ -83,6 +96,10 @@ class ReplayBatches:
         self._transform = transform
         self._home = os.getpid()
         self._stream: tuple[Any, np.random.Generator] | None = None
+        sampling = buffer.config.sampling
+        ratio = sampling.samples_per_insert if samples_per_insert is None else samples_per_insert
+        wait_s = sampling.insert_wait_s if insert_wait_s is None else insert_wait_s
+        self._limit = None if ratio in (None, np.inf) else _Limit(buffer, float(ratio), wait_s)
 
     def __len__(self) -> int:
         if self._length is None:
@@ -109,9 +126,49 @@ class ReplayBatches:
 
         Raises:
             NotEnoughExperiences: The buffer is empty, or nothing meets the condition.
+            SampleLimitError: `samples_per_insert` is reached, and nothing was added in time.
         """
         arguments: dict[str, Any] = self._arguments
-        return self._transform(self._buffer.sample(rng=self._rng(), **arguments))
+        if self._limit is not None:
+            self._limit.wait(self._buffer, arguments["batch_size"])
+        batch = self._buffer.sample(rng=self._rng(), **arguments)
+        if self._limit is not None:
+            self._limit.count(len(batch))
+        return self._transform(batch)
+
+    # ------------------------------------------------------------ to go on after a restart
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, JSON-like: the random stream of this process, and the draws counted.
+
+        With the same state and a buffer at the same LSN, the same batches follow. Streams of
+        workers are not in it: theirs follow from torch's seed.
+        """
+        rng = self._rng()
+        return {
+            "rng": self._buffer.rng_state() if rng is None else rng_state(rng),
+            "limit": None if self._limit is None else self._limit.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ConfigError: That is no such state.
+        """
+        try:
+            rng, limit = dict(state["rng"]), state["limit"]
+            counted = None if limit is None else (int(limit["begin"]), int(limit["drawn"]))
+        except (TypeError, KeyError, ValueError) as exc:
+            raise ConfigError(f"not a state of ReplayBatches: {exc!r}") from exc
+        if self._seed is None:
+            self._buffer.set_rng_state(rng)
+        else:
+            self._stream = self._who(), restore_rng(rng)
+        if self._limit is not None and counted is not None:
+            self._limit.restore(*counted)
+
+    # ------------------------------------------------------------ random streams
 
     def _rng(self) -> np.random.Generator | None:
         """The stream of this process; None for the buffer's own, which forks by itself."""
@@ -130,3 +187,80 @@ class ReplayBatches:
             return int(worker.id), int(worker.seed)
         pid = os.getpid()
         return () if pid == self._home else (pid,)
+
+
+_COUNTERS = 1 << 12
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.0005, 0.05
+
+
+class _Limit:
+    """Draws counted against experiences added.
+
+    Every process that draws counts in a word of its own, chosen by its pid, in memory that forked
+    and spawned children share with the process that made this: no lock, which would stay locked
+    for ever when its holder is killed.
+    """
+
+    def __init__(self, buffer: ExperienceBuffer, ratio: float, wait_s: float) -> None:
+        if not 0 < ratio < np.inf:
+            raise InvalidExperience(f"samples_per_insert must be above 0, not {ratio}")
+        if not wait_s >= 0:
+            raise InvalidExperience(f"insert_wait_s must not be negative, not {wait_s}")
+        self._ratio = ratio
+        self._wait_s = float(wait_s)
+        self._begin = buffer.total_added - len(buffer)
+        self._counters = multiprocessing.RawArray("q", _COUNTERS)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if multiprocessing.context.get_spawning_popen() is None:
+            # To somebody who is no child: shares nothing with this process, and counts anew.
+            state["_counters"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._counters is None:
+            self._counters = multiprocessing.RawArray("q", _COUNTERS)
+
+    def state(self) -> dict[str, int]:
+        """Where it stands."""
+        return {"begin": self._begin, "drawn": self._drawn()}
+
+    def restore(self, begin: int, drawn: int) -> None:
+        """Go on there."""
+        self._begin = begin
+        self._counters[:] = [drawn] + [0] * (_COUNTERS - 1)
+
+    def _drawn(self) -> int:
+        return int(np.frombuffer(self._counters, np.int64).sum())
+
+    def count(self, n: int) -> None:
+        """Say that n experiences were drawn."""
+        self._counters[os.getpid() % _COUNTERS] += n
+
+    def wait(self, buffer: ExperienceBuffer, n: int) -> None:
+        """Return when n more may be drawn.
+
+        Raises:
+            SampleLimitError: Nothing was added in time.
+        """
+        seen, pause, deadline = -1, _FIRST_PAUSE_S, 0.0
+        while True:
+            added = buffer.total_added - self._begin
+            drawn, allowed = self._drawn(), int(self._ratio * added)
+            if drawn + n <= allowed:
+                return
+            now = time.monotonic()
+            if added != seen:
+                seen, pause, deadline = added, _FIRST_PAUSE_S, now + self._wait_s
+            if now >= deadline:
+                raise SampleLimitError(
+                    f"{drawn} draws of {allowed} that {added} experiences allow at "
+                    f"{self._ratio:g} samples per insert: {n} more were asked for, and nothing was "
+                    f"added for {self._wait_s:g} s; nothing was drawn",
+                    drawn=drawn,
+                    allowed=allowed,
+                )
+            time.sleep(min(pause, deadline - now))
+            pause = min(2 * pause, _LAST_PAUSE_S)

@@ -42,6 +42,10 @@ class _Own(NamedTuple):
     retirements: int
 
 
+def _empty_tiers(state: State) -> IndexTiers:
+    return IndexTiers(str(state.settings.get("metric", "cosine")), state.representation)
+
+
 class Replica:
     """Applies the log in order. All state is read and changed under `lock`, I/O of others never.
 
@@ -70,6 +74,7 @@ class Replica:
         self._follower: LogFollower | None = None
         self._cursor: tuple[int, object] | None = None  # (LSN, behind it), of our own last one
         self._own: dict[int, _Own] = {}
+        self.refused: set[int] = set()  # adds that came too late for their representation
         self.counts: dict[int, int] = {}  # of own operations, until their caller has read them
         self.evicted = 0  # since it was last told
         self.reset(State())
@@ -77,7 +82,8 @@ class Replica:
     def reset(self, state: State) -> None:
         """Start from this state."""
         self.state = state
-        self.tiers = IndexTiers(str(state.settings.get("metric", "cosine")))
+        self.tiers = _empty_tiers(state)
+        self.incomplete = False  # the tiers lack what was added before the representation changed
         self.sampler = PrioritySampler(state, self._sampling)
         self._leave_log()
         self.settled()
@@ -221,14 +227,17 @@ class Replica:
         change = state.apply(*run)
         if change.settings:
             metric = str(state.settings.get("metric", "cosine"))
-            if metric != tiers.metric:
-                self.tiers = tiers = IndexTiers(metric)
+            if metric != tiers.metric or state.representation != tiers.representation:
+                self.tiers = tiers = _empty_tiers(state)
+                self.incomplete = self.incomplete or change.represented
         if change.added is not None and change.vectors is not None:
             tiers.add(change.added, change.vectors)
         if change.cleared:
             tiers.clear()
         elif change.removed is not None:
             tiers.remove(change.removed)
+        if change.refused:
+            self.refused.update(change.refused)
         self.evicted += change.evicted
         self.sampler.mark(change.touched)
         return change
@@ -260,7 +269,7 @@ class Replica:
         vectors = np.concatenate([block for block in blocks if len(block)])
         order = np.argsort(ids, kind="stable")
         kept = self.tiers
-        self.tiers = IndexTiers(kept.metric)
+        self.tiers = IndexTiers(kept.metric, kept.representation)
         self.tiers.segments = kept.segments
         self.tiers.lsn, self.tiers.generation = kept.lsn, kept.generation
         self.tiers.end_id = kept.end_id

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import codec, frames
-from expbuf_core.contracts import Pin
+from expbuf_core.contracts import Buffer, Pin
+from expbuf_core.embedding_cache import EmbeddingCache
 from expbuf_core.errors import CorruptionError, InvalidExperience
 from expbuf_core.experience import Experience
 from expbuf_core.state import SCALAR_REWARD, State
@@ -91,16 +92,33 @@ class PinnedExperiences(Sequence[Experience]):
     They decode also after they were evicted and their files deleted.
     """
 
-    def __init__(self, ids: NDArray[np.int64], slots: NDArray[np.int64], state: State) -> None:
+    def __init__(
+        self,
+        ids: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        state: State,
+        cache: EmbeddingCache | None = None,
+    ) -> None:
         self.ids = ids
-        self.values = ColumnValues(*(getattr(state, n)[slots] for n in ColumnValues._fields))
-        self.locations = state.location[slots]
-        self.lengths = state.length[slots]
+        self.values = ColumnValues(
+            state.timestamp.take(slots),
+            state.reward.take(slots),
+            state.confidence.take(slots),
+            state.priority.take(slots),
+            state.retrieval_count.take(slots),
+            state.success_count.take(slots),
+            state.flags.take(slots),
+        )
+        self.locations = state.location.take(slots)
+        self.lengths = state.length.take(slots)
         named = state.rewards
         self._named = {i: dict(named[i]) for i in ids.tolist() if i in named} if named else {}
         self._pin: Pin | None = None
         self._tell: Callable[[CorruptionError], None] = _tell_nobody
+        self._cache = cache
+        self._rows: list[Buffer | None] = []  # those that were read, and found intact
         self._decoded: dict[int, codec.DecodedRow] = {}
+        self._parts: dict[str, NDArray[np.float32]] = {}
 
     def pin(self, pin: Pin, tell: Callable[[CorruptionError], None]) -> None:
         """Hold on to the payloads. `tell`: called when one of them turns out to be damaged."""
@@ -132,25 +150,42 @@ class PinnedExperiences(Sequence[Experience]):
         """
         found = self._decoded.get(i)
         if found is None:
+            (raw,) = self._verified(np.array([i]))
             try:
-                found = self._decoded[i] = self._read(i)
+                found = self._decoded[i] = codec.decode_row(raw)
+            except codec.UNDECODABLE as exc:
+                raise self._undecodable(int(self.ids[i]), exc) from exc
+        return found
+
+    def raw(self, i: int) -> Buffer:
+        """Payload of the i-th as it is stored, checked; raises like `row`."""
+        return self._verified(np.array([i]))[0]
+
+    def _verified(self, which: NDArray[np.int64]) -> list[Buffer]:
+        """Payloads as they are stored, checked."""
+        if self._pin is None:
+            raise RuntimeError("payloads that were not pinned")
+        rows = self._rows = self._rows or [None] * len(self)
+        missing = [i for i in which.tolist() if rows[i] is None]
+        if missing:
+            at = np.array(missing)
+            wanted = self.ids[at].tolist()
+            try:
+                found = self._pin.read_many(at)
+                bad = frames.first_damaged(found, wanted)
+                if bad >= 0:
+                    raise frames.damaged_payload(self._pin, missing[bad], wanted[bad])
             except CorruptionError as exc:
                 self._tell(exc)
                 raise
-        return found
+            for i, row in zip(missing, found, strict=True):
+                rows[i] = row
+        return [row for i in which.tolist() if (row := rows[i]) is not None]
 
-    def _read(self, i: int) -> codec.DecodedRow:
-        if self._pin is None:
-            raise RuntimeError("payloads that were not pinned")
-        raw = self._pin.read(i)
-        wanted = int(self.ids[i])
-        checked = frames.check_row(raw)
-        if checked is None or checked[0] != wanted:
-            raise frames.damaged_payload(self._pin, i, wanted)
-        try:
-            return codec.decode_row(raw)
-        except codec.UNDECODABLE as exc:
-            raise CorruptionError(f"experience {wanted} cannot be decoded: {exc}") from exc
+    def _undecodable(self, id_: int, exc: Exception) -> CorruptionError:
+        error = CorruptionError(f"experience {id_} cannot be decoded: {exc}")
+        self._tell(error)
+        return error
 
     def _experience(self, i: int) -> Experience:
         row = self.row(i)
@@ -187,9 +222,35 @@ class PinnedExperiences(Sequence[Experience]):
         )
 
     def embeddings(self, part: str) -> NDArray[np.float32]:
-        """(n, dim) float32 of "v_embed" or "q_embed"."""
-        rows = [getattr(self.row(i), part) for i in range(len(self))]
-        return np.stack(rows) if rows else np.empty((0, 0), np.float32)
+        """(n, dim) float32 of "v_embed" or "q_embed"; the same array every time.
+
+        Raises:
+            CorruptionError: A payload is not what was written.
+        """
+        if part not in self._parts:
+            self._parts[part] = self._embeddings(part)
+        return self._parts[part]
+
+    def _embeddings(self, part: str) -> NDArray[np.float32]:
+        n = len(self)
+        if n == 0:
+            return np.empty((0, 0), np.float32)
+        if self._cache is None:
+            return self._stored(part, np.arange(n))
+        vectors, held = self._cache.get(part, self.ids, self.locations)
+        if np.count_nonzero(held) < n:
+            which = np.flatnonzero(~held)
+            parts = {name: self._stored(name, which) for name in ("v_embed", "q_embed")}
+            vectors[which] = parts[part]
+            self._cache.put(self.ids[which], self.locations[which], **parts)
+        return vectors
+
+    def _stored(self, part: str, which: NDArray[np.int64]) -> NDArray[np.float32]:
+        rows = self._verified(which)
+        try:
+            return codec.decode_embeddings(rows, part)
+        except codec.UNDECODABLE as exc:
+            raise self._undecodable(int(self.ids[which[0]]), exc) from exc
 
 
 # ---------------------------------------------------------------- searches
@@ -285,6 +346,29 @@ class SearchResult(Sequence[Hit]):
         for i in range(len(self)):
             yield self[i]
 
+    def credit(self, power: float = 1.0) -> NDArray[np.float32]:
+        """What part of a success is due to each hit by its similarity, for `record_outcome`.
+
+        Args:
+            power: The higher, the less the distant hits get.
+
+        Returns:
+            (n,) float32 in [0, 1]: (similarity / that of the nearest)^power, and 0 where it is not
+            above 0. Where none is, as under `l2`: how far the nearest is in proportion.
+        """
+        similarities = self.similarities.astype(np.float64)
+        if not len(similarities):
+            return np.empty(0, np.float32)
+        nearest = similarities[0]
+        if nearest > 0:
+            shares = np.maximum(similarities, 0.0) / nearest
+        else:
+            # Negative squared distances; the nearest may be at distance 0.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                shares = np.where(similarities == nearest, 1.0, nearest / similarities)
+        credit: NDArray[np.float32] = (shares**power).astype(np.float32)
+        return credit
+
     def __repr__(self) -> str:
         return f"SearchResult({', '.join(map(repr, self))})"
 
@@ -368,12 +452,12 @@ class SampleBatch:
 
     @property
     def v_embed(self) -> NDArray[np.float32]:
-        """(n, v_dim) float32, read from the payloads."""
+        """(n, v_dim) float32, read from the payloads into one array."""
         return self.experiences.embeddings("v_embed")
 
     @property
     def q_embed(self) -> NDArray[np.float32]:
-        """(n, q_dim) float32, read from the payloads."""
+        """(n, q_dim) float32, read from the payloads into one array."""
         return self.experiences.embeddings("q_embed")
 
     def __repr__(self) -> str:

@@ -22,9 +22,6 @@ from numpy.typing import ArrayLike, NDArray
 from expbuf_core.errors import ConfigError, NotEnoughExperiences
 from expbuf_core.sum_tree import SumTree
 
-SUCCESS_FLOOR = 0.05
-"""Least value of f: what was never right is still replayed now and then."""
-
 _AGE_HEADROOM = 256  # 2^256 and a priority of float32 to a moderate alpha stay finite in float64
 _AGE_TINY = 2.0**-512  # a total below this has lost the precision of its smaller weights
 _CLOCK_END = 2.0**52
@@ -63,6 +60,10 @@ class Settings(Protocol):
         """How much the success rate matters; 0 turns it off."""
 
     @property
+    def success_floor(self) -> float:
+        """Least factor for the success rate: what was never right stays in play."""
+
+    @property
     def ageing(self) -> str:
         """How weights age: "off", or by "adds" or "time"."""
 
@@ -85,6 +86,7 @@ class SamplingSettings:
     success_prior: float = 0.5
     success_prior_count: float = 2.0
     success_weight: float = 1.0
+    success_floor: float = 0.05
     ageing: str = "off"
     half_life: float | None = None
     stratified: bool = True
@@ -174,7 +176,7 @@ def sampling_weights(
     """Sampling weights of n experiences.
 
     w = (p + eps)^alpha * f(rate) * 2^age_exponent, with the smoothed `success_rate` and
-    f(rate) = max(SUCCESS_FLOOR, 1 + success_weight * (rate - prior)). So f(prior) = 1: an
+    f(rate) = max(success_floor, 1 + success_weight * (rate - prior)). So f(prior) = 1: an
     experience without outcomes is neither favoured nor starved; f rises with the rate; and its
     floor keeps every experience in play. With the default prior of 0.5 and success_weight of 1,
     what is always right comes up to three times as often as what is always wrong.
@@ -189,16 +191,13 @@ def sampling_weights(
     Returns:
         (n,) float64, finite, at least 0; all 0 only where eps and all priorities are 0.
     """
-    weight = np.asarray(priority, dtype=np.float64) + settings.eps
+    weight = np.add(priority, settings.eps, dtype=np.float64)
     if settings.alpha != 1.0:
-        weight = weight**settings.alpha
+        weight **= settings.alpha
     if settings.success_weight != 0.0:
-        prior = settings.success_prior
-        rate = success_rate(retrieval_count, success_count, prior, settings.success_prior_count)
-        rate -= prior
-        rate *= settings.success_weight
-        rate += 1.0
-        weight = weight * np.maximum(rate, SUCCESS_FLOOR)
+        tries = np.asarray(retrieval_count)
+        if np.count_nonzero(tries):  # else f is 1, exactly: see `_success_factor`
+            weight *= _success_factor(tries, success_count, settings)
     if age_exponent is not None:
         # Whole powers of two are exact: a weight has the same mantissa under every reference, so
         # the draws do not depend on when a replica moved its reference.
@@ -209,25 +208,42 @@ def sampling_weights(
     return weight
 
 
-def importance_weights(probabilities: ArrayLike, n_live: int, beta: float) -> NDArray[np.float32]:
+def _success_factor(
+    retrieval_count: NDArray[Any], success_count: ArrayLike, settings: Settings
+) -> Weights:
+    """f(rate), (n,); exactly 1 without outcomes, whatever the prior.
+
+    By rate - prior = (successes - prior * retrievals) / (retrievals + prior_count), which rounds to
+    0 there; the difference of the two would not.
+    """
+    prior, tries = settings.success_prior, retrieval_count.astype(np.float64)
+    factor = np.asarray(success_count, dtype=np.float64) - prior * tries
+    tries += settings.success_prior_count
+    np.divide(factor, tries, out=factor, where=tries > 0)
+    factor *= settings.success_weight
+    factor += 1.0
+    floored: Weights = np.maximum(factor, settings.success_floor)
+    return floored
+
+
+def importance_weights(probabilities: ArrayLike, beta: float) -> NDArray[np.float32]:
     """Weights that undo the bias of prioritized sampling: (N * P(i))^-beta / max over the batch.
 
-    Schaul et al. 2016, section 3.4.
+    Schaul et al. 2016, section 3.4. N, the experiences that could have been drawn, cancels out.
 
     Args:
         probabilities: (n,) above 0.
-        n_live: N, the experiences that could have been drawn.
         beta: In [0, 1]; 0 gives ones.
 
     Returns:
         (n,) float32 in (0, 1].
     """
-    p = np.maximum(np.asarray(probabilities, dtype=np.float64), np.finfo(np.float64).tiny)
+    p = np.maximum(probabilities, np.finfo(np.float64).tiny, dtype=np.float64)
     if p.size == 0:
         return np.empty(0, np.float32)
-    # In logarithms, since (N * P)^-1 overflows for the smallest probabilities.
-    log_weights = -beta * np.log(p * n_live)
-    weights = np.exp(log_weights - log_weights.max()).astype(np.float32)
+    # (N P)^-beta / max = (P / least P)^-beta, which is at most 1 and never overflows.
+    p /= np.minimum.reduce(p)
+    weights = (p**-beta).astype(np.float32)
     bounded: NDArray[np.float32] = np.maximum(weights, np.finfo(np.float32).tiny)
     return bounded
 
@@ -324,8 +340,10 @@ class PrioritySampler:
         self._head, self._moves = columns.head, columns.moves
 
     def _apply_dirty(self) -> None:
-        slots = np.concatenate([*self._dirty, np.array(self._dirty_ones, dtype=np.int64)])
-        live = self.columns.live[slots]
+        if self._dirty_ones:
+            self._dirty.append(np.array(self._dirty_ones, dtype=np.int64))
+        slots = self._dirty[0] if len(self._dirty) == 1 else np.concatenate(self._dirty)
+        live = self.columns.live.take(slots)
         ages = None
         if self.settings.ageing != "off":
             clock = self._clock(slots)
@@ -336,7 +354,9 @@ class PrioritySampler:
                 self._tree.scale(-min(step, 5000))
             # An emptied slot may hold any time: keep it from overflowing.
             ages = np.where(live, clock - self._reference, 0.0)
-        self._tree.update(slots, np.where(live, self._weights(slots, ages), 0.0))
+        weights = self._weights(slots, ages)
+        weights *= live
+        self._tree.update(slots, weights)
         self._forget_dirty()
         if ages is not None and self._tree.total < _AGE_TINY:
             self._rebuild()  # only old ones are left: their weights need a nearer reference
@@ -359,13 +379,10 @@ class PrioritySampler:
 
     def _weights(self, slots: Slots, ages: Weights | None) -> Weights:
         columns = self.columns
-        return sampling_weights(
-            columns.priority[slots],
-            columns.retrieval_count[slots],
-            columns.success_count[slots],
-            self.settings,
-            ages,
-        )
+        tries = columns.retrieval_count.take(slots)
+        # Without a retrieval there is no success: one column less to look for all over the memory.
+        successes = columns.success_count.take(slots) if np.count_nonzero(tries) else 0.0
+        return sampling_weights(columns.priority.take(slots), tries, successes, self.settings, ages)
 
     def _clock(self, slots: Slots) -> Weights:
         """When each was added, in half-lives."""
@@ -383,14 +400,14 @@ class PrioritySampler:
             self._live_slots = self.columns.live_slots()
         return self._live_slots
 
-    def _find(self, u: Weights) -> Slots:
-        """Slots under points of the sum that is counted from the oldest experience on."""
+    def _find(self, u: Weights) -> tuple[Slots, Weights]:
+        """Slots and weights under points of the sum, counted from the oldest experience on."""
         head = self._head & (self._tree.capacity - 1)
         if head:
             total = self._tree.total
             u = u + self._tree.before(head)
             u = np.where(u >= total, u - total, u)
-        return self._tree.find(u)
+        return self._tree.find_with_weights(u)
 
     # ------------------------------------------------------------ draws
 
@@ -415,8 +432,9 @@ class PrioritySampler:
             u *= total / batch_size
         else:
             u *= total
-        slots = self._find(u)
-        return Draw(slots, self._tree.weights(slots) / total)
+        slots, weights = self._find(u)
+        weights /= total
+        return Draw(slots, weights)
 
     def uniform(self, batch_size: int, *, rng: np.random.Generator) -> Draw:
         """Draw with replacement, each live experience with the same probability.
@@ -464,26 +482,27 @@ class PrioritySampler:
             missing = batch_size - slots.size
             if missing <= 0:
                 break
-            more = self._find(rng.random(missing + missing // 4 + 8) * total)
+            more = self._find(rng.random(missing + missing // 4 + 8) * total)[0]
             slots = _unique_in_order(np.concatenate([slots, more]))
         slots = slots[:batch_size]
         if slots.size < batch_size:
-            slots = np.concatenate([slots, self._race(batch_size - slots.size, slots, rng)])
+            live = self._live()
+            others = live[~np.isin(live, slots)]
+            more = self._race(batch_size - slots.size, others, rng, drawn=slots.size)
+            slots = np.concatenate([slots, more])
         return Draw(slots, self._tree.weights(slots) / total)
 
-    def _race(self, n: int, without: Slots, rng: np.random.Generator) -> Slots:
+    def _race(self, n: int, slots: Slots, rng: np.random.Generator, *, drawn: int = 0) -> Slots:
+        """Make n successive draws without replacement among these slots; `drawn` came before."""
         # Efraimidis & Spirakis 2006: the n smallest of E_i / w_i, with E_i standard exponential,
         # are n successive draws without replacement, in that order. In logarithms, which hold
         # every age: in the tree the weights of the oldest underflow.
-        live = self._live()
-        slots = live[~np.isin(live, without)]
         weights = self._weights(slots, None)
         slots, weights = slots[weights > 0.0], weights[weights > 0.0]
         if slots.size < n:
-            found = without.size + slots.size
             raise NotEnoughExperiences(
-                f"{without.size + n} different experiences were asked for, but only {found} have a "
-                "sampling weight above 0; set eps above 0 to reach the others"
+                f"{drawn + n} different experiences were asked for, but only {drawn + slots.size} "
+                "have a sampling weight above 0; set eps above 0 to reach the others"
             )
         log_weights = np.log(weights)
         if self.settings.ageing != "off":
@@ -500,8 +519,10 @@ class PrioritySampler:
         *,
         rng: np.random.Generator,
         stratified: bool | None = None,
+        replace: bool = True,
+        uniform: bool = False,
     ) -> Draw:
-        """Draw with replacement among the slots that match a condition, P(i) = w_i / their sum.
+        """Draw among the slots that match a condition, P(i) = w_i / their sum.
 
         Args:
             matching: (capacity,) bool, or the (n,) matching slots, each once and best in the order
@@ -509,6 +530,8 @@ class PrioritySampler:
             batch_size: At least 1.
             rng: The random stream.
             stratified: See `draw`.
+            replace: False: none twice; probabilities as in `draw_without_replacement`.
+            uniform: All with the same probability.
         """
         self._check(batch_size)
         slots: Slots = np.asarray(matching)
@@ -519,11 +542,21 @@ class PrioritySampler:
             slots = slots[self.columns.live[slots]]
         if slots.size == 0:
             raise NotEnoughExperiences("no experience matches the condition")
+        if not replace and batch_size > slots.size:
+            raise NotEnoughExperiences(
+                f"{batch_size} different experiences were asked for, {slots.size} match the "
+                "condition"
+            )
+        even = np.full(batch_size, 1.0 / slots.size)
+        if uniform:
+            return Draw(rng.choice(slots, batch_size, replace=replace), even)
         sums = np.cumsum(self._tree.weights(slots))
         total = float(sums[-1])
         if not total > 0.0:
-            chosen = slots[rng.integers(0, slots.size, batch_size)]
-            return Draw(chosen, np.full(batch_size, 1.0 / slots.size))
+            return Draw(rng.choice(slots, batch_size, replace=replace), even)
+        if not replace:
+            chosen = self._race(batch_size, slots, rng)
+            return Draw(chosen, self._tree.weights(chosen) / total)
         u = rng.random(batch_size)
         if self.settings.stratified if stratified is None else stratified:
             u = (u + np.arange(batch_size)) / batch_size

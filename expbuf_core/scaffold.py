@@ -216,7 +216,8 @@ _PERSISTENCE = '''
 
 Then declare the capability "durable", and "multiprocess" once several processes may use one buffer:
 the suite skips less. `context.path` is the folder; write through `context.fs` alone, so that the
-suite can make it fail and cut it off.
+suite can make it fail and cut it off. The page docs/plugins.md of expbuf numbers what is promised,
+as the suite does, and has a complete backend on files.
 """
 
 import threading

@@ -3,16 +3,19 @@
     index/manifest.json              which segments are live, after which LSN
     index/000042.vectors             header page | ids | vectors, memory-mapped
     index/000042.faiss_cpu           what the index backend wrote
+    index/1/…                        the same of representation 1, and so on
 
-All of it is derived: what is lost or damaged is built again from the payloads.
+All of it is derived: what is lost or damaged is built again from the payloads. The first argument
+of most functions here is the folder of one representation; `home` says which that is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -58,14 +61,19 @@ class Manifest(NamedTuple):
     segments: tuple[SegmentInfo, ...]
 
 
-def vectors_path(folder: Path, name: str) -> Path:
+def home(folder: Path, representation: int) -> Path:
+    """Where the segments of a representation of the buffer in this folder lie."""
+    return folder / FOLDER / str(representation) if representation else folder / FOLDER
+
+
+def vectors_path(home: Path, name: str) -> Path:
     """Where a segment's ids and vectors lie."""
-    return folder / FOLDER / f"{name}.vectors"
+    return home / f"{name}.vectors"
 
 
-def index_path(folder: Path, info_name: str, backend: str) -> Path:
+def index_path(home: Path, info_name: str, backend: str) -> Path:
     """Where a segment's index lies."""
-    return folder / FOLDER / f"{info_name}.{backend}"
+    return home / f"{info_name}.{backend}"
 
 
 def file_crc(path: Path) -> tuple[int, int]:
@@ -123,13 +131,13 @@ class OpenSegment:
             self.dead += len(rows)
 
 
-def read_manifest(folder: Path) -> Manifest | None:
+def read_manifest(home: Path) -> Manifest | None:
     """The manifest, or None where there is none.
 
     Raises:
         CorruptionError: It is damaged.
     """
-    path = folder / FOLDER / MANIFEST
+    path = home / MANIFEST
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -152,27 +160,49 @@ def read_manifest(folder: Path) -> Manifest | None:
         ) from exc
 
 
-def read_manifest_or_none(folder: Path) -> Manifest | None:
+def read_manifest_or_none(home: Path) -> Manifest | None:
     """The manifest, or None where it is missing or damaged."""
     try:
-        return read_manifest(folder)
+        return read_manifest(home)
     except CorruptionError:
         return None
 
 
-def write_manifest(folder: Path, manifest: Manifest, fs: FileSystem) -> None:
+def write_manifest(home: Path, manifest: Manifest, fs: FileSystem) -> None:
     """Replace the manifest atomically and durably."""
     body = {**manifest._asdict(), "segments": [info._asdict() for info in manifest.segments]}
     text = json.dumps(body, sort_keys=True)
     document = json.dumps(
         {"version": VERSION, "manifest": body, "crc": crc32(text.encode())}, indent=1
     )
-    with storage_errors("write", folder / FOLDER / MANIFEST):
-        fs.write_atomically(folder / FOLDER / MANIFEST, [document.encode()])
+    with storage_errors("write", home / MANIFEST):
+        fs.write_atomically(home / MANIFEST, [document.encode()])
+
+
+def write_vectors(
+    path: Path,
+    ids: NDArray[np.int64],
+    vectors: Iterator[NDArray[np.float32]],
+    dim: int,
+    uuid: bytes,
+    fs: FileSystem,
+) -> None:
+    """Write a file of ids and vectors; whole and durable, or not there."""
+    offset = _vectors_offset(len(ids))
+
+    def chunks() -> Iterator[bytes]:
+        head = _HEADER.pack(_MAGIC, len(ids), dim, uuid).ljust(_PAGE, b"\0")
+        yield (head + np.ascontiguousarray(ids).tobytes()).ljust(offset, b"\0")
+        for block in vectors:
+            yield np.ascontiguousarray(block, np.float32).tobytes()
+
+    with storage_errors("write", path):
+        fs.mkdir(path.parent)
+        fs.write_atomically(path, chunks())
 
 
 def write_segment(
-    folder: Path,
+    home: Path,
     name: str,
     *,
     uuid: bytes,
@@ -187,7 +217,7 @@ def write_segment(
     """Write a segment: vectors, then the index over them; durable on return.
 
     Args:
-        folder: Of the buffer.
+        home: Of the representation.
         name: Of the segment, new.
         uuid: Of the buffer.
         ids: (n,) int64, rising.
@@ -198,20 +228,10 @@ def write_segment(
         backend: Builds the index.
         fs: Writes.
     """
-    target = vectors_path(folder, name)
-    offset = _vectors_offset(len(ids))
-
-    def chunks() -> Iterator[bytes]:
-        head = _HEADER.pack(_MAGIC, len(ids), dim, uuid).ljust(_PAGE, b"\0")
-        yield (head + np.ascontiguousarray(ids).tobytes()).ljust(offset, b"\0")
-        for block in vectors:
-            yield np.ascontiguousarray(block, np.float32).tobytes()
-
-    with storage_errors("write", target):
-        fs.mkdir(target.parent)
-        fs.write_atomically(target, chunks())
+    target = vectors_path(home, name)
+    write_vectors(target, ids, vectors, dim, uuid, fs)
     stored_ids, stored = map_vectors(target, dim)
-    path = index_path(folder, name, backend_name)
+    path = index_path(home, name, backend_name)
     temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
     with storage_errors("write", path):
         fs.unlink(temporary)
@@ -266,52 +286,85 @@ def map_vectors(path: Path, dim: int) -> tuple[NDArray[np.int64], NDArray[np.flo
 
 
 def open_segment(
-    folder: Path,
+    home: Path,
     info: SegmentInfo,
     dim: int,
     backend: IndexBackend,
     live_ids: NDArray[np.int64],
     *,
+    next_id: int | None = None,
     filters: bool,
+    verifies: bool = False,
 ) -> OpenSegment:
     """Verify, map and open a segment.
 
     Args:
-        folder: Of the buffer.
+        home: Of the representation.
         info: As the manifest lists it.
         dim: Of the vectors.
         backend: Opens the index.
         live_ids: (n,) rising; rows of other ids are out from the start.
+        next_id: But not those of ids from here on, which whoever says what is live has not seen
+            yet; it takes them out before it searches. Default: all were seen.
         filters: The backend has the capability "filter".
+        verifies: The backend has the capability "verifies".
 
     Raises:
         CorruptionError: Its files are not what was written.
     """
-    vectors_file = vectors_path(folder, info.name)
-    index_file = index_path(folder, info.name, info.backend)
+    vectors_file = vectors_path(home, info.name)
+    index_file = index_path(home, info.name, info.backend)
     _verify(vectors_file, info.vectors_bytes, info.vectors_crc)
-    _verify(index_file, info.index_bytes, info.index_crc)
+    if not verifies:
+        _verify(index_file, info.index_bytes, info.index_crc)
     ids, vectors = map_vectors(vectors_file, dim)
     index = backend.open(index_file, ids, vectors)
     at = np.searchsorted(live_ids, ids)
     live = np.zeros(len(ids), bool)
     inside = at < len(live_ids)
     live[inside] = live_ids[at[inside]] == ids[inside]
+    if next_id is not None:
+        live |= ids >= next_id
     return OpenSegment(info, ids, vectors, index, live, filters)
 
 
-def drop_unlisted(folder: Path, manifest: Manifest | None, fs: FileSystem) -> None:
+def drop_unlisted(home: Path, manifest: Manifest | None, fs: FileSystem) -> None:
     """Delete segment files that the manifest does not list (builder lock held)."""
     wanted = {MANIFEST}
     for info in manifest.segments if manifest else ():
         wanted |= {f"{info.name}.vectors", f"{info.name}.{info.backend}"}
     try:
-        names = os.listdir(folder / FOLDER)
+        names = os.listdir(home)
     except FileNotFoundError:
         return
     for name in names:
-        if name not in wanted:
-            fs.unlink(folder / FOLDER / name)
+        if name not in wanted and not name.isdigit():
+            fs.unlink(home / name)
+
+
+def drop_representations(folder: Path, doomed: Callable[[int], bool], fs: FileSystem) -> None:
+    """Delete all segments of some representations.
+
+    Args:
+        folder: Of the buffer.
+        doomed: By number, whether to delete.
+        fs: Deletes.
+    """
+    try:
+        names = os.listdir(folder / FOLDER)
+    except FileNotFoundError:
+        return
+    if doomed(0):
+        for name in names:
+            if not name.isdigit():
+                fs.unlink(folder / FOLDER / name)
+    for name in names:
+        if name.isdigit() and doomed(int(name)):
+            place = folder / FOLDER / name
+            for file in os.listdir(place):
+                fs.unlink(place / file)
+            with contextlib.suppress(OSError):
+                place.rmdir()
 
 
 def describe(segment: OpenSegment) -> dict[str, Any]:

@@ -5,12 +5,14 @@ In one object, which a forked child throws away and makes anew.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,20 +34,35 @@ from expbuf_core.errors import (
     CorruptionError,
     DimensionError,
     LockTimeout,
+    PluginError,
     ReadOnlyBuffer,
     StorageError,
 )
 from expbuf_core.filesystem import FileSystem
 from expbuf_core.intake import Intake
-from expbuf_core.locks import OpenLock, ProcessLock
+from expbuf_core.locks import OpenLock, ProcessLock, ThreadLock
 from expbuf_core.opening import open_session
 from expbuf_core.plugins import PluginRegistry
 from expbuf_core.recovery import RecoveryReport
 from expbuf_core.replica import Replica
+from expbuf_core.segments import Manifest, OpenSegment
 from expbuf_core.upkeep import Upkeep
 
 _log = logging.getLogger("expbuf")
 _TRIES = 10
+CHANGING = 1 << 32  # in the control word REPRESENTATION: a change is under way
+
+
+class Prepared(NamedTuple):
+    """The index of a representation that is about to count, open."""
+
+    choice: indexing.IndexChoice
+    manifest: Manifest
+    opened: tuple[OpenSegment, ...]
+
+
+class Outdated(Exception):
+    """An add was fused for a representation that the buffer has left; it was not stored."""
 
 
 class Session:
@@ -87,10 +104,13 @@ class Session:
         self.watched: Control | None = None
         self.adapter_words: memoryview | None = None  # a part of the control page's words
         self._intake: Intake | None = None
-        self._tells_evictions = "expbuf_on_evicted" in registry.events
+        self._representation_lock: Lock | None = None
+        self.prepared: Prepared | None = None
+        self.any_fusion = False  # opened to change it
         self._control_path = "" if path is None else str(path / folder.CONTROL)
         self._control_inode = 0
         self.fusion: EmbeddingFusion = self._make_plugin("fusion", config.fusion)
+        self._fused_by = self.fusion_settings()
         self.scorer: PriorityScorer = self._make_plugin("priority", config.priority)
         self.upkeep = Upkeep(self)
 
@@ -112,6 +132,7 @@ class Session:
     def open(self) -> None:
         """Create, recover or join the buffer."""
         self.recovery = report = open_session(self)
+        self._choose_index()
         self.registry.fire(
             "expbuf_on_recovered",
             path=str(self.path or ""),
@@ -167,6 +188,8 @@ class Session:
                 lsn=replica.state.lsn,
                 count=evicted,
             )
+        if replica.incomplete:
+            self._meet_representation()
         if self.path is not None and self._intake is not None and replica.index_is_stale():
             self.upkeep.adopt_later()
 
@@ -213,14 +236,24 @@ class Session:
 
         Returns:
             Its LSN, the id of its first row, and to how many experiences it applied.
+
+        Raises:
+            Outdated: The representation has changed since an add was drafted: draft it again.
         """
         if not self.writable:
             raise ReadOnlyBuffer(f"{self.path} is open in mode 'r'; open it in mode 'a' to write")
         started = time.monotonic()
-        lsn, first_id = self.commit_log.commit(draft)
         is_add = draft.operation.kind == codec.ADD
+        if is_add:
+            representation = codec.add_representation(draft.operation.body)
+            if self.control.words[c.REPRESENTATION] != representation:
+                self._check_representation(representation)
+        lsn, first_id = self.commit_log.commit(draft)
+        # Asked again: a change may have begun in between, and its operation come first.
+        if is_add and self.control.words[c.REPRESENTATION] != representation:
+            self._check_overtaken(lsn)
         count = len(draft.content_crcs)
-        if not is_add or count > 1 or self._tells_evictions or not self.replica.may_lag():
+        if not is_add or count > 1 or not self.replica.may_lag():
             self.refresh()
         if not is_add:
             count = self.replica.counts.pop(lsn, 0)
@@ -235,6 +268,73 @@ class Session:
             )
         self.upkeep.after_commit()
         return lsn, first_id, count
+
+    # ------------------------------------------------------------ representation
+
+    def representation_lock(self) -> Lock:
+        """Held while the representation is being changed; adds wait for it meanwhile."""
+        if self._representation_lock is None:
+            timeout = self.config.lock_timeout_s
+            if self.path is None:
+                self._representation_lock = ThreadLock(timeout)
+            else:
+                lock = ProcessLock(self.path / folder.LOCKS / "representation", timeout)
+                self._representation_lock = lock
+                self.locks.append(lock)
+        return self._representation_lock
+
+    def _settle_representation(self) -> None:
+        """See what the representation is, once no change is under way.
+
+        Whoever began one may have died: what the log says counts.
+        """
+        with self.representation_lock():
+            self.commit_log.sync()
+            self.refresh()
+            self.control.words[c.REPRESENTATION] = self.replica.state.representation
+
+    def _check_representation(self, representation: int) -> None:
+        self._settle_representation()
+        if self.replica.state.representation != representation:
+            raise Outdated
+
+    def _check_overtaken(self, lsn: int) -> None:
+        self._settle_representation()
+        with self.replica.lock:
+            if lsn in self.replica.refused:
+                self.replica.refused.discard(lsn)
+                raise Outdated
+
+    def use_fusion(self, stored: Mapping[str, Any]) -> None:
+        """Fuse as the buffer does, whatever this process is configured for.
+
+        Raises:
+            PluginError: That fusion is not installed.
+            ConfigError: Another version of it is.
+        """
+        name = stored["name"]
+        provider = self.registry.get("fusion", name)
+        settings = self.registry.settings("fusion", name, stored["settings"])
+        fusion: EmbeddingFusion = provider.factory(settings)
+        if int(fusion.version) != stored["version"] and not self.any_fusion:
+            raise ConfigError(
+                f"the fusion {name!r} of {self.path or 'the buffer'} has version "
+                f"{stored['version']}, the installed one {fusion.version}; change the buffer by "
+                "`expbuf reindex`",
+                key="fusion",
+            )
+        self.fusion, self._fused_by = fusion, dict(stored)
+
+    def _follow_fusion(self) -> None:
+        stored = self.replica.state.settings["fusion"]
+        if stored != self._fused_by:
+            self.use_fusion(stored)
+
+    def _meet_representation(self) -> None:
+        """Go over to the representation that the log has changed to."""
+        with self.replica.lock:
+            if self.replica.incomplete:
+                self.load_index()
 
     # ------------------------------------------------------------ dimensions
 
@@ -254,21 +354,25 @@ class Session:
                 return None
             self._fix_dimensions(v, q)
             settings = self.replica.state.settings
-        return self._make_intake(int(settings["v_dim"]), int(settings["q_dim"]))
+        intake = self._make_intake(int(settings["v_dim"]), int(settings["q_dim"]))
+        self._choose_index()
+        return intake
+
+    def _choose_index(self) -> None:
+        """See now whether a fallback takes the place of the configured index, and tell (no lock).
+
+        Where none can, whoever builds meets the error; until then searches are exact.
+        """
+        if self.choice is not None and self.path is not None:
+            with contextlib.suppress(PluginError):
+                self.choice.chosen()
 
     def _make_intake(self, v_dim: int, q_dim: int) -> Intake:
+        self._follow_fusion()
         metric = str(self.replica.state.settings["metric"])
         dim = self._fused_dim(v_dim, q_dim)
-        self.choice = indexing.IndexChoice(
-            self.config,
-            self.registry,
-            IndexContext(
-                dim=dim,
-                metric=metric,
-                seed=self.config.index.seed,
-                target_recall=self.config.index.target_recall,
-            ),
-        )
+        representation = self.replica.state.representation
+        self.choice = self.index_choice(dim, metric, representation)
         self._intake = Intake(
             v_dim=v_dim,
             q_dim=q_dim,
@@ -277,8 +381,17 @@ class Session:
             scorer=self.scorer,
             max_experience_bytes=self.config.max_experience_bytes,
             max_commit_bytes=self.config.max_commit_bytes,
+            representation=representation,
         )
         return self._intake
+
+    def index_choice(self, dim: int, metric: str, representation: int) -> indexing.IndexChoice:
+        """The configured index backends, for vectors of a representation."""
+        index = self.config.index
+        context = IndexContext(
+            dim=dim, metric=metric, seed=index.seed, target_recall=index.target_recall
+        )
+        return indexing.IndexChoice(self.config, self.registry, context, representation)
 
     def _fused_dim(self, v_dim: int, q_dim: int) -> int:
         try:
@@ -304,20 +417,31 @@ class Session:
 
     def load_index(self) -> None:
         """At opening: open the segments, and fuse again what neither they nor the log hold."""
-        settings = self.replica.state.settings
-        if self.path is None or settings["v_dim"] is None or settings["q_dim"] is None:
-            return
-        intake = self._intake or self._make_intake(int(settings["v_dim"]), int(settings["q_dim"]))
-        assert self.choice is not None
-        words, replica = self.control.words, self.replica
+        settings, replica = self.replica.state.settings, self.replica
         with replica.lock:
+            self._follow_fusion()
+            if settings["v_dim"] is None or settings["q_dim"] is None:
+                replica.incomplete = False  # there is nothing in it
+                return
+            intake = self._intake
+            if intake is None or self._is_outdated():
+                intake = self._make_intake(int(settings["v_dim"]), int(settings["q_dim"]))
+            assert self.choice is not None
+            words = self.control.words
+            if self.path is None:
+                replica.fill(intake.refuse)
+                replica.incomplete = False
+                return
             for _ in range(_TRIES):
-                manifest, opened = indexing.load(self.path, replica, self.choice)
+                manifest, opened = self._next_index() or indexing.load(
+                    self.path, replica, self.choice
+                )
                 if manifest is not None and self.writable:
                     words[c.INDEX_GENERATION] = max(words[c.INDEX_GENERATION], manifest.generation)
                 replica.adopt(manifest, opened, words[c.INDEX_GENERATION])
                 try:
                     replica.fill(intake.refuse)
+                    replica.incomplete = False
                     return
                 except LogGone:
                     # Payloads were evicted and deleted since this replica looked: look again.
@@ -327,9 +451,28 @@ class Session:
             path=self.path,
         )
 
+    def prepare(
+        self, choice: indexing.IndexChoice, manifest: Manifest, opened: tuple[OpenSegment, ...]
+    ) -> None:
+        """Keep an open index for when its representation begins to count."""
+        self.prepared = Prepared(choice, manifest, opened)
+
+    def _next_index(self) -> tuple[Manifest | None, tuple[OpenSegment, ...]] | None:
+        """The index of this representation, if it was opened before it began to count."""
+        prepared, self.prepared = self.prepared, None
+        if prepared is None or prepared.choice.representation != self.replica.state.representation:
+            return None
+        self.choice = prepared.choice
+        return prepared.manifest, prepared.opened
+
+    def _is_outdated(self) -> bool:
+        """Whether what is fused here is of another representation than the buffer's."""
+        intake = self._intake
+        return intake is not None and (intake.representation != self.replica.state.representation)
+
     def fill_index(self) -> None:
         """Fuse again what no tier holds (replica lock held)."""
-        if self._intake is not None:
+        if self._intake is not None and not self._is_outdated():
             try:
                 self.replica.fill(self._intake.refuse)
             except LogGone:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from expbuf_core import codec
 from expbuf_core.errors import CorruptionError, FormatVersionError, StorageError
 from expbuf_core.filesystem import FileSystem, storage_errors
-from expbuf_core.state import COLUMNS, State
+from expbuf_core.state import COLUMNS, REEMBEDDED, REEMBEDDED_COLUMNS, State
 
 FOLDER = "snapshots"
 _MAGIC = b"EXPBUFS1"
@@ -33,6 +33,7 @@ _HEADER = struct.Struct("<8sIIQ16sI")  # magic, version, tree crc, tree bytes, u
 _COVERED = _HEADER.size - 4
 _NAME = re.compile(r"snapshot\.(\d{20})\.snap")
 KEPT = 2
+_KNOWN = {*COLUMNS, *(REEMBEDDED + name for name in REEMBEDDED_COLUMNS)}
 
 
 def path_of(folder: Path, lsn: int) -> Path:
@@ -84,6 +85,9 @@ def write(
 
     with storage_errors("write the snapshot", path):
         fs.mkdir(path.parent)
+        # A folder whose name a power loss takes, takes the snapshots along; and a process that was
+        # killed may have made it without coming to this.
+        fs.sync_folder(folder)
         fs.write_atomically(path, chunks())
     read(folder, tree["lsn"], uuid)
     return path
@@ -126,7 +130,7 @@ def read(folder: Path, lsn: int, uuid: bytes) -> State:
     at += tree_bytes
     columns: dict[str, NDArray[Any]] = {}
     for name, (dtype, n, crc) in tree["columns"].items():
-        if name not in COLUMNS:
+        if name not in _KNOWN:
             raise FormatVersionError(f"{path.name}: unknown column {name!r}")
         size = np.dtype(dtype).itemsize * n
         if at + size > len(raw) or crc32(view[at : at + size]) != crc:

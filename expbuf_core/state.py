@@ -37,6 +37,8 @@ COLUMNS: dict[str, Any] = {
     "flags": np.uint8,
     "live": np.bool_,
 }
+REEMBEDDED_COLUMNS: dict[str, Any] = {name: COLUMNS[name] for name in ("id", "location", "length")}
+REEMBEDDED = "reembedded_"  # begins their names in a snapshot
 SCALAR_REWARD = 1  # the reward was updated by one number, which replaces the payload's components
 _FIRST_CAPACITY = 1024
 _IN_RUNS = (codec.ADD, codec.REMOVE, codec.PRIORITY, codec.OUTCOME)
@@ -55,6 +57,8 @@ class Change(NamedTuple):
         touched: (n,) slots whose value changed, those of removed experiences among them, or None.
         cleared: Everything was removed.
         settings: The settings changed.
+        represented: The representation did: all fused vectors so far are of no more use.
+        refused: LSNs of adds that came too late for the representation of their vectors.
     """
 
     applied: int = 0
@@ -65,6 +69,44 @@ class Change(NamedTuple):
     touched: NDArray[np.int64] | None = None
     cleared: bool = False
     settings: bool = False
+    represented: bool = False
+    refused: tuple[int, ...] = ()
+
+
+class Reembedded:
+    """Payloads with new embeddings, which take the place of the old at a change of representation.
+
+    Attributes:
+        representation: That they are of.
+        name: Of whoever makes the embeddings.
+    """
+
+    def __init__(self, representation: int, name: str) -> None:
+        self.representation = representation
+        self.name = name
+        self._parts: list[dict[str, NDArray[Any]]] = []
+        self._merged = False  # there is one part, in order
+
+    def add(
+        self, ids: NDArray[np.int64], locations: NDArray[np.int64], lengths: NDArray[np.uint32]
+    ) -> None:
+        """Note where payloads are; of an id that comes twice, the last counts."""
+        self._parts.append({"id": ids, "location": locations, "length": lengths})
+        self._merged = False
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """(n,) `id` int64, rising, `location` int64 and `length` uint32."""
+        if self._merged:
+            return self._parts[0]
+        joined = {
+            name: np.concatenate([np.empty(0, kind), *(part[name] for part in self._parts)])
+            for name, kind in REEMBEDDED_COLUMNS.items()
+        }
+        # Each id's last one: the first in reverse.
+        _, last = np.unique(joined["id"][::-1], return_index=True)
+        columns = {name: column[len(column) - 1 - last] for name, column in joined.items()}
+        self._parts, self._merged = [columns], True
+        return columns
 
 
 def runs(operations: Iterable[LoggedOperation]) -> Iterator[list[LoggedOperation]]:
@@ -133,6 +175,7 @@ class State:
         self.rewards: dict[int, dict[str, float]] = {}  # named components given later, by id
         self.tag_sets: list[tuple[str, ...]] = [()]
         self._tag_codes: dict[tuple[str, ...], int] = {(): 0}
+        self.reembedded: Reembedded | None = None  # while embeddings are being replaced
         self.capacity = 0  # slots, a power of two
         self.head = 0  # ring position of the oldest slot in use
         self.tail = 0  # ring position behind the newest
@@ -153,6 +196,11 @@ class State:
     sequence: NDArray[np.int64]
     flags: NDArray[np.uint8]
     live: NDArray[np.bool_]
+
+    @property
+    def representation(self) -> int:
+        """Which representation the fused vectors of the buffer are of."""
+        return int(self.settings.get("representation", 0))
 
     # ------------------------------------------------------------ the ring
 
@@ -214,11 +262,11 @@ class State:
             return np.full(len(ids), -1, np.int64)
         mask = self.capacity - 1
         slots = (ids + (self.head - int(self.id[self.head & mask]))) & mask
-        found = self.id[slots] == ids
+        found = self.id.take(slots) == ids  # `take` and `put` take half the time of brackets
         if not found.all():
             slots = self._bisect(ids)
             found = self.id[slots] == ids
-        found &= self.live[slots]
+        found &= self.live.take(slots)
         return slots if found.all() else np.where(found, slots, -1)
 
     def _bisect(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -268,6 +316,10 @@ class State:
         return change
 
     def _add(self, *run: LoggedOperation) -> Change:
+        representation = self.settings.get("representation", 0)
+        late = [op for op in run if codec.add_representation(op.body) != representation]
+        if late:
+            return self._add_in_time(run, late)
         body = codec.decode_add(*[operation.body for operation in run])
         ids, locations, lengths = _rows(run)
         n = len(body.timestamp)
@@ -299,9 +351,25 @@ class State:
         dropped = self._take_dropped()
         if dropped is not None:
             touched = np.concatenate([touched, dropped])
-        return Change(
-            n, ids, body.vectors, removed, 0 if removed is None else len(removed), touched
-        )
+        evicted = 0 if removed is None else len(removed)
+        return Change(n, ids, body.vectors, removed, evicted, touched)
+
+    def _add_in_time(self, run: Sequence[LoggedOperation], late: list[LoggedOperation]) -> Change:
+        """Leave out adds that a change of representation has overtaken.
+
+        Their writers have not acknowledged them, and add again. The ids stay unused.
+        """
+        for operation in late:
+            if codec.add_representation(operation.body) > self.representation:
+                raise ValueError(
+                    f"an add of a representation that comes after operation {self.lsn}"
+                )
+        refused = tuple(operation.lsn for operation in late)
+        rest = [operation for operation in run if operation.lsn not in refused]
+        change = self._add(*rest) if rest else Change()
+        last = run[-1]
+        self.next_id = max(self.next_id, last.first_id + len(last.lengths))
+        return change._replace(refused=refused)
 
     def _claim(self, n: int) -> tuple[slice | NDArray[np.int64], NDArray[np.int64]]:
         """Slots for n new experiences, for indexing (a slice is faster) and as an array."""
@@ -321,6 +389,8 @@ class State:
         elif operation.kind == codec.RELOG:
             ids = codec.decode_relog(operation.body).columns["id"]
             self._move(ids, *_rows([operation])[1:])
+        elif operation.kind == codec.REEMBED:
+            self._replace(operation)
 
     def _move(
         self, ids: NDArray[np.int64], locations: NDArray[np.int64], lengths: NDArray[np.uint32]
@@ -366,6 +436,29 @@ class State:
             evicted=0 if removed is None else len(removed),
             touched=touched,
         )
+
+    def _reembed(self, operation: LoggedOperation) -> Change:
+        return Change(self._replace(operation))
+
+    def _replace(self, operation: LoggedOperation) -> int:
+        """Note payloads with new embeddings; how many of the experiences are still here."""
+        body = codec.decode_reembed(operation.body)
+        n = len(body.ids)
+        if n != len(operation.lengths) or (n > 1 and bool((np.diff(body.ids) <= 0).any())):
+            raise ValueError(f"{n} experiences with {len(operation.lengths)} payloads")
+        if body.representation <= self.representation:
+            # What was written again after the change; or of an attempt that others overtook.
+            same = body.representation == self.representation
+            return self._move(body.ids, *_rows([operation])[1:]) if n and same else 0
+        pending = self.reembedded
+        if pending is None or (pending.representation, pending.name) != body[:2]:
+            pending = self.reembedded = Reembedded(body.representation, body.name)
+        if not n:
+            return 0
+        here = self.find(body.ids) >= 0
+        _, locations, lengths = _rows([operation])
+        pending.add(body.ids[here], locations[here], np.asarray(lengths)[here])
+        return int(here.sum())
 
     def _carry(self, operation: LoggedOperation) -> Change:
         facts = codec.load_json(operation.body)
@@ -456,8 +549,11 @@ class State:
 
     def _priority(self, *run: LoggedOperation) -> Change:
         ids, priorities = codec.decode_priority(*[operation.body for operation in run])
-        slots, known = self._live_of(ids)
-        self.priority[slots] = priorities[known]  # of repeated ids the last counts
+        slots = self.find(ids)
+        if np.minimum.reduce(slots, initial=0) < 0:
+            known = slots >= 0
+            slots, priorities = slots[known], priorities[known]
+        self.priority.put(slots, priorities)  # of repeated ids the last counts
         return Change(len(slots), touched=slots)
 
     def _reward(self, operation: LoggedOperation) -> Change:
@@ -511,11 +607,20 @@ class State:
         settings = codec.load_json(operation.body)
         if not isinstance(settings, dict):
             raise ValueError("settings that are no mapping")
+        if settings.pop("if_next_id", self.next_id) != self.next_id:
+            return Change()  # something was added that whoever wrote these had not seen
         for name in ("v_dim", "q_dim"):
             # Whoever wrote these may not have seen the first add, which decides them for good.
             if settings.get(name) is None and self.settings.get(name) is not None:
                 settings[name] = self.settings[name]
+        before = self.representation if self.settings else None
         self.settings = settings
+        represented = before is not None and before != self.representation
+        pending = self.reembedded
+        if pending is not None and self.representation >= pending.representation:
+            if self.representation == pending.representation:
+                self._move(*pending.columns().values())
+            self.reembedded = None
         excess = self.count - int(settings["max_size"])
         removed = self._evict(excess) if excess > 0 else None
         return Change(
@@ -523,6 +628,7 @@ class State:
             evicted=0 if removed is None else len(removed),
             touched=self._take_dropped(),
             settings=True,
+            represented=represented,
         )
 
     def _reserve(self, operation: LoggedOperation) -> Change:
@@ -540,6 +646,7 @@ class State:
         codec.RESERVE: _reserve,
         codec.RELOG: _relog,
         codec.CARRY: _carry,
+        codec.REEMBED: _reembed,
     }
 
     # ------------------------------------------------------------ snapshots
@@ -560,7 +667,13 @@ class State:
             "rewards": {str(id_): named for id_, named in self.rewards.items()},
             "tag_sets": {str(code): list(self.tag_sets[code]) for code in used if code},
         }
-        return tree, {name: self._in_order(name, order) for name in COLUMNS}
+        columns = {name: self._in_order(name, order) for name in COLUMNS}
+        pending = self.reembedded
+        if pending is not None:
+            tree["reembedded"] = {"representation": pending.representation, "name": pending.name}
+            for name, column in pending.columns().items():
+                columns[REEMBEDDED + name] = column
+        return tree, columns
 
     @classmethod
     def load(cls, tree: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> State:
@@ -590,4 +703,8 @@ class State:
             codes[int(code)] = state._tag_codes[key] = len(state.tag_sets)
             state.tag_sets.append(key)
         state.tags[:n] = codes[state.tags[:n]]
+        if "reembedded" in tree:
+            noted = tree["reembedded"]
+            state.reembedded = Reembedded(int(noted["representation"]), str(noted["name"]))
+            state.reembedded.add(*(columns[REEMBEDDED + name] for name in REEMBEDDED_COLUMNS))
         return state

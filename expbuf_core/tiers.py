@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from expbuf_core.exact_search import exact_search
 from expbuf_core.segments import OpenSegment
 
-_FIRST_ROWS = 256
+_FIRST_BYTES = 32 << 20  # of address space: memory is taken as rows are written
+_FIRST_ROWS = 1 << 15  # at most
 _WIDEN = 4
 _DENSE = 8
 _FEW = 1 / 32  # of a segment's rows: below that, comparing them all beats the index
@@ -37,10 +38,12 @@ class IndexTiers:
 
     Args:
         metric: "cosine", "inner_product" or "l2".
+        representation: Which the vectors are of.
     """
 
-    def __init__(self, metric: str) -> None:
+    def __init__(self, metric: str, representation: int = 0) -> None:
         self.metric = metric
+        self.representation = representation
         self.segments: tuple[OpenSegment, ...] = ()
         self.lsn = 0  # operations up to here are in the segments
         self.end_id = 0  # ids below are in the segments or gone
@@ -80,10 +83,13 @@ class IndexTiers:
     def _reserve(self, n: int, dim: int) -> None:
         """Make room by new arrays: views keep the old ones."""
         keep = np.flatnonzero(self._live[: self._rows])
-        capacity = max(_FIRST_ROWS, 2 * (len(keep) + n))
+        capacity = max(min(_FIRST_BYTES // (4 * dim), _FIRST_ROWS), 2 * (len(keep) + n))
         ids, live = np.empty(capacity, np.int64), np.zeros(capacity, bool)
         vectors = np.empty((capacity, dim), np.float32)
-        if len(keep):
+        if 0 < len(keep) == self._rows:
+            ids[: len(keep)] = self._ids[: self._rows]
+            vectors[: len(keep)] = self._vectors[: self._rows]
+        elif len(keep):
             self._ids.take(keep, out=ids[: len(keep)], mode="clip")
             # "clip" writes in place; the default makes a copy first, in case of an error.
             self._vectors.take(keep, axis=0, out=vectors[: len(keep)], mode="clip")

@@ -15,25 +15,28 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from expbuf_core import codec, folder
+from expbuf_core import codec, folder, frames
 from expbuf_core import control as c
 from expbuf_core.buffer import ExperienceBuffer
 from expbuf_core.config_schema import BufferConfig, load_config
 from expbuf_core.contracts import (
+    LogGone,
     Operation,
     PersistenceAdapter,
     PersistenceContext,
     PersistenceProvider,
+    Pin,
     Stamped,
 )
 from expbuf_core.control import Control
@@ -44,7 +47,7 @@ from expbuf_core.plugins import PluginRegistry, default_registry
 from expbuf_core.relog import relog_draft
 from expbuf_core.state import State, runs
 
-NOTE = "migration.json"
+NOTE = folder.UNFINISHED
 """Marks a target that is not finished: what is being copied into it."""
 
 Progress = Callable[[int, int], None]
@@ -77,6 +80,16 @@ class TransferReport:
     lsn: int
 
 
+class Payloads(Protocol):
+    """What the payloads of a copy are read from: a storage adapter, or what is like one there."""
+
+    def pin(
+        self, ids: NDArray[np.int64], locations: NDArray[np.int64], lengths: NDArray[np.uint32]
+    ) -> Pin:
+        """See `PersistenceAdapter.pin`."""
+        ...
+
+
 class Content(NamedTuple):
     """A buffer that is to be copied. Nothing of it changes meanwhile.
 
@@ -85,7 +98,7 @@ class Content(NamedTuple):
         state: Its columns, at its last LSN.
         next_id: Ids from here on are free.
         next_lsn: LSNs from here on are free.
-        adapter: Pins its payloads.
+        adapter: Pins its payloads. Those that were copied may be dropped meanwhile (`LogGone`).
         vectors: The fused vectors, (n, dim) float32, of (n,) live ids.
     """
 
@@ -93,7 +106,7 @@ class Content(NamedTuple):
     state: State
     next_id: int
     next_lsn: int
-    adapter: PersistenceAdapter
+    adapter: Payloads
     vectors: Callable[[NDArray[np.int64]], NDArray[np.float32]]
 
     def carried(self) -> dict[str, Any]:
@@ -184,8 +197,18 @@ def migrate(
     registry = default_registry()
     storage = Storage.choose(registry, persistence, load_config(config, env={}, registry=registry))
     check_target(goal)
+    command = ["expbuf", "migrate", str(origin), str(goal), "--persistence", persistence]
+    if isinstance(config, str | os.PathLike):
+        command += ["--config", os.path.abspath(config)]
     with _opened(origin) as content:
-        return copy(content, goal, storage, progress=progress, fs=filesystem or FileSystem())
+        return copy(
+            content,
+            goal,
+            storage,
+            progress=progress,
+            fs=filesystem or FileSystem(),
+            command=shlex.join(command),
+        )
 
 
 @contextlib.contextmanager
@@ -241,6 +264,7 @@ def copy(
     *,
     progress: Progress | None,
     fs: FileSystem,
+    command: str = "",
     anew: bool = False,
 ) -> TransferReport:
     """Write a buffer into a new folder, read it back, and only then let it be one.
@@ -251,6 +275,7 @@ def copy(
         storage: How it is stored there.
         progress: Called now and then with (done, total).
         fs: Does all writing.
+        command: For those who find the folder unfinished: what was called, as in a shell.
         anew: Do not go on with what an interrupted call has left.
 
     Raises:
@@ -264,7 +289,7 @@ def copy(
     try:
         with lock:
             check_target(target)  # again, under the lock
-            return _Copy(content, target, storage, progress, fs).run(anew)
+            return _Copy(content, target, storage, progress, fs, command).run(anew)
     finally:
         lock.close()
 
@@ -279,7 +304,9 @@ class _Copy:
         storage: Storage,
         progress: Progress | None,
         fs: FileSystem,
+        command: str,
     ) -> None:
+        self._command = command
         self.content = content
         self.target = target
         self.storage = storage
@@ -288,13 +315,15 @@ class _Copy:
         slots = state.live_slots()
         self.ids = state.id[slots]
         self.lengths = state.length[slots]
+        self._seals = np.zeros(len(self.ids), np.uint32)  # of the payloads that were copied
+        self._sealed = np.zeros(len(self.ids), bool)
         self._progress = progress
         self._done = 0
 
     def run(self, anew: bool) -> TransferReport:
         """See `copy`."""
         content, fs = self.content, self.fs
-        note = _read_note(self.target)
+        note = folder.read_unfinished(self.target)
         if folder.read_identity(self.target) is not None:
             # Interrupted behind the very last step but one.
             if note is None or note["uuid"] != content.uuid.hex():
@@ -339,6 +368,7 @@ class _Copy:
             "uuid": self.content.uuid.hex(),
             "lsn": self.content.state.lsn,
             "backend": self.storage.name,
+            "command": self._command,
         }
         return {**facts, "crc": crc32(json.dumps(facts).encode())}
 
@@ -431,7 +461,9 @@ class _Copy:
         state = content.state
         slots = state.find(ids)
         pin = content.adapter.pin(ids, state.location[slots], state.length[slots])
-        return relog_draft(state, ids, slots, pin, content.vectors(ids)).operation
+        operation = relog_draft(state, ids, slots, pin, content.vectors(ids)).operation
+        self._seals[part], self._sealed[part] = operation.row_crcs, True
+        return operation
 
     # ------------------------------------------------------------ reading back
 
@@ -447,14 +479,29 @@ class _Copy:
             self._done = len(self.ids)
             for part in self._batches(0):
                 ids = self.ids[part]
-                pins = []
-                for side, held in ((content.state, content.adapter), (state, adapter)):
-                    slots = side.find(ids)
-                    pins.append(held.pin(ids, side.location[slots], side.length[slots]))
+                slots = state.find(ids)
+                copied = adapter.pin(ids, state.location[slots], state.length[slots])
+                original = self._original(part)
                 for i, id_ in enumerate(ids.tolist()):
-                    if pins[0].read(i) != pins[1].read(i):
+                    row = copied.read(i)
+                    if original is not None:
+                        same = row == original.read(i)
+                    else:
+                        same = frames.check_row(row) == (id_, int(self._seals[part][i]))
+                    if not same:
                         raise self._differs(f"the payload of experience {id_}")
                 self._step(len(ids))
+
+    def _original(self, part: slice) -> Pin | None:
+        """The payloads in the source; None where they are gone and their seals are known."""
+        state, ids = self.content.state, self.ids[part]
+        slots = state.find(ids)
+        try:
+            return self.content.adapter.pin(ids, state.location[slots], state.length[slots])
+        except LogGone:
+            if not self._sealed[part].all():
+                raise
+            return None
 
     def _differs(self, what: str) -> StorageError:
         return StorageError(
@@ -552,27 +599,3 @@ def check_target(target: Path) -> None:
         return
     what = "a buffer already" if folder.IDENTITY in names else "other files"
     raise StorageError(f"{target} holds {what}; choose a new or empty folder")
-
-
-def _read_note(target: Path) -> dict[str, Any] | None:
-    """What is being copied into a target; None where nothing is."""
-    path = target / NOTE
-    try:
-        with storage_errors("read", path):
-            raw = path.read_bytes()
-    except StorageError as exc:
-        if isinstance(exc.__cause__, FileNotFoundError):
-            return None
-        raise
-    try:
-        note = dict(json.loads(raw))
-        stored = note.pop("crc")
-        if stored != crc32(json.dumps(note).encode()) or not isinstance(note["uuid"], str):
-            raise ValueError("checksum mismatch")
-    except (ValueError, KeyError, TypeError) as exc:
-        raise CorruptionError(
-            f"{path}: damaged ({exc}); remove the folder and begin the copy anew",
-            path=path,
-            offset=0,
-        ) from exc
-    return note

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import control as c
-from expbuf_core import folder, indexing, snapshots
+from expbuf_core import folder, indexing, segments, snapshots
 from expbuf_core.config_schema import BufferConfig
 from expbuf_core.contracts import LogGone
 from expbuf_core.errors import ExpbufError, StorageFull
@@ -108,9 +108,9 @@ class Upkeep:
         if session.path is None:
             replica = session.replica
             with replica.lock:
+                ids, locations, _ = self._live_payloads()
                 self._dropped_at = replica.state.lsn
-                nowhere = np.empty(0, np.int64)
-                session.adapter.drop_below(self._dropped_at, replica.state.live_ids(), nowhere)
+                session.adapter.drop_below(self._dropped_at, ids, locations)
             return
         if session.adapter.needs_preparation() and session.maintenance.try_acquire():
             try:
@@ -136,8 +136,11 @@ class Upkeep:
         changed = words[c.ROWS_ADDED] - words[c.BUILT_ROWS]
         return changed >= self._session.config.index.rebuild_every
 
-    def build_index(self) -> bool:
-        """Build and publish segments now; False if another builder is at it or nothing is there."""
+    def build_index(self, *, anew: bool = False) -> bool:
+        """Build and publish segments now; False if another builder is at it or nothing is there.
+
+        `anew`: keep none that is there, as after a change of the index backend.
+        """
         session = self._session
         if session.path is None or session.intake() is None or session.choice is None:
             return False
@@ -156,6 +159,8 @@ class Upkeep:
                 session.fs,
                 session.uuid,
                 session.config.index.growth,
+                session.config.index.rebuild_every,
+                anew=anew,
             )
         except Exception as exc:
             session.control.words[c.BUILDER_FAILURES] += 1
@@ -189,11 +194,14 @@ class Upkeep:
         choice = session.choice
         if session.closed or session.path is None or session.intake() is None or choice is None:
             return
+        self._prepare_next()
         generation = session.control.words[c.INDEX_GENERATION]
-        manifest, opened = indexing.load(session.path, session.replica, choice)
         replica = session.replica
+        if replica.tiers.representation != choice.representation:
+            return  # whoever meets the new one opens what there is of it
+        manifest, opened = indexing.load(session.path, replica, choice)
         with replica.lock:
-            if session.closed:
+            if session.closed or replica.tiers.representation != choice.representation:
                 return
             if manifest is None and replica.tiers.segments:
                 replica.tiers.generation = generation  # keep what is there
@@ -208,6 +216,20 @@ class Upkeep:
             lsn=manifest.lsn if manifest else 0,
             segments=len(opened),
         )
+
+    def _prepare_next(self) -> None:
+        """Open the index of a representation that is about to count, so that no search waits."""
+        session = self._session
+        number = session.control.words[c.NEXT_REPRESENTATION]
+        if session.path is None or number <= session.replica.tiers.representation:
+            return
+        settings = indexing.read_target(segments.home(session.path, number))
+        if settings is None or settings["representation"] != number:
+            return
+        choice = session.index_choice(settings["dim"], settings["metric"], number)
+        manifest, opened = indexing.load(session.path, session.replica, choice, settings)
+        if manifest is not None:
+            session.prepare(choice, manifest, opened)
 
     def _start_builder(self) -> None:
         """Start a builder process, unless one is there."""
@@ -301,20 +323,32 @@ class Upkeep:
     def _move_survivors(self) -> None:
         """Empty storage that a few live experiences keep from being deleted."""
         ids, locations, lengths = self._live_payloads()
-        moving = ids[self._session.adapter.survivors(locations, lengths)]
+        alone = self._session.adapter.survivors(locations, lengths)
+        ids, locations = ids[alone], locations[alone]
+        replica = self._session.replica
+        with replica.lock:  # not new embeddings that wait for their representation
+            moving = ids[replica.state.location[replica.state.find(ids)] == locations]
         for start in range(0, len(moving), _RELOG_ROWS):
             self._move(moving[start : start + _RELOG_ROWS])
 
     def _live_payloads(
         self,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]]:
+        """Ids, locations and lengths of all that must stay."""
         # Another process may have moved payloads: what it left is free, what it wrote is not.
         self._session.refresh()
         replica = self._session.replica
         with replica.lock:
             state = replica.state
             slots = state.live_slots()
-            return state.id[slots], state.location[slots], state.length[slots]
+            ids, places, lengths = state.id[slots], state.location[slots], state.length[slots]
+            if state.reembedded is None:
+                return ids, places, lengths
+            more = state.reembedded.columns()
+        order = np.argsort(ids := np.concatenate([ids, more["id"]]), kind="stable")
+        places = np.concatenate([places, more["location"]])
+        lengths = np.concatenate([lengths, more["length"]])
+        return ids[order], places[order], lengths[order]
 
     def _move(self, ids: NDArray[np.int64]) -> None:
         """Log the last few experiences of a mostly dead file again, so that it can go."""

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from expbuf_core import frames, segments, snapshots
 from expbuf_core.buffer import ExperienceBuffer
 from expbuf_core.contracts import LogGone, Problem
 from expbuf_core.errors import CorruptionError, ExpbufError
+from expbuf_core.inspection import columns_of
+
+Progress = Callable[[int, int], None]
 
 
-def verify(folder: str | os.PathLike[str]) -> Iterator[Problem]:
+def verify(
+    folder: str | os.PathLike[str], *, progress: Progress | None = None
+) -> Iterator[Problem]:
     """Check a buffer's folder; it may be in use.
+
+    Args:
+        folder: Of the buffer.
+        progress: Called now and then with (done, total) experiences, behind the log.
 
     Yields:
         What was found: damage, and notes (`damage` false) about what is harmless.
     """
     path = Path(folder)
     try:
-        buffer = ExperienceBuffer.open(path, mode="r")
+        buffer = columns_of(path)
     except CorruptionError as exc:
         offset = -1 if exc.offset is None else exc.offset
         yield Problem(exc.path or str(path), offset, str(exc), True)
@@ -36,11 +45,11 @@ def verify(folder: str | os.PathLike[str]) -> Iterator[Problem]:
             except ExpbufError:
                 continue  # dropped meanwhile
         yield from session.adapter.verify(session.replica.state.lsn)
-        yield from _payloads(buffer)
-        yield from _index(path)
+        yield from _payloads(buffer, progress)
+        yield from _index(segments.home(path, session.replica.state.representation))
 
 
-def _payloads(buffer: ExperienceBuffer) -> Iterator[Problem]:
+def _payloads(buffer: ExperienceBuffer, progress: Progress | None) -> Iterator[Problem]:
     """Every live experience has its payload, under its id."""
     session = buffer._live()
     with session.replica.lock:
@@ -49,6 +58,8 @@ def _payloads(buffer: ExperienceBuffer) -> Iterator[Problem]:
         ids, locations, lengths = state.id[slots], state.location[slots], state.length[slots]
     for start in range(0, len(ids), 1024):
         part = slice(start, start + 1024)
+        if progress is not None:
+            progress(min(part.stop, len(ids)), len(ids))
         try:
             pin = session.adapter.pin(ids[part], locations[part], lengths[part])
         except LogGone:
@@ -71,17 +82,17 @@ def _payloads(buffer: ExperienceBuffer) -> Iterator[Problem]:
                 )
 
 
-def _index(path: Path) -> Iterator[Problem]:
+def _index(home: Path) -> Iterator[Problem]:
     """The index is derived: damage to it is a note."""
     try:
-        manifest = segments.read_manifest(path)
+        manifest = segments.read_manifest(home)
     except CorruptionError as exc:
         yield Problem(exc.path or "", 0, str(exc), False)
         return
     for info in manifest.segments if manifest else ():
         wanted = (
-            (segments.vectors_path(path, info.name), info.vectors_bytes, info.vectors_crc),
-            (segments.index_path(path, info.name, info.backend), info.index_bytes, info.index_crc),
+            (segments.vectors_path(home, info.name), info.vectors_bytes, info.vectors_crc),
+            (segments.index_path(home, info.name, info.backend), info.index_bytes, info.index_crc),
         )
         for file, size, crc in wanted:
             try:
@@ -89,6 +100,6 @@ def _index(path: Path) -> Iterator[Problem]:
                     message = f"{file.name}: damaged; the index will be built again"
                     yield Problem(str(file), -1, message, False)
             except ExpbufError:
-                if segments.read_manifest_or_none(path) == manifest:
+                if segments.read_manifest_or_none(home) == manifest:
                     message = f"{file.name}: missing; the index will be built again"
                     yield Problem(str(file), -1, message, False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from expbuf_core.testing import FusionSuite, IndexSuite, ScorerSuite
@@ -20,6 +21,22 @@ class TestWeightedSumScorerWithSettings(ScorerSuite):
 
 class TestAbsoluteReward(ScorerSuite):
     provider = "absolute_reward"
+
+
+class TestTDError(ScorerSuite):
+    provider = "td_error"
+
+
+class TestTDErrorWithMetadata(ScorerSuite):
+    provider = "td_error"
+    settings = {"discount": 0.9, "unknown": 3.0, "reward_scale": 0.1}  # noqa: RUF012
+    metadata = (
+        None,
+        {"value": -2.5, "next_value": 4.0},
+        {"td_error": -0.25},
+        {},
+        {"next_value": np.float32(1.5)},
+    )
 
 
 class TestWeightedSumFusion(FusionSuite):

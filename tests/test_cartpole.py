@@ -55,9 +55,10 @@ def test_the_network_learns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert np.mean([learn() for _ in range(5)]) < before / 4
     right = np.array([[2, 0, 0, 0], [-2, 0, 0, 0]], np.float32)
     assert [agent.act(one, 0) for one in right] == [1, 0]
-    agent.save(tmp_path / "agent.npz", 7)
+    agent.save(tmp_path / "agent.npz", 7, "a note")
     other = DQN(4, 2, seed=1)
-    assert other.load(tmp_path / "agent.npz") == 7
+    assert other.load(tmp_path / "agent.npz") == (7, "a note")
+    assert other.rng.random() == agent.rng.random(), "the stream does not go on"
     assert np.array_equal(other.online(right), agent.online(right))
     assert other.updates == agent.updates
 

@@ -257,3 +257,29 @@ def test_what_is_an_array() -> None:
     assert codec.to_numpy(np.float32(3)) == 3
     for other in ([1, 2], (1,), 1.5, "x", None, {}, object()):
         assert codec.to_numpy(other) is None
+
+
+# ---------------------------------------------------------------- embeddings of many
+
+
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("texts", [True, False])
+def test_embeddings_of_many_are_those_of_each(n: int, texts: bool) -> None:
+    draw = np.random.default_rng(0)
+    v, q = draw.random((n, 6), np.float32), draw.random((n, 3), np.float32)
+    fields: list[dict[str, Any]] = [{"answer": "x" * i} if texts else {} for i in range(n)]
+    rows = [codec.encode_row(v[i], q[i], fields[i]) for i in range(n)]
+    for part, wanted in (("v_embed", v), ("q_embed", q)):
+        found = codec.decode_embeddings([memoryview(row) for row in rows], part)
+        assert found.flags.c_contiguous
+        assert found.flags.writeable
+        np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(codec.decode_embeddings(rows, part), wanted)
+
+
+def test_embeddings_of_what_does_not_belong_together() -> None:
+    row = codec.encode_row(np.ones(4, np.float32), np.ones(2, np.float32), {})
+    other = codec.encode_row(np.ones(5, np.float32), np.ones(1, np.float32), {})
+    for rows in ([row, other], [row, row[:50]], [row, b""], [b"", row], [row[:40]]):
+        with pytest.raises(ValueError, match=r"row|dimensions|reshape"):
+            codec.decode_embeddings(rows, "q_embed")

@@ -38,10 +38,7 @@ class TestScaledSurprise(example("expbuf_surprise").TestScaled):  # type: ignore
 
 class TestSQLite(example("expbuf_sqlite").TestSQLite):  # type: ignore[misc]
     flips = 100
-
-    @pytest.mark.long
-    def test_p2_many_small_operations(self, tmp_path: Path) -> None:
-        super().test_p2_many_small_operations(tmp_path)
+    many = 300
 
 
 try:

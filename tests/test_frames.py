@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 from zlib import crc32
 
@@ -152,3 +153,22 @@ def test_rows_out_of_order_are_noticed() -> None:
     assert frames.check_rows(rows[first:], 0, 40, table[1:]) == 0
     assert frames.check_rows(rows[first:], 0, None, table[1:]) is None
     assert frames.check_rows(rows[:-1], 0, 40, table) == int(operation.lengths[:2].sum())
+
+
+def test_the_first_damaged_of_several_rows() -> None:
+    contents = [b"one" * 10, b"two" * 7, b"", b"four"]
+    lengths = np.array([frames.ROW_HEADER_BYTES + len(c) for c in contents], np.uint32)
+    rows = bytearray().join(bytes(frames.ROW_HEADER_BYTES) + c for c in contents)
+    frames.stamp_rows(rows, lengths, [crc32(c) for c in contents], 5)
+    at = [0, *np.cumsum(lengths).tolist()]
+    good = [bytes(rows[begin:end]) for begin, end in pairwise(at)]
+    ids = [5, 6, 7, 8]
+    assert frames.first_damaged(good, ids) == -1
+    assert frames.first_damaged([], []) == -1
+    for i, row in enumerate(good):
+        for byte in range(len(row)):
+            bad = bytearray(row)
+            bad[byte] ^= 4
+            assert frames.first_damaged([*good[:i], bad, *good[i + 1 :]], ids) == i
+        assert frames.first_damaged([*good[:i], row[:9], *good[i + 1 :]], ids) == i
+    assert frames.first_damaged(good, [5, 6, 8, 7]) == 2

@@ -11,10 +11,11 @@ from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from expbuf_core import plugins
+from expbuf_core import Experience, ExperienceBuffer, plugins
 from expbuf_core.contracts import API_VERSION, HostInfo, ScorerProvider
 from expbuf_core.errors import (
     ConfigError,
@@ -86,7 +87,7 @@ def test_builtins_come_through_the_same_hooks(install: Install) -> None:
     assert registry.names("persistence") == ["memory"]
     assert registry.names("index") == ["exact"]
     assert registry.names("fusion") == ["weighted_concat", "weighted_sum"]
-    assert registry.names("priority") == ["absolute_reward", "weighted_sum"]
+    assert registry.names("priority") == ["absolute_reward", "td_error", "weighted_sum"]
     builtin = info(registry, "builtin")
     assert (builtin.status, builtin.distribution) == ("ok", "expbuf-core")
     assert all(provider.error is None for provider in builtin.providers)
@@ -470,6 +471,63 @@ def test_an_observer_that_raises_is_logged_and_the_others_are_told(
     assert record.exc_info
     assert "Observer" in record.getMessage()
     assert "expbuf_on_committed" in record.getMessage()
+
+
+class Switched(Observer):
+    def __init__(self, listening: bool) -> None:
+        super().__init__()
+        self.listening = listening
+
+
+def test_who_does_not_listen_is_not_told_and_may_begin_at_any_time() -> None:
+    idle = Switched(False)
+    registry = discover("all").with_plugins([idle])
+    assert "expbuf_on_committed" not in registry.events
+    registry.fire("expbuf_on_committed", **FACTS)
+    idle.listening = True
+    assert "expbuf_on_committed" in registry.events
+    registry.fire("expbuf_on_committed", **FACTS)
+    idle.listening = False
+    other = registry.with_plugins([Observer()])
+    assert "expbuf_on_committed" in other.events
+    other.fire("expbuf_on_committed", **FACTS)
+    assert idle.seen == [(7, "add")]
+
+
+def test_listening_must_be_a_plain_attribute() -> None:
+    """Asking for it happens at every commit, and must not be able to fail one."""
+
+    class Computed(Observer):
+        @property
+        def listening(self) -> bool:
+            raise RuntimeError("not now")
+
+    registry = discover("all")
+    for bad in (Computed(), Switched(None)):  # type: ignore[arg-type]
+        with pytest.raises(PluginContractError, match="`listening` must be a plain attribute"):
+            registry.with_plugins([bad])
+
+
+def test_searches_are_told(tmp_path: Path) -> None:
+    told: list[dict[str, object]] = []
+
+    class Watcher:
+        @hookimpl
+        def expbuf_on_searched(
+            self, path: str, lsn: int, k: int, queries: int, seconds: float, degraded: bool
+        ) -> None:
+            assert seconds > 0
+            told.append({"path": path, "lsn": lsn, "k": k, "n": queries, "degraded": degraded})
+            raise RuntimeError("no search fails by that")
+
+    for path in (None, tmp_path / "memory"):
+        with ExperienceBuffer.open(path, plugins=[Watcher()], index="exact") as buffer:
+            buffer.add(Experience(v_embed=np.ones(4), q_embed=np.ones(4)))
+            assert len(buffer.search_index(v_embed=np.ones(4), k=2)) == 1
+            buffer.search_many(v_embed=np.ones((3, 4)), k=5)
+            facts = {"path": str(path or ""), "lsn": buffer.lsn, "degraded": False}
+            assert told == [{**facts, "k": 2, "n": 1}, {**facts, "k": 5, "n": 3}]
+            told.clear()
 
 
 def test_firing_without_observers_calls_nothing_and_a_misspelt_event_is_an_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import pickle
 import sys
@@ -13,7 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expbuf_core import ExperienceBuffer, InvalidExperience, NotEnoughExperiences
+from expbuf_core import (
+    ConfigError,
+    ExperienceBuffer,
+    InvalidExperience,
+    NotEnoughExperiences,
+    SampleLimitError,
+    replay,
+)
 from expbuf_core.replay import COLUMNS, ReplayBatches
 
 SETTINGS: dict[str, Any] = {"index": {"backend": "exact", "builder": "off"}, "durability": "os"}
@@ -177,3 +185,188 @@ def test_torch_itself(tmp_path: Path) -> None:
         for _ in range(2):
             found = [tuple(batch["ids"].tolist()) for batch in loader]
             assert len(set(found)) == 6
+
+
+# ---------------------------------------------------------------- samples per insert
+
+
+def add(buffer: ExperienceBuffer, n: int) -> None:
+    buffer.add_many({"v_embed": np.ones((n, 8)), "q_embed": np.ones((n, 8))})
+
+
+def drawn_until_the_limit(batches: ReplayBatches) -> int:
+    drawn = 0
+    while True:
+        try:
+            drawn += len(batches.draw())
+        except SampleLimitError as exc:
+            limit = exc
+            break
+    assert limit.drawn == drawn
+    assert drawn <= limit.allowed < drawn + 16
+    return drawn
+
+
+def test_samples_per_insert() -> None:
+    with filled(None, 100) as buffer:
+        batches = ReplayBatches(
+            buffer, 16, samples_per_insert=2, insert_wait_s=0, transform=ids_only
+        )
+        assert drawn_until_the_limit(batches) == 192  # of 200
+        assert buffer.sample(512).ids.shape == (512,)  # of no concern to anybody else
+        add(buffer, 3)
+        with pytest.raises(SampleLimitError):
+            batches.draw()  # 208, and 206 are allowed
+        add(buffer, 1)
+        assert len(batches.draw()) == 16
+
+
+def test_evicted_experiences_were_added_all_the_same() -> None:
+    with ExperienceBuffer.open(max_size=50, **SETTINGS) as buffer:
+        add(buffer, 80)
+        batches = ReplayBatches(
+            buffer, 10, samples_per_insert=1, insert_wait_s=0, transform=ids_only
+        )
+        assert drawn_until_the_limit(batches) == 50, "what is gone at the beginning counts not"
+        add(buffer, 30)
+        assert [len(batches.draw()) for _ in range(3)] == [10, 10, 10]
+
+
+def test_the_limit_may_be_configured() -> None:
+    sampling = {"samples_per_insert": 0.5, "insert_wait_s": 0}
+    with ExperienceBuffer.open(sampling=sampling, **SETTINGS) as buffer:
+        add(buffer, 100)
+        batches = ReplayBatches(buffer, 16, transform=ids_only)
+        assert drawn_until_the_limit(batches) == 48  # of 50
+        free = ReplayBatches(buffer, 16, samples_per_insert=np.inf, length=50)
+        assert len(list(free)) == 50
+        other = ReplayBatches(buffer, 16, samples_per_insert=1, transform=ids_only)
+        assert drawn_until_the_limit(other) == 96
+
+
+class Clock:
+    """Time that passes only while somebody sleeps; something may happen meanwhile."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, happens: Any = lambda: None) -> None:
+        self.now, self.slept, self.happens = 100.0, 0, happens
+        monkeypatch.setattr(replay.time, "sleep", self.sleep)
+        monkeypatch.setattr(replay.time, "monotonic", lambda: self.now)
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.now += seconds
+        self.slept += 1
+        self.happens()
+
+
+def test_a_draw_beyond_the_limit_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    with filled(None, 16) as buffer:
+        batches = ReplayBatches(buffer, 16, samples_per_insert=1, insert_wait_s=9)
+        clock = Clock(monkeypatch, lambda: add(buffer, 1))
+        batches.draw()
+        assert clock.slept == 0
+        batches.draw()
+        assert clock.slept == 16
+        assert buffer.total_added == 32
+
+
+def test_what_is_added_begins_the_wait_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    with filled(None, 16) as buffer:
+        batches = ReplayBatches(buffer, 16, samples_per_insert=1, insert_wait_s=9)
+        batches.draw()
+        left = [4]
+
+        def now_and_then() -> None:
+            if left[0] and clock.now > 100 + 8 * (5 - left[0]):
+                left[0] -= 1
+                add(buffer, 1)
+
+        clock = Clock(monkeypatch, now_and_then)
+        with pytest.raises(SampleLimitError, match="nothing was added for 9 s") as raised:
+            batches.draw()
+        assert 100 + 4 * 8 + 9 <= clock.now < 100 + 4 * 8 + 9 + 1
+        assert (raised.value.drawn, raised.value.allowed) == (16, 20)
+
+
+@pytest.mark.parametrize("kind", ["fork", "spawn"])
+def test_workers_share_the_count(kind: str, tmp_path: Path) -> None:
+    with filled(tmp_path / "memory", 100) as buffer:
+        batches = ReplayBatches(
+            buffer, 16, samples_per_insert=2, insert_wait_s=0, transform=ids_only
+        )
+        batches.draw()
+        drawn_in(kind, batches, 2)
+        state: Any = batches.state_dict()
+        assert state["limit"]["drawn"] == 16 + 2 * 3 * 16
+        drawn = 7 * 16
+        while drawn + 16 <= 200:
+            drawn += len(batches.draw())
+        with pytest.raises(SampleLimitError):
+            batches.draw()
+
+
+def test_a_copy_that_is_no_child_counts_for_itself(tmp_path: Path) -> None:
+    with filled(tmp_path / "memory", 100) as buffer:
+        batches = ReplayBatches(
+            buffer, 16, samples_per_insert=1, insert_wait_s=0, transform=ids_only
+        )
+        batches.draw()
+        copy = pickle.loads(pickle.dumps(batches))  # noqa: S301
+        assert drawn_until_the_limit(copy) == 96
+        assert batches.state_dict()["limit"]["drawn"] == 16
+        copy._buffer.close()
+
+
+@pytest.mark.parametrize("bad", [0, -1, float("nan")])
+def test_a_limit_that_is_none(bad: float) -> None:
+    with filled(None, 2) as buffer:
+        with pytest.raises(InvalidExperience, match="samples_per_insert"):
+            ReplayBatches(buffer, 4, samples_per_insert=bad)
+        with pytest.raises(InvalidExperience, match="insert_wait_s"):
+            ReplayBatches(buffer, 4, samples_per_insert=1, insert_wait_s=-1)
+
+
+# ---------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_state_is_gone_on_from(seed: int | None, tmp_path: Path) -> None:
+    def batches(buffer: ExperienceBuffer) -> ReplayBatches:
+        return ReplayBatches(
+            buffer,
+            16,
+            seed=seed,
+            length=5,
+            transform=ids_only,
+            samples_per_insert=1,
+            insert_wait_s=0,
+        )
+
+    with filled(tmp_path / "memory") as buffer:
+        first = batches(buffer)
+        for _ in first:
+            pass
+        state = json.loads(json.dumps(first.state_dict()))
+        wanted = list(first)
+    with ExperienceBuffer.open(tmp_path / "memory", **SETTINGS) as buffer:
+        again = batches(buffer)
+        again.load_state_dict(state)
+        assert list(again) == wanted
+        assert again.state_dict()["limit"] == {"begin": 0, "drawn": 160}
+        with pytest.raises(SampleLimitError):
+            list(again)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"rng": None, "limit": None},
+        {"rng": {"bit_generator": "os"}, "limit": None},
+        {"rng": {}, "limit": {"begin": 0}},
+        None,
+    ],
+)
+def test_a_state_that_is_none(state: Any) -> None:
+    with filled(None, 2) as buffer, pytest.raises(ConfigError):
+        ReplayBatches(buffer, 4, seed=0).load_state_dict(state)

@@ -10,7 +10,6 @@ from expbuf_core import codec
 from expbuf_core.contracts import LoggedOperation
 from expbuf_core.errors import ConfigError, NotEnoughExperiences
 from expbuf_core.sampling import (
-    SUCCESS_FLOOR,
     PrioritySampler,
     SamplingSettings,
     importance_weights,
@@ -118,7 +117,24 @@ def test_new_experiences_are_neither_favoured_nor_starved(prior, success_weight)
     new, right, wrong = sampling_weights([0.3] * 3, [0, 50, 50], [0.0, 50.0, 0.0], config)
     assert new == pytest.approx(0.301**0.6)
     assert wrong <= new <= right
-    assert wrong >= SUCCESS_FLOOR * new * (1 - 1e-12)
+    assert wrong >= config.success_floor * new * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("prior", [0.1, 0.3, 0.7])
+def test_without_outcomes_the_factor_is_exactly_one(prior):
+    """So that it may be left out where nothing has outcomes."""
+    config = SamplingSettings(success_prior=prior, success_prior_count=3.0, success_weight=50.0)
+    alone = sampling_weights([0.3], [0], [0.0], config)
+    beside = sampling_weights([0.3, 0.3], [0, 9], [0.0, 1.0], config)
+    assert alone[0] == beside[0] == pytest.approx(0.301**0.6, rel=1e-6)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.05, 0.5, 1.0])
+def test_the_floor_of_the_success_factor(floor):
+    config = SamplingSettings(success_weight=10.0, success_floor=floor, eps=0.0, alpha=1.0)
+    new, wrong, right = sampling_weights([2.0] * 3, [0, 98, 98], [0.0, 0.0, 98.0], config)
+    assert (new, wrong) == (2.0, 2.0 * floor)
+    assert right > new
 
 
 def test_alpha_zero_ignores_priorities_and_eps_keeps_zero_alive():
@@ -140,13 +156,13 @@ def test_importance_weights_against_the_formula():
     p = rng.random(500) ** 4 + 1e-12
     for beta in (0.0, 0.4, 1.0):
         expected = (2000 * p) ** -beta
-        weights = importance_weights(p, 2000, beta)
+        weights = importance_weights(p, beta)
         assert weights.dtype == np.float32
         np.testing.assert_allclose(weights, expected / expected.max(), rtol=1e-6)
         assert weights.max() == 1.0
-    assert importance_weights([1.0], 1, 0.4).tolist() == [1.0]
-    assert importance_weights([], 10, 0.4).shape == (0,)
-    extreme = importance_weights([1e-320, 1.0], 1000, 1.0)  # (N P)^-1 overflows
+    assert importance_weights([1.0], 0.4).tolist() == [1.0]
+    assert importance_weights([], 0.4).shape == (0,)
+    extreme = importance_weights([1e-320, 1.0], 1.0)  # (N P)^-1 overflows
     assert extreme[0] == 1.0
     assert 0.0 < extreme[1] < 1e-30
 
@@ -305,6 +321,51 @@ def test_draw_where_has_the_exact_conditional_probabilities(as_mask):
     np.testing.assert_allclose(
         np.bincount(drawn.slots, minlength=1024) / 4000, p / p.sum(), atol=2 / 4000
     )
+
+
+def test_where_without_replacement_has_the_exact_conditional_probabilities():
+    columns = make_columns(9)
+    columns.priority[:9] = np.arange(1, 10)
+    sampler = PrioritySampler(columns, PLAIN)
+    matching, rng = np.array([1, 4, 8]), np.random.default_rng(3)
+    counts = {}
+    for _ in range(4000):
+        drawn = sampler.draw_where(matching, 2, rng=rng, replace=False)
+        pair = tuple(drawn.slots.tolist())
+        counts[pair] = counts.get(pair, 0) + 1
+    p = dict(zip([1, 4, 8], np.array([2, 5, 9]) / 16, strict=True))
+    np.testing.assert_allclose(drawn.probabilities, [p[i] for i in pair])
+    pairs = [(i, j) for i in p for j in p if i != j]
+    expected = np.array([p[i] * p[j] / (1 - p[i]) for i, j in pairs])
+    observed = np.array([counts.get(pair, 0) for pair in pairs])
+    assert observed.sum() == 4000
+    assert abs(chi_squared_z(observed, expected)) < 4
+    with pytest.raises(NotEnoughExperiences, match=r"4 different .* 3 match"):
+        sampler.draw_where(matching, 4, rng=rng, replace=False)
+    columns.priority[1] = 0.0
+    sampler.mark(1)
+    with pytest.raises(NotEnoughExperiences, match="only 2 have a sampling weight"):
+        sampler.draw_where(matching, 3, rng=rng, replace=False)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_where_uniform(zero):
+    columns = make_columns(30)
+    if zero:
+        columns.priority[:] = 0.0  # nothing to go by: uniform, asked for or not
+    sampler = PrioritySampler(columns, PLAIN)
+    mask = np.arange(columns.capacity) % 4 == 2
+    p = (mask & columns.live) / (mask & columns.live).sum()
+
+    def where(batch_size, *, rng, stratified):
+        return sampler.draw_where(mask, batch_size, rng=rng, uniform=not zero)
+
+    assert_frequencies(sampler, p, batches=50, draw=where)
+    n = int((p > 0).sum())
+    drawn = sampler.draw_where(
+        mask, n, rng=np.random.default_rng(0), uniform=not zero, replace=False
+    )
+    assert sorted(drawn.slots.tolist()) == np.flatnonzero(p).tolist()
 
 
 # ---------------------------------------------------------------- what happens to a replica
@@ -585,7 +646,7 @@ def test_without_replacement_reaches_what_ageing_made_too_light_for_the_sum():
     assert drawn.slots.tolist() == list(range(99, -1, -1))  # 2^100 between neighbours
     assert drawn.probabilities[0] == 1.0
     assert drawn.probabilities[-1] == 0.0
-    assert importance_weights(drawn.probabilities, 100, 0.5).min() > 0.0
+    assert importance_weights(drawn.probabilities, 0.5).min() > 0.0
 
 
 def test_absurd_times_neither_overflow_nor_stop_the_draws():

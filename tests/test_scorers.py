@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ import pytest
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 
+from expbuf_core import Experience, ExperienceBuffer, InvalidExperience
 from expbuf_core.builtin.scorers import (
     AbsoluteReward,
     AbsoluteRewardSettings,
+    TDError,
+    TDErrorSettings,
     WeightedSumScorer,
     WeightedSumSettings,
 )
@@ -120,6 +124,51 @@ def test_absolute_reward() -> None:
     scorer = AbsoluteReward(AbsoluteRewardSettings(reward_scale=2, floor=0.5))
     found = scorer(batch([0, 0, 0], [1.5, -1.5, None]))
     np.testing.assert_allclose(found, [3.5, 3.5, 0.5])
+
+
+def test_td_error() -> None:
+    scorer = TDError(TDErrorSettings(discount=0.5, reward_scale=2, unknown=9))
+    scored = replace(
+        batch([0.25] * 6, [1.0, 1.0, 1.0, None, None, -1.0]),
+        metadata=[
+            None,  # one step: the confidence is what was expected
+            {"value": 3.0, "next_value": 4.0},
+            {"td_error": -0.125, "value": 3.0},
+            {"value": 1.0},
+            {"td_error": np.float32(7.5)},
+            {"next_value": 1, "other": "x"},
+        ],
+    )
+    np.testing.assert_allclose(scorer(scored), [1.75, 1.0, 0.125, 9, 7.5, 1.75])
+    np.testing.assert_allclose(scorer(replace(scored, metadata=())), [1.75] * 3 + [9, 9, 2.25])
+    huge = replace(batch([0.0], [1.0]), metadata=[{"td_error": -1e300}])
+    assert np.isfinite(scorer(huge).astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("bad", ["1.0", True, float("nan"), float("inf"), [1.0, 2.0], 10**400])
+@pytest.mark.parametrize("name", ["td_error", "value", "next_value"])
+def test_a_td_error_of_what_is_no_number(name: str, bad: Any) -> None:
+    scored = replace(batch([0.5, 0.5], [1.0, 1.0]), metadata=[None, {name: bad}])
+    with pytest.raises(InvalidExperience, match=rf"metadata\['{name}'\]"):
+        TDError(TDErrorSettings())(scored)
+
+
+def test_td_errors_in_a_buffer() -> None:
+    with ExperienceBuffer.open(priority="td_error", index={"backend": "exact"}) as buffer:
+        one, columns = np.ones(4, np.float32), np.ones((3, 4), np.float32)
+        ids = [
+            buffer.add(Experience(v_embed=one, rewards=1.0, metadata={"value": 0.25})),
+            *buffer.add_many([Experience(v_embed=one, confidence=0.5)]).tolist(),
+            *buffer.add_many(
+                {"v_embed": columns, "metadata": [{"td_error": 0.5}, None, {"value": 2.0}]}
+            ).tolist(),
+        ]
+        assert [buffer.get(i).priority for i in ids] == [0.75, 1.0, 0.5, 1.0, 1.0]
+        buffer.update_rewards(ids, [0.0] * 5)
+        assert [buffer.get(i).priority for i in ids] == [0.25, 0.5, 0.5, 1.0, 2.0]
+        with pytest.raises(InvalidExperience, match="td_error"):
+            buffer.add(Experience(v_embed=one, metadata={"td_error": "much"}))
+        assert len(buffer) == 5
 
 
 @pytest.mark.parametrize(

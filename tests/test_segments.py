@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def manifest(*infos: SegmentInfo, generation: int = 1) -> Manifest:
 def test_a_segment_round_trips(tmp_path: Path) -> None:
     info = write(tmp_path)
     assert (info.rows, info.first_id, info.end_id) == (ROWS, 10, 200)
-    assert sorted(os.listdir(tmp_path / "index")) == ["000001.exact", "000001.vectors"]
+    assert sorted(os.listdir(tmp_path)) == ["000001.exact", "000001.vectors"]
     opened = open_it(tmp_path, info)
     np.testing.assert_array_equal(opened.ids, IDS)
     np.testing.assert_array_equal(opened.vectors, VECTORS)
@@ -88,10 +88,37 @@ def test_rows_only_ever_go_out(tmp_path: Path) -> None:
     assert opened.ids[~opened.live].tolist() == [10, 12, IDS[-1]]
 
 
+def test_large_files_are_synced_as_they_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a commit of another process would wait until all of it is on disk."""
+
+    class Counting(FileSystem):
+        synced: ClassVar[list[int]] = []
+
+        def fdatasync(self, fd: int) -> None:
+            self.synced.append(os.fstat(fd).st_size)
+            super().fdatasync(fd)
+
+    monkeypatch.setattr("expbuf_core.filesystem._PACE_BYTES", 100)
+    Counting().write_atomically(tmp_path / "file", [b"x" * 30] * 10)
+    assert Counting.synced == [120, 240]
+    assert (tmp_path / "file").read_bytes() == b"x" * 300
+
+
+def test_an_index_that_is_verified_by_its_backend_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info, read = write(tmp_path), []
+    monkeypatch.setattr(segments, "_verify", lambda path, size, crc: read.append(path.name))
+    segments.open_segment(tmp_path, info, DIM, BACKEND, IDS, filters=True, verifies=True)
+    assert read == ["000001.vectors"]
+
+
 @pytest.mark.parametrize("kind", ["vectors", "exact"])
 def test_damage_is_noticed_before_it_is_used(tmp_path: Path, kind: str) -> None:
     info = write(tmp_path)
-    path = tmp_path / "index" / f"000001.{kind}"
+    path = tmp_path / f"000001.{kind}"
     good = path.read_bytes()
     for at in (*range(0, len(good), max(1, len(good) // 50)), len(good) - 1):
         raw = bytearray(good)
@@ -130,7 +157,7 @@ def test_what_fails_is_no_segment(tmp_path: Path, call: str) -> None:
     segments.write_manifest(tmp_path, manifest(info), fs)
     segments.drop_unlisted(tmp_path, manifest(info), fs)
     names = ["000002.exact", "000002.vectors", "manifest.json"]
-    assert sorted(os.listdir(tmp_path / "index")) == names
+    assert sorted(os.listdir(tmp_path)) == names
 
 
 # ---------------------------------------------------------------- the manifest
@@ -150,7 +177,7 @@ def test_a_manifest_round_trips(tmp_path: Path) -> None:
 def test_every_changed_byte_of_a_manifest_is_noticed_or_harmless(tmp_path: Path) -> None:
     wanted = manifest(write(tmp_path))
     segments.write_manifest(tmp_path, wanted, FileSystem())
-    path = tmp_path / "index" / "manifest.json"
+    path = tmp_path / "manifest.json"
     good = path.read_bytes()
     for at in range(len(good)):
         for flip in (1, 0x80):
@@ -175,8 +202,7 @@ def test_every_changed_byte_of_a_manifest_is_noticed_or_harmless(tmp_path: Path)
      "[" * 100_000, '{"crc": 223132457, "manifest": []}', '{"manifest": [], "crc": 3733663341}'],
 )  # fmt: skip
 def test_what_is_no_manifest(tmp_path: Path, text: str) -> None:
-    (tmp_path / "index").mkdir()
-    (tmp_path / "index" / "manifest.json").write_text(text)
+    (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(CorruptionError, match="built again"):
         segments.read_manifest(tmp_path)
 
@@ -184,7 +210,6 @@ def test_what_is_no_manifest(tmp_path: Path, text: str) -> None:
 def test_a_manifest_with_a_fitting_checksum_and_no_sense(tmp_path: Path) -> None:
     from zlib import crc32
 
-    (tmp_path / "index").mkdir()
     bodies: list[Any] = [
         [],
         7,
@@ -196,7 +221,7 @@ def test_a_manifest_with_a_fitting_checksum_and_no_sense(tmp_path: Path) -> None
     ]
     for body in bodies:
         document = {"manifest": body, "crc": crc32(json.dumps(body, sort_keys=True).encode())}
-        (tmp_path / "index" / "manifest.json").write_text(json.dumps(document))
+        (tmp_path / "manifest.json").write_text(json.dumps(document))
         with pytest.raises(CorruptionError):
             segments.read_manifest(tmp_path)
 
@@ -204,11 +229,11 @@ def test_a_manifest_with_a_fitting_checksum_and_no_sense(tmp_path: Path) -> None
 def test_unlisted_files_go(tmp_path: Path) -> None:
     segments.drop_unlisted(tmp_path, None, FileSystem())
     old, new = write(tmp_path, "000001"), write(tmp_path, "000002")
-    (tmp_path / "index" / "000003.vectors.99.tmp").write_bytes(b"half")
+    (tmp_path / "000003.vectors.99.tmp").write_bytes(b"half")
     segments.write_manifest(tmp_path, manifest(new), FileSystem())
     opened = open_it(tmp_path, old)
     segments.drop_unlisted(tmp_path, manifest(new), FileSystem())
-    assert sorted(os.listdir(tmp_path / "index")) == [
+    assert sorted(os.listdir(tmp_path)) == [
         "000002.exact",
         "000002.vectors",
         "manifest.json",

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from expbuf_core import Experience, ExperienceBuffer, codec
+from expbuf_core import Experience, ExperienceBuffer, cli, codec
 from expbuf_core.config_schema import load_config
 from expbuf_core.contracts import Stamped
 from expbuf_core.errors import (
@@ -359,6 +360,37 @@ def test_an_interrupted_copy_is_no_buffer_and_goes_on(
 
 
 @pytest.mark.usefixtures("small_batches")
+def test_an_unfinished_copy_says_how_to_finish_it(scene: Scene, home: Path) -> None:
+    target, file = home / "the target", home / "small.yaml"
+    file.write_text(json.dumps({"experience_buffer": SMALL}))
+    with pytest.raises(Stopped):
+        migrate(scene.folder, target, "file", config=file, progress=stop_after(3))
+    messages = []
+    for attempt in (
+        lambda: opened(target),
+        lambda: opened(target, mode="r"),
+        lambda: ExperienceBuffer.load_from_disk(target),
+        lambda: list(verify(target)),
+    ):
+        with pytest.raises(StorageError, match="is an unfinished copy of one") as caught:
+            attempt()
+        messages.append(str(caught.value))
+    (command,) = {message.split("`")[1] for message in messages}
+    assert cli.main(shlex.split(command)[1:]) == 0
+    check(target, scene)
+
+
+def test_an_unfinished_copy_whose_note_is_damaged_is_told_all_the_same(
+    scene: Scene, home: Path
+) -> None:
+    with pytest.raises(Stopped):
+        migrate(scene.folder, home / "target", "file", config=SMALL, progress=stop_after(0))
+    (home / "target" / NOTE).write_text("{")
+    with pytest.raises(StorageError, match="run the command that began it again"):
+        opened(home / "target")
+
+
+@pytest.mark.usefixtures("small_batches")
 def test_it_goes_on_behind_the_last_experience(scene: Scene, home: Path) -> None:
     with pytest.raises(Stopped):
         migrate(scene.folder, home / "target", "file", config=SMALL, progress=stop_after(3))
@@ -580,10 +612,11 @@ def test_a_source_that_may_only_be_read(scene: Scene, home: Path) -> None:
     check(home / "target", scene)
 
 
-def test_a_log_may_begin_at_any_number(home: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_log_may_begin_at_any_number(home: Path, backend: str) -> None:
     """A log that begins behind another's numbers is whole: nothing comes before it."""
     registry = default_registry()
-    storage = Storage.choose(registry, "file", load_config({}, env={}))
+    storage = Storage.choose(registry, backend, load_config({}, env={}))
     adapter = storage.open(home, bytes(range(16)), FileSystem(), writable=True)
     adapter.create(70)
     adapter.append([Stamped(70, 0, codec.encode_clear())], 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -93,20 +94,26 @@ class DQN:
             square += 0.001 * (gradient * gradient - square)
             self.online.parameters[i] -= np.float32(step) * mean / (np.sqrt(square) + 1e-7)
 
-    def save(self, path: Path, steps: int) -> None:
-        """Whole or not at all: what is killed while saving keeps the file before."""
+    def save(self, path: Path, steps: int, note: str = "") -> None:
+        """Whole or not at all: what is killed while saving keeps the file before.
+
+        `note` is kept with it, for whoever loads it.
+        """
         arrays = [*self.online.parameters, *self.target.parameters, *self.moments]
         aside = path.with_suffix(".tmp.npz")
-        np.savez(aside, *arrays, counts=np.array([steps, self.updates]))
+        stream = json.dumps(self.rng.bit_generator.state)
+        np.savez(aside, *arrays, counts=np.array([steps, self.updates]), texts=[stream, note])
         os.replace(aside, path)
 
-    def load(self, path: Path) -> int:
-        """Go on from a file; how many steps that was."""
+    def load(self, path: Path) -> tuple[int, str]:
+        """Go on from a file; how many steps that was, and the note."""
         with np.load(path) as stored:
-            arrays = [stored[f"arr_{i}"] for i in range(len(stored.files) - 1)]
+            arrays = [stored[f"arr_{i}"] for i in range(len(stored.files) - 2)]
             steps, self.updates = (int(count) for count in stored["counts"])
+            stream, note = (str(text) for text in stored["texts"])
+        self.rng.bit_generator.state = json.loads(stream)
         n = len(self.online.parameters)
         self.online.parameters = arrays[:n]
         self.target.parameters = arrays[n : 2 * n]
         self.moments = arrays[2 * n :]
-        return steps
+        return steps, note

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import signal
 import time
@@ -28,7 +29,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     agent = DQN(4, 2, seed=seed)
     weights, curve = folder / "agent.npz", folder / "episodes.csv"
-    step = agent.load(weights) if weights.exists() else 0
+    step, stream = agent.load(weights) if weights.exists() else (0, "")
     episodes = [episode for episode in read(curve) if episode[0] <= step]
     environment = gymnasium.make("CartPole-v1")
     with ExperienceBuffer.open(
@@ -39,6 +40,8 @@ def train(
         sampling={"alpha": ALPHA},
         seed=seed,
     ) as memory:
+        if stream:  # draw on as if nothing had happened
+            memory.set_rng_state(json.loads(stream))
         print(f"step {step}; {len(memory)} transitions remembered ({memory.recovery})")
         highest = 1.0
         while step < steps:
@@ -63,14 +66,14 @@ def train(
                 if len(memory) >= WARM_UP:
                     highest = max(highest, learn(agent, memory, step / steps, prioritized))
                 if step % SAVE_EVERY == 0:
-                    agent.save(weights, step)
+                    agent.save(weights, step, json.dumps(memory.rng_state()))
                 if step == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
             if over:
                 episodes.append((step, total))
                 with curve.open("w", newline="") as file:
                     csv.writer(file).writerows(episodes)
-        agent.save(weights, step)
+        agent.save(weights, step, json.dumps(memory.rng_state()))
     environment.close()
     return episodes
 

@@ -9,6 +9,8 @@ from expbuf_core.builtin.fusions import FusionSettings, WeightedConcat, Weighted
 from expbuf_core.builtin.scorers import (
     AbsoluteReward,
     AbsoluteRewardSettings,
+    TDError,
+    TDErrorSettings,
     WeightedSumScorer,
     WeightedSumSettings,
 )
@@ -52,7 +54,7 @@ def expbuf_register_index_backends(host: HostInfo) -> list[IndexProvider]:
 
 @hookimpl
 def expbuf_register_priority_scorers(host: HostInfo) -> list[ScorerProvider]:
-    """Offer "weighted_sum" of uncertainty, reward and age, and "absolute_reward"."""
+    """Offer "weighted_sum" of uncertainty, reward and age, "absolute_reward" and "td_error"."""
     return [
         ScorerProvider(
             "weighted_sum", api_version=1, factory=WeightedSumScorer, settings=WeightedSumSettings
@@ -63,6 +65,7 @@ def expbuf_register_priority_scorers(host: HostInfo) -> list[ScorerProvider]:
             factory=AbsoluteReward,
             settings=AbsoluteRewardSettings,
         ),
+        ScorerProvider("td_error", api_version=1, factory=TDError, settings=TDErrorSettings),
     ]
 
 

@@ -26,12 +26,13 @@ from expbuf_core.contracts import (
 
 
 class MemoryPersistence(PersistenceAdapter):
-    """Keeps operations in a list and payloads by id; nothing survives the process."""
+    """Keeps operations in a list and payloads by location; nothing survives the process."""
 
     def __init__(self, settings: BaseModel, context: PersistenceContext) -> None:
         self._operations: list[LoggedOperation] = []
         self._dropped = 0  # LSN up to which operations were dropped
         self._rows: dict[int, bytes] = {}
+        self._end = 0  # location of the next row, as if they stood one behind the other
         self._mutex = threading.Lock()
 
     def create(self, lsn: int) -> None:
@@ -55,21 +56,19 @@ class MemoryPersistence(PersistenceAdapter):
             for item in stamped:
                 operation = item.operation
                 view = memoryview(operation.rows)
-                at = 0
-                ids = []
+                at, location = 0, self._end
                 for length in operation.lengths.tolist():
-                    row = bytes(view[at : at + length])
-                    checked = frames.check_row(row)
-                    if checked is not None:
-                        ids.append(checked[0])
-                        self._rows[checked[0]] = row
+                    self._rows[location + at] = bytes(view[at : at + length])
                     at += length
+                self._end += at
                 body = bytes(operation.body)
                 lengths = operation.lengths
                 self._operations.append(
-                    LoggedOperation(item.lsn, operation.kind, item.first_id, body, 0, lengths)
+                    LoggedOperation(
+                        item.lsn, operation.kind, item.first_id, body, location, lengths
+                    )
                 )
-                places.append(Appended(0, item.lsn))
+                places.append(Appended(location, item.lsn))
         return places
 
     def sync(self) -> None:
@@ -92,7 +91,7 @@ class MemoryPersistence(PersistenceAdapter):
         self, ids: NDArray[np.int64], locations: NDArray[np.int64], lengths: NDArray[np.uint32]
     ) -> Pin:
         try:
-            return _Pin([self._rows[id_] for id_ in ids.tolist()])
+            return _Pin([self._rows[location] for location in locations.tolist()])
         except KeyError:
             raise LogGone from None
 
@@ -102,20 +101,20 @@ class MemoryPersistence(PersistenceAdapter):
     def drop_below(
         self, lsn: int, live_ids: NDArray[np.int64], live_locations: NDArray[np.int64]
     ) -> None:
-        keep = set(live_ids.tolist())
+        keep = set(live_locations.tolist())
         with self._mutex:
             self._operations = [op for op in self._operations if op.lsn > lsn]
-            newer = (op.first_id for op in self._operations if len(op.lengths))
-            first_newer = min(newer, default=None)
-            for id_ in [id_ for id_ in self._rows if id_ not in keep]:
-                if first_newer is None or id_ < first_newer:
-                    del self._rows[id_]
+            newer = (op.location for op in self._operations if len(op.lengths))
+            first_newer = min(newer, default=self._end)
+            for location in [location for location in self._rows if location not in keep]:
+                if location < first_newer:
+                    del self._rows[location]
             self._dropped = max(self._dropped, lsn)
 
     def verify(self, until_lsn: int) -> Iterator[Problem]:
-        for id_, row in list(self._rows.items()):
-            if (frames.check_row(row) or (None,))[0] != id_:
-                yield Problem("memory", -1, f"experience {id_} is damaged", True)
+        for location, row in list(self._rows.items()):
+            if frames.check_row(row) is None:
+                yield Problem("memory", location, "a payload is damaged", True)
 
     def stats(self) -> dict[str, Any]:
         return {
@@ -154,3 +153,7 @@ class _Pin(Pin):
 
     def read(self, i: int) -> Buffer:
         return self._rows[i]
+
+    def read_many(self, which: NDArray[np.int64]) -> list[Buffer]:
+        rows = self._rows
+        return [rows[i] for i in which.tolist()]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from expbuf_core.contracts import ScoringBatch
+from expbuf_core.errors import InvalidExperience
 
 
 class WeightedSumSettings(BaseModel, extra="forbid", frozen=True):
@@ -73,6 +76,69 @@ class AbsoluteReward:
     def __call__(self, batch: ScoringBatch) -> NDArray[np.float64]:
         """Return (n,) priorities; see `PriorityScorer`."""
         return np.abs(_reward(batch)) * self._settings.reward_scale + self._settings.floor
+
+
+class TDErrorSettings(BaseModel, extra="forbid", frozen=True):
+    """Settings of `TDError`."""
+
+    discount: float = Field(
+        0.99, ge=0, le=1, description="What the value of the next state is multiplied by."
+    )
+    reward_scale: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="What the total reward is multiplied by."
+    )
+    unknown: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="Priority as long as no TD error can be told."
+    )
+
+
+class TDError:
+    """Priority by |TD error|, |reward_scale · reward + discount · next_value − value|.
+
+    What an experience carries in `metadata` decides: `value` is what the agent expected of it and
+    `next_value` what it expected afterwards (0 where it is absent, as at the end of an episode).
+    Without a `value` it is the confidence, so that an answered question, an episode of one step,
+    has the error |reward − confidence|. A reward that comes later counts.
+
+    `td_error` is one that the agent computed itself; it is taken as it is, and stays. With neither
+    that nor a known reward the priority is `unknown`.
+    """
+
+    def __init__(self, settings: TDErrorSettings) -> None:
+        self._settings = settings
+
+    def __call__(self, batch: ScoringBatch) -> NDArray[np.float64]:
+        """Return (n,) priorities; see `PriorityScorer`.
+
+        Raises:
+            InvalidExperience: One of the three is no finite number.
+        """
+        s = self._settings
+        value, following = batch.confidence.astype(np.float64), np.zeros(len(batch))
+        given = np.full(len(batch), np.nan)
+        for i, metadata in enumerate(batch.metadata):
+            if metadata:
+                for name, column in (("td_error", given), ("value", value)):
+                    if metadata.get(name) is not None:
+                        column[i] = _finite(metadata, name)
+                if metadata.get("next_value") is not None:
+                    following[i] = _finite(metadata, "next_value")
+        error = np.abs(s.reward_scale * _reward(batch) + s.discount * following - value)
+        error[np.logical_not(batch.reward_known)] = s.unknown
+        error = np.where(np.isnan(given), error, np.abs(given))
+        most: NDArray[np.float64] = np.minimum(error, np.finfo(np.float32).max)
+        return most
+
+
+def _finite(metadata: Mapping[str, Any], name: str) -> float:
+    found = metadata[name]
+    try:
+        number = float(found)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(found, str | bool) or not math.isfinite(number):
+        raise InvalidExperience(f"metadata[{name!r}]: expected a finite number, found {found!r}")
+    return number
 
 
 def _reward(batch: ScoringBatch) -> NDArray[np.float64]:

@@ -10,11 +10,8 @@ Every behaviour has a number, which stays for ever (`docs/plugins.md`).
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -24,16 +21,13 @@ from numpy.typing import NDArray
 from expbuf_core.buffer import ExperienceBuffer
 from expbuf_core.contracts import EmbeddingFusion, FusionProvider
 from expbuf_core.experience import Experience
-from expbuf_core.hookspecs import hookimpl
-from expbuf_core.plugins import default_registry
-from expbuf_core.testing.persistence_log import Child, in_child
-
-TIMEOUT_S = 60
+from expbuf_core.testing.processes import in_threads
+from expbuf_core.testing.suite import Suite
 
 Vectors = NDArray[np.float32]
 
 
-class FusionSuite:
+class FusionSuite(Suite):
     """What every fusion of two embeddings must do.
 
     Attributes:
@@ -42,8 +36,8 @@ class FusionSuite:
         dims: Dimensions (visual, question) to try. It may refuse some of them, not all.
     """
 
+    kind = "fusion"
     provider: ClassVar[str | FusionProvider] = ""
-    settings: ClassVar[Mapping[str, Any]] = {}
     dims: ClassVar[Sequence[tuple[int, int]]] = ((16, 16), (16, 24), (7, 3), (16, 0), (0, 16))
 
     def test_f1_says_its_dimension(self) -> None:
@@ -104,31 +98,18 @@ class FusionSuite:
                     f"row {i} of a batch differs from the same row alone"
                 )
 
-    def test_f3_the_same_in_another_process(self) -> None:
+    def test_f3_the_same_in_another_process(self, tmp_path: Path) -> None:
         """F3: another process gets the same; nothing depends on its random or hash seed."""
-        expected = [self.fused(*parts(20, v, q)) for v, q, _ in self.accepted()]
-        if not isinstance(self.provider, str):  # it cannot be named to a stranger
+        for i, (v, q, _) in enumerate(self.accepted()):
+            np.save(tmp_path / f"{i}.npy", self.fused(*parts(20, v, q)))
+        self.elsewhere("fuses_the_same", str(tmp_path))
 
-            def work(child: Child) -> None:
-                np.random.seed(17)  # noqa: NPY002
-                for (v, q, _), wanted in zip(self.accepted(), expected, strict=True):
-                    assert np.array_equal(self.fused(*parts(20, v, q)), wanted), "another result"
-
-            in_child(work)
-            return
-        code = (
-            "import sys; from expbuf_core.testing import fusion_suite as s; s._stranger(sys.argv)"
-        )
-        settings, dims = json.dumps(dict(self.settings)), json.dumps([list(d) for d in self.dims])
-        done = subprocess.run(
-            [sys.executable, "-c", code, self.provider, settings, dims],
-            timeout=TIMEOUT_S,
-            capture_output=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"the other process failed: {done.stderr[-2000:].decode()}"
-        wanted = b"".join(array.tobytes() for array in expected)
-        assert done.stdout == wanted, "the other process got something else"
+    def fuses_the_same(self, folder: str) -> None:
+        """In another process, see F3: compare with what is stored in the folder."""
+        np.random.seed(17)  # noqa: NPY002  (a fork would have the parent's)
+        for i, (v, q, _) in enumerate(self.accepted()):
+            wanted = np.load(Path(folder) / f"{i}.npy")
+            assert np.array_equal(self.fused(*parts(20, v, q)), wanted), "another result"
 
     def test_f4_a_query_without_one_part(self) -> None:
         """F4: with zeros for one part the result still tells the other part's values apart."""
@@ -162,24 +143,15 @@ class FusionSuite:
         v_dim, q_dim, _ = self.accepted()[0]
         given = [parts(n, v_dim, q_dim, seed=n) for n in (1, 2, 7, 300)]
         expected = [self.fused(v, q) for v, q in given]
-        wrong: list[str] = []
 
         def work(first: int) -> None:
-            try:
-                for turn in range(80):
-                    which = (first + turn) % len(given)
-                    if not np.array_equal(fusion(*given[which]), expected[which]):
-                        wrong.append(f"{len(given[which][0])} rows")
-            except BaseException as exc:
-                wrong.append(repr(exc))
+            for turn in range(80):
+                which = (first + turn) % len(given)
+                assert np.array_equal(fusion(*given[which]), expected[which]), (
+                    f"a thread got something else for {len(given[which][0])} rows"
+                )
 
-        threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(TIMEOUT_S)
-            assert not thread.is_alive(), "a fusing thread hangs"
-        assert not wrong, f"threads got something else: {wrong[:3]}"
+        in_threads(work)
 
     def test_f7_has_a_version(self) -> None:
         """F7: `version` is an int that all fusions of these settings share."""
@@ -211,12 +183,7 @@ class FusionSuite:
 
     def fusion(self) -> EmbeddingFusion:
         """Make the fusion under test."""
-        provider = self._provider()
-        if isinstance(self.provider, str):
-            settings = default_registry().settings("fusion", self.provider, self.settings)
-        else:
-            settings = provider.settings.model_validate(dict(self.settings))
-        return cast(EmbeddingFusion, provider.factory(settings))
+        return cast(EmbeddingFusion, self.make())
 
     def accepted(self) -> list[tuple[int, int, int]]:
         """Those of `dims` that it takes, with the dimension of the result."""
@@ -246,30 +213,12 @@ class FusionSuite:
 
     def buffer(self) -> ExperienceBuffer:
         """A buffer in memory that fuses by it, under cosine."""
-        provider = self._provider()
         return ExperienceBuffer.open(
-            plugins=[] if isinstance(self.provider, str) else [_Offer(provider)],
-            fusion={"backend": provider.name, provider.name: dict(self.settings)},
+            plugins=self.plugins(),
+            fusion=self.choice(),
             embedding={"metric": "cosine"},
             index="exact",
         )
-
-    def _provider(self) -> FusionProvider:
-        if isinstance(self.provider, str):
-            return cast(FusionProvider, default_registry().get("fusion", self.provider))
-        return self.provider
-
-
-class _Offer:
-    """A plugin that offers one provider."""
-
-    def __init__(self, provider: FusionProvider) -> None:
-        self._provider = provider
-
-    @hookimpl
-    def expbuf_register_embedding_fusions(self) -> list[FusionProvider]:
-        """Offer it."""
-        return [self._provider]
 
 
 def parts(n: int, v_dim: int, q_dim: int, seed: int = 0) -> tuple[Vectors, Vectors]:
@@ -278,12 +227,3 @@ def parts(n: int, v_dim: int, q_dim: int, seed: int = 0) -> tuple[Vectors, Vecto
     v = draw.standard_normal((n, v_dim), dtype=np.float32)
     q = 3 * draw.standard_normal((n, q_dim), dtype=np.float32)
     return v, q
-
-
-def _stranger(argv: list[str]) -> None:
-    """Fuse in a process of its own; see F3."""
-    name, settings, dims = argv[1:]
-    facts = {"provider": name, "settings": json.loads(settings), "dims": json.loads(dims)}
-    suite = type("Suite", (FusionSuite,), facts)()
-    for v_dim, q_dim, _ in suite.accepted():
-        sys.stdout.buffer.write(suite.fused(*parts(20, v_dim, q_dim)).tobytes())

@@ -14,25 +14,20 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from expbuf_core.contracts import IndexBackend, IndexContext, IndexProvider, IndexSegment
-from expbuf_core.plugins import default_registry
+from expbuf_core.errors import BackendUnavailable
+from expbuf_core.testing.processes import Child, in_child, in_threads
+from expbuf_core.testing.suite import Suite
 
 METRICS = ("cosine", "inner_product", "l2")
-TIMEOUT_S = 60
 
 Ids = NDArray[np.int64]
 Vectors = NDArray[np.float32]
@@ -57,20 +52,22 @@ class Case(NamedTuple):
     metric: str
 
 
-class IndexSuite:
+class IndexSuite(Suite):
     """What every index backend must do.
 
     Attributes:
         provider: The backend's name, or its `IndexProvider`.
         settings: Its section of the configuration.
+        metrics: Those that the backend serves; it refuses the others when it is made (X13).
         rows: Vectors in most segments; raise it for a backend that is exact below some number.
         dim: Their dimension.
         min_recall: Mean recall at 10 that must be reached, also with a quarter removed.
         tolerance: By how much a similarity may be off, relative to the vectors' lengths.
     """
 
+    kind = "index"
     provider: ClassVar[str | IndexProvider] = ""
-    settings: ClassVar[Mapping[str, Any]] = {}
+    metrics: ClassVar[Sequence[str]] = METRICS
     rows: ClassVar[int] = 2000
     dim: ClassVar[int] = 48
     min_recall: ClassVar[float] = 0.9
@@ -174,12 +171,21 @@ class IndexSuite:
         ids, similarities = case.segment.search(case.queries, 10, None)
         self.check_results(case, case.queries, 10, ids, similarities)
 
+    @each_metric
+    def test_x13_refuses_other_metrics(self, metric: str) -> None:
+        """X13: a metric that it does not serve is refused when it is made."""
+        if metric in self.metrics:
+            self.backend(metric)
+            return
+        with pytest.raises(BackendUnavailable, match=metric):
+            self.backend(metric)
+
     # ------------------------------------------------------------ allowed rows
 
     @each_metric
     def test_x20_never_what_is_not_allowed(self, tmp_path: Path, metric: str) -> None:
         """X20: with a quarter removed, none of it is returned, and recall holds up."""
-        self.needs_filter()
+        self.needs("filter")
         case = self.case(tmp_path, metric)
         mask = np.random.default_rng(1).random(self.rows) < 0.75
         ids, similarities = case.segment.search(case.queries, 10, _bitmap(mask))
@@ -188,7 +194,7 @@ class IndexSuite:
 
     def test_x21_a_removed_prefix(self, tmp_path: Path) -> None:
         """X21: as X20, for what first in, first out leaves."""
-        self.needs_filter()
+        self.needs("filter")
         case = self.case(tmp_path)
         mask = np.arange(self.rows) >= self.rows // 3
         ids, similarities = case.segment.search(case.queries, 10, _bitmap(mask))
@@ -198,7 +204,7 @@ class IndexSuite:
     @pytest.mark.parametrize("left", [1, 5, 10, 11, 40, 500])
     def test_x22_few_left(self, tmp_path: Path, left: int) -> None:
         """X22: k results whenever k rows are allowed, wherever they lie; all where fewer are."""
-        self.needs_filter()
+        self.needs("filter")
         case = self.case(tmp_path)
         mask = np.zeros(self.rows, np.bool_)
         mask[np.random.default_rng(2).choice(self.rows, left, replace=False)] = True
@@ -207,7 +213,7 @@ class IndexSuite:
 
     def test_x23_none_left(self, tmp_path: Path) -> None:
         """X23: with everything removed, nothing but padding."""
-        self.needs_filter()
+        self.needs("filter")
         case = self.case(tmp_path)
         mask = np.zeros(self.rows, np.bool_)
         ids, similarities = case.segment.search(case.queries, 10, _bitmap(mask))
@@ -215,7 +221,7 @@ class IndexSuite:
 
     def test_x24_the_nearest_are_removed(self, tmp_path: Path) -> None:
         """X24: what was found and then removed is replaced by the next nearest, again and again."""
-        self.needs_filter()
+        self.needs("filter")
         case = self.case(tmp_path)
         query = case.queries[:1]
         mask = np.ones(self.rows, np.bool_)
@@ -226,7 +232,7 @@ class IndexSuite:
 
     def test_x25_all_allowed(self, tmp_path: Path) -> None:
         """X25: a bitmap of ones finds what no bitmap finds, bits behind the last row or not."""
-        self.needs_filter()
+        self.needs("filter")
         rows = self.rows - self.rows % 8 - 3
         case = self.case(tmp_path, rows=rows)
         free = case.segment.search(case.queries, 10, None)
@@ -235,7 +241,7 @@ class IndexSuite:
 
     def test_x26_the_bitmap_may_change(self, tmp_path: Path) -> None:
         """X26: the bitmap counts as it is at the call, also when the same array was used before."""
-        self.needs_filter()
+        self.needs("filter")
         case = self.case(tmp_path)
         bitmap = _bitmap(np.ones(self.rows, np.bool_))
         case.segment.search(case.queries, 10, bitmap)
@@ -306,7 +312,10 @@ class IndexSuite:
             assert _in_child(opened), f"a file cut from {size} to {length} bytes was opened"
 
     def test_x35_a_damaged_file_does_not_crash(self, tmp_path: Path) -> None:
-        """X35: with a byte changed a file raises, or answers; the process survives."""
+        """X35: with a byte changed a file raises, or answers; the process survives.
+
+        It has to raise if the backend declares "verifies".
+        """
         case = self.case(tmp_path)
         size = case.path.stat().st_size
         for offset in np.linspace(0, size - 1, 12).astype(int):
@@ -321,9 +330,9 @@ class IndexSuite:
                     segment.search(case.queries, 10, None)
                 except Exception:
                     return True
-                return True
+                return "verifies" not in self.chosen().capabilities
 
-            assert _in_child(survives), f"byte {offset} changed: the process died"
+            assert _in_child(survives), f"byte {offset} changed: it died, or did not verify it"
 
     def test_x36_facts_are_json(self, tmp_path: Path) -> None:
         """X36: `info` is JSON-like."""
@@ -351,26 +360,17 @@ class IndexSuite:
             [case.segment.search(query[np.newaxis], 10, bitmap) for query in case.queries]
             for bitmap in bitmaps
         ]
-        wrong: list[str] = []
 
         def work(first: int) -> None:
-            try:
-                for turn in range(3 * len(bitmaps)):
-                    which = (first + turn) % len(bitmaps)
-                    for i, query in enumerate(case.queries):
-                        found = case.segment.search(query[np.newaxis], 10, bitmaps[which])
-                        if not _identical(found, expected[which][i]):
-                            wrong.append(f"query {i}, bitmap {which}")
-            except BaseException as exc:
-                wrong.append(repr(exc))
+            for turn in range(3 * len(bitmaps)):
+                which = (first + turn) % len(bitmaps)
+                for i, query in enumerate(case.queries):
+                    found = case.segment.search(query[np.newaxis], 10, bitmaps[which])
+                    assert _identical(found, expected[which][i]), (
+                        f"a thread found something else for query {i}, bitmap {which}"
+                    )
 
-        threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(TIMEOUT_S)
-            assert not thread.is_alive(), "a searching thread hangs"
-        assert not wrong, f"threads found something else: {wrong[:3]}"
+        in_threads(work)
 
     def test_x41_a_forked_child(self, tmp_path: Path) -> None:
         """X41: after `after_fork` a child searches an inherited segment, and opens others."""
@@ -391,51 +391,35 @@ class IndexSuite:
         """X42: a process that has built nothing opens the file and finds the same."""
         case = self.case(tmp_path)
         expected = case.segment.search(case.queries, 10, None)
-        if not isinstance(self.provider, str):  # it cannot be named to a stranger
-
-            def child() -> bool:
-                backend = self.backend(case.metric)
-                backend.after_fork()
-                segment = backend.open(case.path, case.ids, case.vectors)
-                return _identical(expected, segment.search(case.queries, 10, None))
-
-            assert _in_child(child), "the other process found something else, died, or hung"
-            return
-        for name, array in (("ids", case.ids), ("q", case.queries)):
+        for name, array in (("ids", case.ids), ("queries", case.queries), ("found", expected[0])):
             np.save(tmp_path / f"{name}.npy", array)
-        arguments = [self.provider, json.dumps(dict(self.settings)), case.metric, str(tmp_path)]
-        code = "import sys; from expbuf_core.testing import index_suite as s; s._stranger(sys.argv)"
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments, str(case.path)],
-            timeout=TIMEOUT_S,
-            capture_output=True,
-            text=True,
-            check=False,
+        np.save(tmp_path / "similarities.npy", expected[1])
+        self.elsewhere("finds_the_same", str(tmp_path), case.metric)
+
+    def finds_the_same(self, folder: str, metric: str) -> None:
+        """In another process, see X42: open the segment in the folder and compare."""
+        ids, queries, found, similarities = (
+            np.load(Path(folder) / f"{name}.npy")
+            for name in ("ids", "queries", "found", "similarities")
         )
-        assert done.returncode == 0, f"the other process failed: {done.stderr[-2000:]}"
-        found = (np.load(tmp_path / "found_ids.npy"), np.load(tmp_path / "found.npy"))
-        assert _identical(expected, found), "the other process found something else"
+        vectors = np.load(Path(folder) / "raw.npy", mmap_mode="r")
+        backend = self.backend(metric, vectors.shape[1])
+        backend.after_fork()  # where it is a child after all
+        segment = backend.open(Path(folder) / "index", ids, vectors)
+        assert _identical((found, similarities), segment.search(queries, 10, None)), (
+            "the other process found something else"
+        )
 
     # ------------------------------------------------------------ help
 
     def backend(self, metric: str, dim: int | None = None) -> IndexBackend:
         """Make the backend under test."""
-        provider = self._provider()
         context = IndexContext(dim=dim or self.dim, metric=metric, seed=0, target_recall=0.95)
-        if isinstance(self.provider, str):
-            settings = default_registry().settings("index", self.provider, self.settings)
-        else:
-            settings = provider.settings.model_validate(dict(self.settings))
-        return cast(IndexBackend, provider.factory(settings, context))
+        return cast(IndexBackend, self.make(context))
 
     def filters(self) -> bool:
         """Whether the provider declares the capability "filter"."""
-        return "filter" in self._provider().capabilities
-
-    def needs_filter(self) -> None:
-        """Skip where the core filters."""
-        if not self.filters():
-            pytest.skip('does not declare the capability "filter"')
+        return "filter" in self.chosen().capabilities
 
     def vectors(self, rows: int, metric: str, seed: int = 0) -> Vectors:
         """Clustered vectors; normalised for "cosine", of different lengths otherwise."""
@@ -454,13 +438,16 @@ class IndexSuite:
     def case(
         self,
         folder: Path,
-        metric: str = "cosine",
+        metric: str = "",
         *,
         rows: int | None = None,
         first_id: int = 1000,
         given: Vectors | None = None,
     ) -> Case:
         """Build a segment of mapped vectors, open it, and draw queries for it."""
+        metric = metric or self.metrics[0]
+        if metric not in self.metrics:
+            pytest.skip(f"does not serve the metric {metric!r}")
         pristine = self.vectors(rows or self.rows, metric) if given is None else given
         steps = np.random.default_rng(5).integers(1, 4, len(pristine))
         ids = (first_id + np.cumsum(steps)).astype(np.int64)
@@ -532,11 +519,6 @@ class IndexSuite:
         near[:, -1] = True
         assert ((a[0] == b[0]) | near).all(), "other ids were found"
 
-    def _provider(self) -> IndexProvider:
-        if isinstance(self.provider, str):
-            return cast(IndexProvider, default_registry().get("index", self.provider))
-        return self.provider
-
 
 def _bitmap(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
     return np.packbits(mask, bitorder="little")
@@ -554,35 +536,14 @@ def _similarities(vectors: Vectors, queries: Vectors, metric: str) -> NDArray[np
     return q @ x.T
 
 
-@contextmanager
-def _forking_allowed() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # Libraries have threads of their own, none of which holds a lock of Python's here.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
-
-
 def _in_child(check: Callable[[], bool]) -> bool:
     """Run in a forked child, which may die or hang; say whether it returned True."""
-    with _forking_allowed():
-        pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            signal.alarm(TIMEOUT_S)
-            code = 0 if check() else 1
-        finally:
-            os._exit(code)
-    return os.waitpid(pid, 0)[1] == 0
 
+    def work(child: Child) -> None:
+        assert check()
 
-def _stranger(argv: list[str]) -> None:
-    """Open a segment in a process of its own; see X42."""
-    name, settings, metric, folder, path = argv[1:]
-    suite = type("Suite", (IndexSuite,), {"provider": name, "settings": json.loads(settings)})()
-    ids = np.load(Path(folder) / "ids.npy")
-    vectors = np.load(Path(folder) / "raw.npy", mmap_mode="r")
-    segment = suite.backend(metric, vectors.shape[1]).open(Path(path), ids, vectors)
-    found = segment.search(np.load(Path(folder) / "q.npy"), 10, None)
-    np.save(Path(folder) / "found_ids.npy", found[0])
-    np.save(Path(folder) / "found.npy", found[1])
+    try:
+        in_child(work)
+    except AssertionError:
+        return False
+    return True

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
-import os
 import random
 import shutil
-import signal
-import sys
-import traceback
-import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 from zlib import crc32
@@ -35,7 +29,6 @@ from expbuf_core.errors import CorruptionError, FormatVersionError
 from expbuf_core.filesystem import FileSystem
 from expbuf_core.plugins import default_registry
 
-TIMEOUT_S = 120
 IDS_A_COMMIT = 100_000
 _NONE: NDArray[np.uint32] = np.empty(0, np.uint32)
 
@@ -360,8 +353,10 @@ def _shown(lsns: Sequence[int]) -> str:
 # ---------------------------------------------------------------- damage
 
 
-def outcome(place: Place, wrote: Mapping[int, Stamped]) -> str:
+def outcome(place: Place, wrote: Mapping[int, Stamped], *, durable: int | None = None) -> str:
     """What recovering a folder comes to: "same", or "refused" with a proper error.
+
+    `durable` is what recovering is told to be durable; None: all of it.
 
     Raises:
         AssertionError: It yields something else than what was written.
@@ -369,7 +364,7 @@ def outcome(place: Place, wrote: Mapping[int, Stamped]) -> str:
     place.forget()
     core = Core(place, place.adapter(writable=False), wrote)
     try:
-        core.recovers(durable=core.last)
+        core.recovers(durable=core.last if durable is None else durable)
     except (CorruptionError, FormatVersionError) as exc:
         if isinstance(exc, CorruptionError) and not exc.path:
             raise AssertionError(f"the error names no file: {exc}") from exc
@@ -382,83 +377,3 @@ def outcome(place: Place, wrote: Mapping[int, Stamped]) -> str:
 def image(files: Iterable[Path]) -> dict[Path, bytes]:
     """Content of these files."""
     return {path: path.read_bytes() for path in files}
-
-
-# ---------------------------------------------------------------- processes
-
-
-@contextlib.contextmanager
-def forking_allowed() -> Iterator[None]:
-    """Python warns when a process with threads forks; here none of them holds a lock."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
-
-
-class Child:
-    """A forked process that runs a function. `say` and `hear` pass lines between both.
-
-    A child whose function raises, or that is killed by a signal, fails the test in `join`.
-    """
-
-    def __init__(self, work: Callable[[Child], object]) -> None:
-        sys.stdout.flush()
-        mine, theirs = os.pipe(), os.pipe()
-        with forking_allowed():
-            self.pid = os.fork()
-        if self.pid:
-            os.close(mine[1])
-            os.close(theirs[0])
-            self._in, self._out = os.fdopen(mine[0], "rb"), os.fdopen(theirs[1], "wb", 0)
-            return
-        code = 1
-        try:
-            signal.alarm(TIMEOUT_S)
-            os.close(mine[0])
-            os.close(theirs[1])
-            self._in, self._out = os.fdopen(theirs[0], "rb"), os.fdopen(mine[1], "wb", 0)
-            work(self)
-            code = 0
-        except BaseException:
-            with contextlib.suppress(BaseException):
-                self._out.write(b"\n" + traceback.format_exc().encode("utf-8", "replace"))
-        finally:
-            os._exit(code)
-
-    def say(self, line: object) -> None:
-        """Send a line to the other side."""
-        self._out.write(f"{line}\n".encode())
-
-    def hear(self) -> str:
-        """The other side's next line; "" at its end."""
-        return self._in.readline().decode().rstrip("\n")
-
-    def kill(self) -> str:
-        """SIGKILL it; what it had still said."""
-        os.kill(self.pid, signal.SIGKILL)
-        return self._reap(signal.SIGKILL)
-
-    def join(self) -> str:
-        """Wait for its end and return what it had still said.
-
-        Raises:
-            AssertionError: It failed, died or hung.
-        """
-        return self._reap(None)
-
-    def _reap(self, expected: int | None) -> str:
-        rest = self._in.read().decode("utf-8", "replace")
-        self._in.close()
-        self._out.close()
-        _, status = os.waitpid(self.pid, 0)
-        if os.WIFSIGNALED(status):
-            number = os.WTERMSIG(status)
-            assert number == expected, f"the child died of signal {number}: {rest[-3000:]}"
-        else:
-            assert os.WEXITSTATUS(status) == 0, f"the child failed: {rest[-3000:]}"
-        return rest
-
-
-def in_child(work: Callable[[Child], object]) -> str:
-    """Run a function in a forked child to its end; what it said."""
-    return Child(work).join()

@@ -27,31 +27,32 @@ from numpy.typing import NDArray
 from expbuf_core.buffer import ExperienceBuffer
 from expbuf_core.contracts import PriorityScorer, ScorerProvider, ScoringBatch
 from expbuf_core.experience import Experience
-from expbuf_core.hookspecs import hookimpl
-from expbuf_core.plugins import default_registry
-
-TIMEOUT_S = 60
+from expbuf_core.testing.processes import TIMEOUT_S, in_threads
+from expbuf_core.testing.suite import Suite
 
 Scores = NDArray[np.float32]
 
 
-class ScorerSuite:
+class ScorerSuite(Suite):
     """What every scorer of initial priority must do.
 
     Attributes:
         provider: The scorer's name, or its `ScorerProvider`.
         settings: Its section of the configuration.
+        metadata: What the experiences of S1 to S4 and S7 carry, in turn, for a scorer that looks
+            at it.
         limit_s: S7: what 100,000 experiences may take.
     """
 
+    kind = "priority"
     provider: ClassVar[str | ScorerProvider] = ""
-    settings: ClassVar[Mapping[str, Any]] = {}
+    metadata: ClassVar[Sequence[Mapping[str, Any] | None]] = ()
     limit_s: ClassVar[float] = 2.0
 
     @pytest.mark.parametrize("n", [1, 2, 33, 1000])
     def test_s1_one_priority_for_each(self, n: int) -> None:
         """S1: (n,) finite numbers, none below 0."""
-        self.scores(make_batch(n))
+        self.scores(self.batch(n))
 
     def test_s1_at_the_limits(self) -> None:
         """S1: so at the ends of every range: certain, impossible, enormous, new, ancient."""
@@ -71,7 +72,7 @@ class ScorerSuite:
     @pytest.mark.parametrize("n", [2, 50])
     def test_s2_batch_equals_singles(self, n: int) -> None:
         """S2: a batch gives what its members give one by one, in whatever company and order."""
-        batch = make_batch(n, seed=2)
+        batch = self.batch(n, seed=2)
         together = self.scores(batch)
         for i in range(n):
             alone = self.scores(pick(batch, [i]))[0]
@@ -83,7 +84,7 @@ class ScorerSuite:
 
     def test_s3_arguments_stay_as_they_are(self) -> None:
         """S3: nothing that it is given is changed, or need be writable."""
-        batch = make_batch(40)
+        batch = self.batch(40)
         before = copy.deepcopy(batch)
         self.scores(batch)
         for field in fields(ScoringBatch):
@@ -96,7 +97,7 @@ class ScorerSuite:
 
     def test_s3_keeps_nothing(self) -> None:
         """S3: nothing that it was given lives on in it."""
-        scorer, batch = self.scorer(), make_batch(40)
+        scorer, batch = self.scorer(), self.batch(40)
         alive = [weakref.ref(array) for array in _arrays(batch)]
         scorer(batch)  # neither the batch nor a result that may be a view of it
         del batch
@@ -106,27 +107,18 @@ class ScorerSuite:
     def test_s4_threads(self) -> None:
         """S4: several threads use one scorer at once, and get what one gets."""
         scorer = self.scorer()
-        batches = [make_batch(n, seed=n) for n in (1, 2, 7, 30, 300)]
+        batches = [self.batch(n, seed=n) for n in (1, 2, 7, 30, 300)]
         expected = [self.scores(batch) for batch in batches]
-        wrong: list[str] = []
 
         def work(first: int) -> None:
-            try:
-                for turn in range(60):
-                    which = (first + turn) % len(batches)
-                    found = np.asarray(scorer(batches[which]), np.float32)
-                    if not np.array_equal(found, expected[which]):
-                        wrong.append(f"a batch of {len(batches[which])}")
-            except BaseException as exc:
-                wrong.append(repr(exc))
+            for turn in range(60):
+                which = (first + turn) % len(batches)
+                found = np.asarray(scorer(batches[which]), np.float32)
+                assert np.array_equal(found, expected[which]), (
+                    f"a thread got something else for a batch of {len(batches[which])}"
+                )
 
-        threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(TIMEOUT_S)
-            assert not thread.is_alive(), "a scoring thread hangs"
-        assert not wrong, f"threads got something else: {wrong[:3]}"
+        in_threads(work)
 
     def test_s5_in_a_buffer(self) -> None:
         """S5, S1: a buffer takes the scores as they are, for single adds and for many."""
@@ -183,7 +175,7 @@ class ScorerSuite:
 
     def test_s7_a_hundred_thousand(self) -> None:
         """S7: 100,000 at once within `limit_s`."""
-        scorer, batch = self.scorer(), make_batch(100_000)
+        scorer, batch = self.scorer(), self.batch(100_000)
         taken = []
         for _ in range(3):  # the machine may be busy
             started = time.perf_counter()
@@ -195,7 +187,7 @@ class ScorerSuite:
 
     def test_s8_cheap_to_make(self) -> None:
         """S8: making and using many leaves no file open and no thread running."""
-        batch = make_batch(3)
+        batch = self.batch(3)
         self.scorer()(batch)  # what is imported only once
         files, threads = _open_files(), threading.active_count()
         started = time.perf_counter()
@@ -210,12 +202,7 @@ class ScorerSuite:
 
     def scorer(self) -> PriorityScorer:
         """Make the scorer under test."""
-        provider = self._provider()
-        if isinstance(self.provider, str):
-            settings = default_registry().settings("priority", self.provider, self.settings)
-        else:
-            settings = provider.settings.model_validate(dict(self.settings))
-        return cast(PriorityScorer, provider.factory(settings))
+        return cast(PriorityScorer, self.make())
 
     def scores(self, batch: ScoringBatch) -> Scores:
         """What a scorer made anew says, checked (S1)."""
@@ -228,35 +215,19 @@ class ScorerSuite:
         assert (found >= 0).all(), f"below 0: {found[found < 0][:3]}"
         return cast(Scores, found)
 
+    def batch(self, n: int, seed: int = 0) -> ScoringBatch:
+        """So many experiences of all sorts."""
+        return make_batch(n, seed, self.metadata)
+
     def buffer(self) -> ExperienceBuffer:
         """A buffer in memory that scores by it."""
-        provider = self._provider()
-        return ExperienceBuffer.open(
-            plugins=[] if isinstance(self.provider, str) else [_Offer(provider)],
-            priority={"backend": provider.name, provider.name: dict(self.settings)},
-            index="exact",
-        )
-
-    def _provider(self) -> ScorerProvider:
-        if isinstance(self.provider, str):
-            return cast(ScorerProvider, default_registry().get("priority", self.provider))
-        return self.provider
+        return ExperienceBuffer.open(plugins=self.plugins(), priority=self.choice(), index="exact")
 
 
-class _Offer:
-    """A plugin that offers one provider."""
-
-    def __init__(self, provider: ScorerProvider) -> None:
-        self._provider = provider
-
-    @hookimpl
-    def expbuf_register_priority_scorers(self) -> list[ScorerProvider]:
-        """Offer it."""
-        return [self._provider]
-
-
-def make_batch(n: int, seed: int = 0) -> ScoringBatch:
-    """Experiences of all sorts: with and without reward, probabilities, age."""
+def make_batch(
+    n: int, seed: int = 0, metadata: Sequence[Mapping[str, Any] | None] = ()
+) -> ScoringBatch:
+    """Experiences of all sorts: with and without reward, probabilities, age, metadata."""
     draw = np.random.default_rng(seed)
     known = draw.random(n) < 0.6
     weights = draw.exponential(size=(n, 5)).astype(np.float32)
@@ -268,6 +239,7 @@ def make_batch(n: int, seed: int = 0) -> ScoringBatch:
         reward_known=known,
         probabilities=[row if count else None for row, count in zip(weights, classes, strict=True)],
         age=np.where(draw.random(n) < 0.5, 0, draw.exponential(1e5, n)).astype(np.float32),
+        metadata=[copy.deepcopy(metadata[i % len(metadata)]) for i in range(n)] if metadata else (),
     )
 
 
@@ -280,6 +252,7 @@ def pick(batch: ScoringBatch, rows: Sequence[int]) -> ScoringBatch:
         reward_known=batch.reward_known[chosen],
         probabilities=[batch.probabilities[i] for i in chosen],
         age=batch.age[chosen],
+        metadata=[batch.metadata[i] for i in chosen] if batch.metadata else (),
     )
 
 

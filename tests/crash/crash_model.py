@@ -193,6 +193,7 @@ class Story:
         used: Ids up to here were seen before; none may be issued again.
         start: Number of the first experience; each has its own, in all stories over one folder.
         faults: Calls fail now and then; what was not acknowledged is undone, or its fate is open.
+        persistence: Storage backend and its settings; None: small files.
     """
 
     def __init__(
@@ -205,7 +206,11 @@ class Story:
         used: int = -1,
         start: int = 1,
         faults: bool = False,
+        persistence: dict[str, Any] | None = None,
     ) -> None:
+        self.settings: dict[str, Any] = {"durability": durability}
+        if persistence is not None:
+            self.settings["persistence"] = persistence
         self.seed = seed
         self.steps = steps
         self.durability = durability
@@ -218,6 +223,7 @@ class Story:
         self.rebooted = True
         self.rng = random.Random(f"{seed}/checks")
         self.deep = 0
+        self.recorder: type[RecordingFileSystem] | None = None  # for crashes while it recovers
 
     # -- running
 
@@ -244,7 +250,7 @@ class Story:
                             buffer.close()
                     if fs is not None:
                         fs.clear()
-                    buffer = open_buffer(folder, fs or recorder, durability=self.durability)
+                    buffer = open_buffer(folder, fs or recorder, **self.settings)
                     self.durable_steps.append(step)
                     if not in_order:
                         self._settle_failures(step, state_of(buffer))
@@ -451,7 +457,7 @@ class Story:
             copy = folder.with_name("copy")
             shutil.copytree(folder, copy)
         seen = self.highest[len(acknowledged)]
-        with contextlib.closing(open_buffer(folder, durability=self.durability)) as buffer:
+        with contextlib.closing(open_buffer(folder, **self.settings)) as buffer:
             found = state_of(buffer)
             if not self.right(found, acknowledged, started):
                 least = self.least(acknowledged)
@@ -464,7 +470,7 @@ class Story:
             expected = Model(found)
             expected.add(entry(new, serial, 0.25, None))
             assert state_of(buffer) == expected.state()
-        with contextlib.closing(open_buffer(folder, durability=self.durability)) as buffer:
+        with contextlib.closing(open_buffer(folder, **self.settings)) as buffer:
             assert state_of(buffer) == expected.state(), "lost or changed by the next opening"
             check_search(buffer, expected.state())
         if copy is not None:
@@ -478,14 +484,16 @@ class Story:
             self.rng.randrange(1 << 30),
             5,
             durability=self.durability,
+            persistence=self.settings.get("persistence"),
             base=found,
             used=used,
             start=self.start + 10_000,
         )
-        story.deep = self.deep - 1
+        story.deep, story.recorder = self.deep - 1, self.recorder
         result = explore(
             story.run,
             story.check,
+            broken=self.recorder,
             states=30,
             seed=self.seed,
             initial=folder,

@@ -28,15 +28,17 @@ CONFIG: dict[str, Any] = {
     "priority": {"backend": "absolute_reward"},
     "index": {"backend": "exact", "builder": "off"},
     "snapshot": {"every_ops": 300},
-    "persistence": {
-        "backend": "file",
-        "file": {"initial_bytes": 1 << 14, "segment_bytes": 1 << 16},
-    },
+}
+STORAGE: dict[str, dict[str, Any]] = {
+    "file": {"initial_bytes": 1 << 14, "segment_bytes": 1 << 16},
+    "lmdb": {"map_bytes": 1 << 20, "stage_bytes": 1 << 15},
 }
 
 
-def open_buffer(folder: Path, durability: str) -> ExperienceBuffer:
-    return ExperienceBuffer.open(folder, config={**CONFIG, "durability": durability}, mode="a")
+def open_buffer(folder: Path, durability: str, backend: str) -> ExperienceBuffer:
+    persistence = {"backend": backend, backend: STORAGE[backend]}
+    config = {**CONFIG, "durability": durability, "persistence": persistence}
+    return ExperienceBuffer.open(folder, config=config, mode="a")
 
 
 def vector(serial: int) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -132,7 +134,8 @@ def work(command: dict[str, Any]) -> None:
     report = Report(Path(command["report"]))
     rng = random.Random(command["seed"])
     try:
-        buffer = open_buffer(Path(command["folder"]), command["durability"])
+        folder = Path(command["folder"])
+        buffer = open_buffer(folder, command["durability"], command["backend"])
         report("opened", count=len(buffer))
         if command["role"] == "writer":
             write(buffer, command["name"], rng, report)

@@ -18,14 +18,8 @@ import pytest
 
 from expbuf_core.errors import StorageFull
 from expbuf_core.filesystem import FileSystem, storage_errors
-from expbuf_core.testing.crash import (
-    PAGE,
-    CrashStates,
-    Exploration,
-    Image,
-    explore,
-    record,
-)
+from expbuf_core.testing.crash import CrashStates, Exploration, explore, record
+from expbuf_core.testing.crash_disk import PAGE, Image
 from expbuf_core.testing.faults import FaultyFileSystem
 from expbuf_core.testing.recording import (
     Created,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from crash_model import MAX_SIZE, experience, open_buffer, state_of
@@ -19,9 +20,21 @@ def fs() -> FaultyFileSystem:
     return FaultyFileSystem()
 
 
+@pytest.fixture(params=["file", "lmdb"])
+def storage(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """How the buffer is stored, for `open_buffer`."""
+    if request.param == "file":
+        return {}
+    pytest.importorskip("expbuf_lmdb")
+    small = {"map_bytes": 1 << 20, "stage_bytes": 1 << 14}
+    return {"persistence": {"backend": "lmdb", "lmdb": small}}
+
+
 @pytest.fixture
-def buffer(tmp_path: Path, fs: FaultyFileSystem) -> Iterator[ExperienceBuffer]:
-    with contextlib.closing(open_buffer(tmp_path / "buffer", fs)) as buffer:
+def buffer(
+    tmp_path: Path, fs: FaultyFileSystem, storage: dict[str, Any]
+) -> Iterator[ExperienceBuffer]:
+    with contextlib.closing(open_buffer(tmp_path / "buffer", fs, **storage)) as buffer:
         yield buffer
         fs.clear()
 
@@ -29,10 +42,12 @@ def buffer(tmp_path: Path, fs: FaultyFileSystem) -> Iterator[ExperienceBuffer]:
 def fill(buffer: ExperienceBuffer, fs: FaultyFileSystem, room: int) -> int:
     """Add until the disk is full; how many went in."""
     fs.limit(room)
+    # LMDB's file has a MiB ahead.
+    padding = 500 if buffer.stats()["storage"].get("used_bytes") is None else 12_000
     for serial in range(1, 1000):
         before = state_of(buffer)
         try:
-            buffer.add(experience(serial, 0.5, 500))
+            buffer.add(experience(serial, 0.5, padding))
         except StorageFull:
             assert state_of(buffer) == before
             return serial - 1
@@ -46,7 +61,7 @@ def test_full_disk(buffer: ExperienceBuffer, fs: FaultyFileSystem, room: int) ->
     assert len(before) == min(count, MAX_SIZE)
     for _ in range(3):
         with pytest.raises(StorageFull, match="free some room"):
-            buffer.add(experience(2000, 0.5, 500))
+            buffer.add(experience(2000, 0.5, 12_000))
     assert state_of(buffer) == before
     fs.limit(None)
     id_ = buffer.add(experience(2001, 0.5, 500))
@@ -54,7 +69,7 @@ def test_full_disk(buffer: ExperienceBuffer, fs: FaultyFileSystem, room: int) ->
 
 
 def test_removing_and_snapshotting_work_on_a_full_disk(
-    buffer: ExperienceBuffer, fs: FaultyFileSystem, tmp_path: Path
+    buffer: ExperienceBuffer, fs: FaultyFileSystem, tmp_path: Path, storage: dict[str, Any]
 ) -> None:
     fill(buffer, fs, 50_000)
     ids = [entry.id for entry in state_of(buffer)]
@@ -66,20 +81,25 @@ def test_removing_and_snapshotting_work_on_a_full_disk(
     fs.limit(None)
     before = state_of(buffer)
     buffer.close()
-    with contextlib.closing(open_buffer(tmp_path / "buffer")) as again:
+    with contextlib.closing(open_buffer(tmp_path / "buffer", **storage)) as again:
         assert state_of(again) == before
 
 
-def test_full_disk_at_creation(tmp_path: Path, fs: FaultyFileSystem) -> None:
+def test_full_disk_at_creation(
+    tmp_path: Path, fs: FaultyFileSystem, storage: dict[str, Any]
+) -> None:
     fs.limit(1000)
     with pytest.raises(StorageFull):
-        open_buffer(tmp_path / "buffer", fs)
+        open_buffer(tmp_path / "buffer", fs, **storage)
     fs.limit(None)
-    with contextlib.closing(open_buffer(tmp_path / "buffer", fs)) as buffer:
+    with contextlib.closing(open_buffer(tmp_path / "buffer", fs, **storage)) as buffer:
         buffer.add(experience(1, None, 0))
 
 
-def test_full_disk_at_opening(tmp_path: Path, fs: FaultyFileSystem) -> None:
+@pytest.mark.parametrize("storage", ["file"], indirect=True)
+def test_full_disk_at_opening(
+    tmp_path: Path, fs: FaultyFileSystem, storage: dict[str, Any]
+) -> None:
     with contextlib.closing(open_buffer(tmp_path / "buffer", fs)) as buffer:
         buffer.add(experience(1, None, 0))
         before = state_of(buffer)
@@ -104,6 +124,7 @@ def test_read_only_disk(buffer: ExperienceBuffer, fs: FaultyFileSystem) -> None:
     assert len(state_of(buffer)) == 2
 
 
+@pytest.mark.parametrize("storage", ["file"], indirect=True)  # LMDB syncs its file itself
 @pytest.mark.parametrize("drop", [False, True])
 def test_failed_sync(buffer: ExperienceBuffer, fs: FaultyFileSystem, drop: bool) -> None:
     buffer.add(experience(1, None, 0))

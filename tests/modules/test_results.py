@@ -533,6 +533,18 @@ def test_sampling_where(buffer: ExperienceBuffer) -> None:
         buffer.sample(1, where=lambda c: c.id < 0)
 
 
+def test_sampling_where_without_replacement_and_uniformly(buffer: ExperienceBuffer) -> None:
+    ids = buffer.ids().tolist()
+    for uniform in (False, True):
+        batch = buffer.sample(10, where=lambda c: c.id % 2 == 0, replace=False, uniform=uniform)
+        assert sorted(batch.ids.tolist()) == ids[::2]
+        with pytest.raises(NotEnoughExperiences, match="match"):
+            buffer.sample(11, where=lambda c: c.id % 2 == 0, replace=False, uniform=uniform)
+    batch = buffer.sample(64, where=lambda c: c.id < 5, uniform=True)
+    assert set(batch.ids.tolist()) == set(ids[:5])
+    assert (batch.is_weights == 1).all()
+
+
 @pytest.mark.parametrize(
     "bad", [7, "reward > 0", lambda c: True, lambda c: c.reward, lambda c: [True]]
 )

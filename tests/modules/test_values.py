@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from module_helpers import (
     OpenBuffer,
+    Worker,
     add_all,
     contents,
     experience,
@@ -109,6 +111,77 @@ def test_a_receipt_counts_once_across_reopening(open_buffer: OpenBuffer) -> None
         assert buffer.record_outcome(used, success=True) == 0
         assert buffer.record_outcome(fresh, success=True) == 2
         assert find(buffer, 1)[0].retrieval_count == 2
+
+
+def test_a_receipt_counts_once_among_processes_that_die(
+    open_buffer: OpenBuffer, folder: Path
+) -> None:
+    """Three processes record the same outcomes at the same time; one is killed at it."""
+    buffer = open_buffer()
+    ids = add_all(buffer, range(6))
+    receipts = [find(buffer, i % 6, k=3).receipt for i in range(40)]
+    texts = [str(receipt) for receipt in receipts]
+    record = f"[buffer.record_outcome(text, success=True) for text in {texts!r}]"
+    with Worker(folder) as one, Worker(folder) as two:
+        doomed = Worker(folder)
+        doomed.start(record)
+        for worker in (one, two):
+            worker.start(record)
+        buffer.record_outcome(receipts[0], success=True)
+        doomed.kill()
+        counted = [sum(worker.result()) for worker in (one, two)]
+        assert sum(counted) <= 40 * 3
+        wanted = {id_: sum(id_ in receipt.ids for receipt in receipts) for id_ in ids}
+        for look in (one, two):
+            assert look("[e.retrieval_count for e in buffer]") == list(wanted.values())
+    buffer.close()
+    with open_buffer() as again:
+        assert [again.record_outcome(text, success=True) for text in texts] == [0] * 40
+        assert {e.id: e.retrieval_count for e in again} == wanted
+        assert {e.id: e.success_count for e in again} == wanted
+
+
+def test_processes_sample_by_each_others_updates(open_buffer: OpenBuffer, folder: Path) -> None:
+    """A learner's priorities are seen by inference workers, and their outcomes by it."""
+    buffer = open_buffer(sampling={"eps": 1e-6, "alpha": 1.0, "success_weight": 0.0})
+    ids = add_all(buffer, range(6))
+    settings = {"sampling": {"eps": 1e-6, "alpha": 1.0, "success_weight": 100.0}}
+    with Worker(folder, settings) as other:
+        for favourite in ids[:3]:
+            buffer.update_priorities(ids, [1.0 if id_ == favourite else 0.0 for id_ in ids])
+            assert set(other("buffer.sample(32).ids.tolist()")) == {favourite}
+            other(f"buffer.update_priorities({ids}, [2.0 * (i == {ids[5]}) for i in {ids}])")
+            assert set(buffer.sample(32).ids.tolist()) == {ids[5]}
+        buffer.update_priorities(ids, [0.0] * 6)
+        for _ in range(50):
+            buffer.record_outcome([ids[4]], success=True)
+        drawn = other("buffer.sample(256).ids.tolist()")
+        assert drawn.count(ids[4]) > 256 * 40 / (40 + 5) * 0.9
+
+
+def test_credit_by_similarity(buffer: ExperienceBuffer) -> None:
+    add_all(buffer, range(6))
+    found = find(buffer, 2, k=3)
+    shares = found.credit()
+    assert shares.dtype == np.float32
+    np.testing.assert_allclose(shares, np.maximum(found.similarities, 0) / found.similarities[0])
+    np.testing.assert_allclose(found.credit(2.0), shares**2, rtol=1e-6)
+    assert buffer.record_outcome(found.receipt, success=True, credit=shares) == 3
+    for hit, share in zip(found, shares.tolist(), strict=True):
+        assert buffer.get(hit.id).success_count == pytest.approx(share)
+    nothing = find(buffer, 2, k=3, where=lambda live: live.id < 0)
+    assert nothing.credit().shape == (0,)
+
+
+def test_credit_by_distance(open_buffer: OpenBuffer) -> None:
+    buffer = open_buffer(embedding={"metric": "l2"})
+    add_all(buffer, range(6))
+    for found in (find(buffer, 2, k=4), find(buffer, 77, k=4)):
+        shares = found.credit()
+        assert shares[0] == 1.0
+        assert (np.diff(shares) <= 0).all()
+        assert ((shares >= 0) & (shares <= 1)).all()
+    np.testing.assert_allclose(shares, found.similarities[0] / found.similarities, rtol=1e-6)
 
 
 def test_ids_are_counted_at_every_call(buffer: ExperienceBuffer) -> None:

@@ -230,7 +230,7 @@ class SQLitePersistence(PersistenceAdapter):
         made = Database(aside, self._timeout_s)
         with made._errors(), contextlib.closing(made._connect("rw")) as db:
             db.executescript(_SCHEMA)
-            first = State(self._uuid, lsn - 1, lsn - 1, 0)
+            first = State(self._uuid, 0, 0, 0)  # nothing is missing before `lsn`, whatever it is
             db.execute("INSERT INTO state VALUES (?, ?, ?, ?, ?)", first.sealed())
         with storage_errors("create", self._path):
             self._fs.replace(aside, self._path)

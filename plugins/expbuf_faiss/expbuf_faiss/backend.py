@@ -19,7 +19,7 @@ from expbuf_core.errors import (
     StorageFull,
 )
 from expbuf_core.exact_search import METRICS
-from expbuf_faiss import runtime, segment_file
+from expbuf_faiss import runtime, segment_file, training
 from expbuf_faiss.building import Building
 from expbuf_faiss.calibration import Tuning
 from expbuf_faiss.parameters import is_ivf
@@ -31,8 +31,8 @@ from expbuf_faiss.settings import FaissSettings
 class FaissBackend(IndexBackend):
     """FAISS on the CPU; the base of what runs elsewhere.
 
-    A subclass may override `plans` (which indexes suit its device), `train` (where the work is
-    done), `place` (to move an index to a device when a segment is opened), `open_flat` and
+    A subclass may override `plans` (which indexes suit its device), `train` and `add` (where the
+    work is done), `place` (to move an index to a device when a segment is opened), `open_flat` and
     `segment_type`.
     """
 
@@ -128,6 +128,10 @@ class FaissBackend(IndexBackend):
     def train(self, index: Any, sample: NDArray[np.float32]) -> None:
         """Train an index."""
         index.train(sample)
+
+    def add(self, index: Any, vectors: NDArray[np.float32]) -> None:
+        """Add all vectors to a trained index."""
+        training.add(index, vectors)
 
     def place(self, index: Any) -> Any:
         """Move an index that was built or read to where it is searched."""

@@ -95,7 +95,7 @@ class Building:
             training.reuse_centroids(self._faiss, index, self._centres, sample)
         try:
             self._backend.train(index, sample)
-            training.add(index, self._vectors)
+            self._backend.add(index, self._vectors)
         except RuntimeError as exc:
             raise ConfigError(
                 f"index: FAISS cannot build {plan.factory!r} of {len(self._vectors)} rows: "

@@ -16,6 +16,6 @@ def expbuf_register_index_backends(host: HostInfo) -> list[IndexProvider]:
             api_version=1,
             factory=FaissBackend,
             settings=FaissSettings,
-            capabilities=frozenset({"filter"}),
+            capabilities=frozenset({"filter", "verifies"}),
         )
     ]

@@ -32,13 +32,20 @@ def verify_file(
     if size < limit:
         yield Problem(path, size, f"{file.path.name}: the file was cut at {size} of {limit}", True)
         limit = size
+    cut = linked and end is None and size < file.header.size  # as when it was closed cleanly
     lsn = begin.lsn - 1
     sealed = False
     for found in file.frames(at, limit, rows=True):
         if isinstance(found, BadFrame):
             if not linked and file.last_nonzero(found.offset, limit) == found.offset:
                 return
-            torn = last and lsn >= until_lsn and file.proof(found.offset + 8, limit) <= lsn
+            # What is durable was written before: so read again behind the proof, not before it.
+            proof = file.proof(found.offset + 8, limit)
+            file.forget()
+            again = next(file.frames(found.offset, limit, rows=True))
+            if lsn >= until_lsn and not isinstance(again, BadFrame):
+                return  # it was being written when it was read
+            torn = last and not cut and lsn >= until_lsn and proof <= lsn
             if not torn:
                 yield Problem(path, found.at, str(file.corrupt(found, lsn + 1)), True)
             elif file.last_nonzero(found.offset, limit) > found.offset and not until_lsn:
@@ -48,5 +55,5 @@ def verify_file(
             sealed = True
             break
         lsn = found.header.lsn
-    if linked and not sealed and end is None and size < file.header.size:
+    if cut and not sealed:
         yield Problem(path, size, f"{file.path.name}: the file was cut at {size}", True)

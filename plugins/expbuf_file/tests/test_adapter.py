@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from expbuf_core import ExperienceBuffer
 from expbuf_core.contracts import LoggedOperation, LogGone, PersistenceContext, Stamped
 from expbuf_core.errors import CorruptionError, StorageFull
 from expbuf_core.filesystem import FileSystem
 from expbuf_core.testing.faults import FaultyFileSystem
 from expbuf_core.testing.persistence_log import assert_same, ids_of, operation, places_of, rows_of
+from expbuf_file import follower as following
 from expbuf_file import layout
 from expbuf_file.adapter import FilePersistenceAdapter
 from expbuf_file.settings import FileSettings
@@ -551,3 +554,28 @@ def test_a_clean_end_is_part_of_the_log(folder: Folder) -> None:
     last.write_bytes(raw[:-8])
     with pytest.raises(CorruptionError, match="cut"):
         folder.recover(durable=29)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rows_that_come_from_the_disk_are_announced(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the same; the system knows of them before they are read one by one."""
+    announced: list[tuple[int, int]] = []
+
+    def advise(fd: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        announced.append((offset, length))
+        if fails:
+            raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(following, "_COLD_S", -1.0)  # everything seems to
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    values = np.arange(40, dtype=np.float32)
+    with ExperienceBuffer.open(tmp_path / "memory", index="exact") as buffer:
+        buffer.add_many({"v_embed": np.repeat(values[:, None], 4, axis=1)})
+        batch = buffer.sample(40, replace=False, uniform=True)
+        np.testing.assert_array_equal(batch.v_embed[:, 0], values[batch.ids])
+        assert len(announced) == 40 - 8
+        assert buffer.get(3).v_embed is not None
+        assert len(announced) == 40 - 8, "a single one has nothing to announce"

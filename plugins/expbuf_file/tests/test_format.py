@@ -69,6 +69,7 @@ def test_every_structure_is_there() -> None:
         "expbuf_core.codec._ADD",
         "expbuf_core.codec._OUTCOME",
         "expbuf_core.codec._RELOG",
+        "expbuf_core.codec._REEMBED",
         "expbuf_core.snapshots._HEADER",
         "expbuf_core.segments._HEADER",
     }

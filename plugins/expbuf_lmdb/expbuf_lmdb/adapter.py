@@ -28,6 +28,7 @@ from expbuf_core import frames
 from expbuf_core.contracts import (
     Appended,
     Buffer,
+    Damage,
     LogFollower,
     LoggedOperation,
     LogGone,
@@ -66,7 +67,9 @@ from expbuf_lmdb.layout import (
     State,
     key,
 )
+from expbuf_lmdb.pages import check_trees
 from expbuf_lmdb.recovering import Recovered, recover
+from expbuf_lmdb.salvage import Salvage, SalvagedPin
 from expbuf_lmdb.settings import LMDBSettings
 from expbuf_lmdb.stage import Stage, StagedFrame
 from expbuf_lmdb.store import Checked, Store, checked_operation
@@ -115,6 +118,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         self._recovered = Recovered(0)
         self._drained = (0, STAGE_HEADER_BYTES)  # generation and offset: LMDB has what is before
         self._data_fd = -1
+        self._salvage: Salvage | None = None
         self._room_until = 0  # frames up to this address will find room in LMDB's file
 
     @property
@@ -183,7 +187,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         header = StageHeader(self.uuid, salt, 1, 0, lsn - 1, self._stage_bytes())
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
-            self._make_environment(temporary, salt, state)
+            self._make_environment(temporary, salt, state, lsn)
             self.stage.make(header)
             with storage_errors("create", self.path):
                 self._fs.replace(temporary, self.path)
@@ -210,7 +214,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
                 self.path, f"{found} experiences are there, and no buffer is; restore its identity"
             )
 
-    def _make_environment(self, temporary: Path, salt: bytes, state: State) -> None:
+    def _make_environment(self, temporary: Path, salt: bytes, state: State, lsn: int) -> None:
         """Create it aside, complete and synced: LMDB's own creation is not atomic."""
         with storage_errors("create", temporary):
             self._fs.unlink(temporary)
@@ -231,6 +235,9 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
                     txn.put(layout.HEADER_KEY, record, db=tables.meta)
                     record = layout.encode_state(state, salt)
                     txn.put(layout.STATE_KEY, record, db=tables.meta)
+                    if lsn > 1:  # nothing is missing before it
+                        record = layout.encode_begin(lsn, 0, salt)
+                        txn.put(layout.begin_key(lsn), record, db=tables.meta)
             finally:
                 env.close()
         except lmdb.Error as exc:
@@ -505,9 +512,12 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
             try:
                 have += self._extend(used + wanted - have, have)
             except StorageFull:
-                if rows:
-                    raise
-                return
+                # It asks for more than is needed now; what it got may do.
+                have = os.fstat(self._data_descriptor()).st_size
+                if used + wanted > have:
+                    if rows:
+                        raise
+                    return
         # Not asked again before others and we have appended half of what is left.
         self._room_until = address + max(0, have - used - wanted - _RESERVE) // 2
 
@@ -583,17 +593,16 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
     # ------------------------------------------------------------ reading
 
     def follow(self, after_lsn: int) -> LogFollower:
-        if self.read(self._floor) > after_lsn:
+        if not self.read(self.store.reaches_back, after_lsn):
             raise LogGone
         return LMDBFollower(self, after_lsn)
-
-    def _floor(self, txn: Txn, tables: Tables) -> int:
-        return self.store.state(txn, tables).floor
 
     def pin(
         self, ids: NDArray[np.int64], locations: NDArray[np.int64], lengths: NDArray[np.uint32]
     ) -> Pin:
         places, sizes = locations.tolist(), lengths.tolist()
+        if self._salvage is not None:
+            return SalvagedPin(list(map(self._salvage.row, ids.tolist(), places, sizes)))
         for _ in range(_TRIES):
             generation = self.words[GENERATION]
             rows = self.read(self._rows_at, places)
@@ -631,6 +640,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
     ) -> None:
         self._drain()
         live = np.sort(live_locations)
+        self.read(lambda *_: check_trees(self.path))
         address = self._write(self._raise_floor, lsn)
         at = 0
         while True:
@@ -688,6 +698,23 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
     def verify(self, until_lsn: int) -> Iterator[Problem]:
         return verify(self, until_lsn)
 
+    def identify(self) -> bytes:
+        salvage = Salvage(self._folder, self.uuid)
+        try:
+            return salvage.uuid()
+        finally:
+            salvage.close()
+
+    def salvage(self, after_lsn: int) -> Iterator[LoggedOperation | Damage]:
+        self._let_go_of_salvage()
+        self._salvage = Salvage(self._folder, self.uuid)
+        return self._salvage.operations(after_lsn)
+
+    def _let_go_of_salvage(self) -> None:
+        salvage, self._salvage = self._salvage, None
+        if salvage is not None:
+            salvage.close()
+
     def stats(self) -> dict[str, Any]:
         words = self.words
         facts = self._environment().stats()
@@ -714,6 +741,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
 
     def close(self) -> None:
         self._give_back()
+        self._let_go_of_salvage()
         self.stage.close()
         if self._data_fd >= 0:
             self._fs.close(self._data_fd)

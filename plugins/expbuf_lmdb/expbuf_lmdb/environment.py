@@ -12,7 +12,6 @@ import contextlib
 import errno
 import logging
 import os
-import struct
 import threading
 import time
 import traceback
@@ -25,6 +24,7 @@ import lmdb
 from expbuf_core.errors import FormatVersionError, StorageError, StorageFull
 from expbuf_core.filesystem import storage_errors
 from expbuf_lmdb import layout
+from expbuf_lmdb.pages import check_file
 
 _log = logging.getLogger("expbuf")
 T = TypeVar("T")
@@ -431,7 +431,7 @@ os.register_at_fork(
 )
 
 
-# ---------------------------------------------------------------- errors and first pages
+# ---------------------------------------------------------------- errors
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DAMAGED = (
@@ -440,6 +440,7 @@ _DAMAGED = (
     lmdb.PageNotFoundError,
     lmdb.BadValsizeError,
     lmdb.CursorFullError,
+    lmdb.PageFullError,
     lmdb.BadTxnError,
     lmdb.IncompatibleError,
 )
@@ -470,72 +471,3 @@ def _is_full(path: Path) -> bool:
     except OSError:
         return False
     return room.f_bavail * room.f_frsize < 1 << 20
-
-
-# LMDB's first two pages, as its version 0.9 writes them: page number, padding, flags, two unused;
-# magic, version, address, map size, two B-trees (page size or padding, flags, depth, branch, leaf
-# and overflow pages, entries, root), last page, transaction.
-_PAGE = struct.Struct("=QHHHHIIQQIHHQQQQQIHHQQQQQQQ")
-_IS_META = 0x08
-_MAGIC = 0xBEEFC0DE
-_FORMAT = 1
-_NOWHERE = (1 << 64) - 1
-
-
-def check_file(path: Path) -> None:
-    """See that LMDB can map this file without running off its end.
-
-    LMDB believes its first pages, and a map behind the end of a file kills the process.
-
-    Raises:
-        CorruptionError: It was cut, or its first pages are damaged.
-        FormatVersionError: Another version of LMDB wrote it.
-    """
-    wrong: str | None = ""
-    for attempt in range(5):  # another process may be writing one of the two pages right now
-        with storage_errors("read", path):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                raw = os.pread(fd, 2 * 65536, 0)
-                size = os.fstat(fd).st_size
-            finally:
-                os.close(fd)
-        wrong = _wrong_with(raw, size)
-        if wrong is None:
-            return
-        time.sleep(0.002 * attempt)
-    assert wrong is not None
-    if wrong.startswith("version"):
-        raise FormatVersionError(f"{path.name}: {wrong}; expbuf reads version {_FORMAT} of LMDB")
-    raise layout.corrupt(path, wrong, offset=0)
-
-
-def _wrong_with(raw: bytes, size: int) -> str | None:
-    """What is wrong with the first pages of a file of this size; None: nothing."""
-    if len(raw) < _PAGE.size:
-        return f"the file was cut to {size} bytes"
-    page_bytes = _PAGE.unpack_from(raw)[9]
-    if page_bytes not in (512, 1024, 2048, 4096, 8192, 16384, 32768):
-        return f"a page size of {page_bytes}"
-    newest: tuple[int, int] = (-1, 0)
-    for i in range(2):
-        if len(raw) < i * page_bytes + _PAGE.size:
-            return f"the file was cut to {size} bytes"
-        fields = _PAGE.unpack_from(raw, i * page_bytes)
-        page, flags, (magic, version), map_size = fields[0], fields[2], fields[5:7], fields[8]
-        roots, last, transaction = (fields[16], fields[24]), fields[25], fields[26]
-        if magic != _MAGIC or not flags & _IS_META or page != i:
-            return f"page {i} is no first page of LMDB"
-        if version != _FORMAT:
-            return f"version {version} of LMDB's format"
-        if fields[9] != page_bytes:
-            return "page sizes that contradict each other"
-        if map_size > 1 << 47 or last < 1:
-            return f"a map of {map_size} bytes and {last} pages"
-        if any(root > last and root != _NOWHERE for root in roots):
-            return "a tree behind the end of the file"
-        newest = max(newest, (transaction, last))
-    # The older state may name pages that were never written again; the newer one counts.
-    if (newest[1] + 1) * page_bytes > size:
-        return f"the file was cut to {size} of {(newest[1] + 1) * page_bytes} bytes"
-    return None

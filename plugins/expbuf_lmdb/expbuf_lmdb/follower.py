@@ -6,6 +6,9 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from expbuf_core.contracts import Buffer, LogFollower, LoggedOperation, LogGone, Pin
 from expbuf_core.errors import CorruptionError
 from expbuf_lmdb import layout
@@ -72,7 +75,7 @@ class LMDBFollower(LogFollower):
     ) -> tuple[list[LoggedOperation], int | None]:
         """Operations that LMDB has, and the LSN of what it has behind them."""
         store = self._adapter.store
-        if store.state(txn, tables).floor > self._lsn:
+        if not store.reaches_back(txn, tables, self._lsn):
             raise LogGone
         found = [
             checked.operation
@@ -131,3 +134,10 @@ class LMDBPin(Pin):
                 self._path, f"a payload of {len(row)} bytes, {self._lengths[i]} were written"
             )
         return row
+
+    def read_many(self, which: NDArray[np.int64]) -> list[Buffer]:
+        rows, lengths = self._rows, self._lengths
+        found: list[Buffer] = [rows[i] for i in which.tolist()]
+        if [len(row) for row in found] != [lengths[i] for i in which.tolist()]:
+            return super().read_many(which)  # which names the one that is wrong
+        return found

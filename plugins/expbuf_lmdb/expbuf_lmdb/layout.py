@@ -68,7 +68,7 @@ HEADER_KEY = b"header"
 STATE_KEY = b"state"
 BEGIN_PREFIX = b"begin"
 
-_MAGIC = b"EXPBUFM1"
+HEADER_MAGIC = b"EXPBUFM1"
 _HEADER = struct.Struct("<8sI4x16s16s")  # magic, version, uuid, salt | crc
 _STATE = struct.Struct("<QQQ")  # floor, address, generation | salted crc
 _BEGIN = struct.Struct("<QQ")  # lsn, previous | salted crc
@@ -100,7 +100,19 @@ def _opened(raw: bytes, form: struct.Struct, salt: bytes = b"") -> bytes | None:
 
 def encode_header(uuid: bytes, salt: bytes) -> bytes:
     """The record that says whose environment this is."""
-    return _sealed(_HEADER.pack(_MAGIC, VERSION, uuid, salt))
+    return _sealed(_HEADER.pack(HEADER_MAGIC, VERSION, uuid, salt))
+
+
+HEADER_RECORD_BYTES = _HEADER.size + 4
+
+
+def peek_header(raw: bytes) -> tuple[bytes, bytes] | None:
+    """UUID and salt in a record that lies anywhere; None if it is damaged."""
+    inner = _opened(raw, _HEADER)
+    if inner is None:
+        return None
+    _, _, uuid, salt = _HEADER.unpack(inner)
+    return uuid, salt
 
 
 def decode_header(raw: bytes | None, path: Path, uuid: bytes) -> bytes:
@@ -114,7 +126,7 @@ def decode_header(raw: bytes | None, path: Path, uuid: bytes) -> bytes:
     if inner is None:
         raise corrupt(path, "the record `header` is missing or damaged")
     magic, version, owner, salt = _HEADER.unpack(inner)
-    if magic != _MAGIC or version > VERSION:
+    if magic != HEADER_MAGIC or version > VERSION:
         raise FormatVersionError(
             f"{path.name}: format {magic!r} version {version}; this expbuf reads version {VERSION}"
         )
@@ -138,6 +150,9 @@ def decode_state(raw: bytes | None, path: Path, salt: bytes) -> State:
     if inner is None:
         raise corrupt(path, "the record `state` is missing or damaged")
     return State(*_STATE.unpack(inner))
+
+
+BEGIN_RECORD_BYTES = _BEGIN.size + 4
 
 
 def begin_key(lsn: int) -> bytes:

@@ -10,6 +10,7 @@ from expbuf_core.contracts import LoggedOperation
 from expbuf_lmdb import layout
 from expbuf_lmdb.environment import Tables, Txn
 from expbuf_lmdb.layout import STAGE_HEADER_BYTES, StageHeader, State
+from expbuf_lmdb.pages import check_trees
 
 if TYPE_CHECKING:
     from expbuf_lmdb.adapter import LMDBPersistenceAdapter
@@ -45,8 +46,10 @@ def recover(
     adapter: LMDBPersistenceAdapter, recovered: Recovered, after_lsn: int, durable_lsn: int
 ) -> Iterator[LoggedOperation]:
     """See `PersistenceAdapter.recover`; fills in `recovered`."""
+    adapter.last_transaction()  # opens the file, and says what is wrong with it as a whole
+    check_trees(adapter.path)
     state, stored, address = adapter.read(_situation, adapter)
-    if after_lsn < state.floor:
+    if not adapter.read(adapter.store.reaches_back, after_lsn):
         raise layout.corrupt(
             adapter.path,
             f"operations up to {state.floor} were dropped, but those from {after_lsn + 1} on are "
@@ -58,7 +61,7 @@ def recover(
         durable_lsn = max(durable_lsn, after_lsn)
     recovered.stored_lsn, recovered.address = stored, address
     recovered.generation = state.generation
-    last = after_lsn
+    last = max(after_lsn, state.floor)
     while last < stored:
         operations = adapter.read(_chunk, adapter, last, stored)
         if not operations:

@@ -17,6 +17,7 @@ from expbuf_lmdb import layout
 from expbuf_lmdb.layout import STAGE_HEADER_BYTES, StageHeader
 
 _WINDOW = 1 << 20
+_FIRST_WINDOW = 1 << 14  # so that a frame that is larger than a window is not read twice
 _ZEROS = bytes(1 << 20)
 
 
@@ -132,11 +133,12 @@ class Stage:
         """Frames from `offset` on, up to `end` or the first that is none. Headers are checked."""
         salt_crc = crc32(salt)
         epoch = generation & 0xFFFFFFFF
-        window, start = b"", offset
+        window, start, step = b"", offset, _FIRST_WINDOW
         while offset + frames.HEADER_BYTES <= end:
             at = offset - start
             if at + frames.HEADER_BYTES > len(window):
-                window, start, at = self.read(offset, min(_WINDOW, end - offset)), offset, 0
+                window, start, at = self.read(offset, min(step, end - offset)), offset, 0
+                step = _WINDOW
             header = frames.decode_header(window, at, salt_crc)
             if header is None or header.epoch != epoch or header.data_offset != base + offset:
                 return

@@ -71,6 +71,12 @@ class Store:
         before = layout.decode_begin(raw, lsn, self.salt)
         return before is not None and before <= previous < lsn
 
+    def reaches_back(self, txn: Txn, tables: Tables, after_lsn: int) -> bool:
+        """Whether everything behind `after_lsn` is still there."""
+        floor = self.state(txn, tables).floor
+        # What lies between may never have been: the log began anew right behind it.
+        return after_lsn >= floor or self.follows(txn, tables, floor + 1, after_lsn)
+
     # ------------------------------------------------------------ operations
 
     def last_lsn(self, txn: Txn, tables: Tables) -> int:

@@ -11,8 +11,9 @@ from lmdb.verify import verify as verify_pages
 from expbuf_core import frames
 from expbuf_core.contracts import Problem
 from expbuf_core.errors import CorruptionError, StorageError
-from expbuf_lmdb.environment import Tables, Txn, check_file
+from expbuf_lmdb.environment import Tables, Txn
 from expbuf_lmdb.layout import STAGE_HEADER_BYTES, key
+from expbuf_lmdb.pages import check_file
 
 if TYPE_CHECKING:
     from expbuf_lmdb.adapter import LMDBPersistenceAdapter

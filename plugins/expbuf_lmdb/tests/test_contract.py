@@ -37,8 +37,8 @@ class LMDBSuite(PersistenceSuite):
             yield
 
 
-class TestLMDB(LMDBSuite):
-    pass
+class TestLargeStage(LMDBSuite):
+    settings = {"stage_bytes": 1 << 18}  # noqa: RUF012
 
 
 class TestSmallStage(LMDBSuite):

@@ -43,6 +43,21 @@ class _Metrics:
             ("path", "kind"),
             registry=registry,
         )
+        self.of_searches: dict[str, tuple[Histogram, Counter, Gauge]] = {}
+        self.search_seconds = Histogram(
+            "expbuf_search_seconds",
+            "From the call to the answer of a search",
+            where,
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self.queries = Counter("expbuf_queries", "Queries answered", where, registry=registry)
+        self.degraded = Counter(
+            "expbuf_degraded_searches",
+            "Searches in which the configured index took no part",
+            where,
+            registry=registry,
+        )
         self.evicted = Counter("expbuf_evicted", "Experiences evicted", where, registry=registry)
         self.lsn = Gauge(
             "expbuf_lsn", "Log position that this process has reached", where, registry=registry
@@ -86,9 +101,13 @@ class Exporter:
 
     Args:
         registry: None: `prometheus_client.REGISTRY`.
+        listening: Whether it counts; may be changed at any time.
     """
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    def __init__(
+        self, registry: CollectorRegistry | None = None, *, listening: bool = True
+    ) -> None:
+        self.listening = listening
         self._registry = registry
         self._made: _Metrics | None = None
 
@@ -121,6 +140,26 @@ class Exporter:
             known[0].observe(seconds)
             known[1].inc(count)
             known[2].set(lsn)
+
+    @hookimpl
+    def expbuf_on_searched(
+        self, path: str, lsn: int, queries: int, seconds: float, degraded: bool
+    ) -> None:
+        """Count a search, and how long it took."""
+        with _counting:
+            metrics = self._metrics()
+            known = metrics.of_searches.get(path)
+            if known is None:
+                known = metrics.of_searches[path] = (
+                    metrics.search_seconds.labels(path),
+                    metrics.queries.labels(path),
+                    metrics.lsn.labels(path),
+                )
+            known[0].observe(seconds)
+            known[1].inc(queries)
+            known[2].set(lsn)
+            if degraded:
+                metrics.degraded.labels(path).inc()
 
     @hookimpl
     def expbuf_on_evicted(self, path: str, lsn: int, count: int) -> None:

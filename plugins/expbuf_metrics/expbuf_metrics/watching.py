@@ -29,6 +29,14 @@ _GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
         "Experiences that no segment holds yet",
         lambda f: f["index"]["tail_rows"],
     ),
+    "expbuf_changed_rows": (
+        "Experiences added or removed since the last build of the index began",
+        lambda f: f["index"]["changed_rows"],
+    ),
+    "expbuf_building": (
+        "1 while another process builds the index",
+        lambda f: f["index"].get("building_pid") is not None,
+    ),
     "expbuf_storage_bytes": ("Bytes of all log files", lambda f: _bytes(f["storage"])),
     "expbuf_failed_builds": (
         "Failed builds in all processes since the buffer was opened",

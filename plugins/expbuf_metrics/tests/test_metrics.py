@@ -18,10 +18,11 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 import expbuf_metrics
-from expbuf_core import Experience, ExperienceBuffer, errors
+from expbuf_core import Experience, ExperienceBuffer, errors, hookspecs
 from expbuf_core.plugins import default_registry
 from expbuf_metrics import Exporter, watch
 
+EVENTS = sorted(name for name in vars(hookspecs) if name.startswith("expbuf_on_"))
 SMALL = {"index": {"backend": "exact", "builder": "off"}, "durability": "os"}
 
 
@@ -50,7 +51,80 @@ def experiences(n: int) -> list[Experience]:
 def test_it_is_found(registry: CollectorRegistry) -> None:
     (found,) = (plugin for plugin in default_registry().plugins() if plugin.name == "metrics")
     assert found.status == "ok"
-    assert len(found.events) == 7
+    assert len(found.events) == 8
+
+
+@pytest.fixture
+def default(registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
+    """The installed exporter counts here, as it does in `prometheus_client.REGISTRY`."""
+    monkeypatch.setattr(expbuf_metrics.plugin, "_registry", registry)
+    monkeypatch.setattr(expbuf_metrics.plugin, "_made", None)
+    return registry
+
+
+def test_installed_and_not_started_it_is_told_nothing(
+    folder: Path, default: CollectorRegistry
+) -> None:
+    with ExperienceBuffer.open(folder, **SMALL) as buffer:
+        assert not [event for event in EVENTS if event in default_registry().events]
+        buffer.add_many(experiences(5))
+        expbuf_metrics.start()
+        try:
+            assert [event for event in EVENTS if event in default_registry().events] == EVENTS
+            buffer.add_many(experiences(3))
+            buffer.search_index(v_embed=np.ones(8), k=1)
+        finally:
+            expbuf_metrics.stop()
+        buffer.add_many(experiences(7))
+    labels = {"path": str(folder), "kind": "add"}
+    assert default.get_sample_value("expbuf_committed_experiences_total", labels) == 3
+    assert default.get_sample_value("expbuf_queries_total", {"path": str(folder)}) == 1
+
+
+def test_idle_it_makes_no_single_add_look_at_the_log(folder: Path) -> None:
+    """Adds are applied by the next read, many at once; an observer must not change that."""
+    (one,) = experiences(1)
+    for listening in (False, True):
+        plugin = Exporter(CollectorRegistry(), listening=listening)
+        with ExperienceBuffer.open(folder, plugins=[plugin], **SMALL) as buffer:
+            buffer.add(one)
+            before = buffer.lsn
+            for _ in range(20):
+                buffer.add(one)
+            assert buffer._session.replica.state.lsn == before
+            assert buffer.lsn == before + 20
+
+
+def test_searches(folder: Path, registry: CollectorRegistry) -> None:
+    where = {"path": str(folder)}
+    with opened(folder, registry) as buffer:
+        buffer.add_many(experiences(50))
+        buffer.search_index(v_embed=np.ones(8), k=3)
+        buffer.search_many(v_embed=np.ones((7, 8)), k=3)
+        with pytest.raises(errors.InvalidExperience):
+            buffer.search_index(v_embed=np.ones(9))
+        buffer.rebuild_index()
+        buffer.search_index(v_embed=np.ones(8), k=3)
+    assert registry.get_sample_value("expbuf_search_seconds_count", where) == 3
+    assert 0 < (registry.get_sample_value("expbuf_search_seconds_sum", where) or 0) < 60
+    assert registry.get_sample_value("expbuf_queries_total", where) == 9
+    assert registry.get_sample_value("expbuf_degraded_searches_total", where) is None
+
+
+def test_degraded_searches(folder: Path, registry: CollectorRegistry) -> None:
+    where = {"path": str(folder)}
+    choice = {"backend": "nowhere", "fallback": ["exact"]}
+    with opened(folder, registry, index=choice) as buffer:
+        buffer.add_many(experiences(50))
+        buffer.search_index(v_embed=np.ones(8), k=3)  # nothing is built: no index is missed yet
+        buffer.rebuild_index()
+        buffer.search_index(v_embed=np.ones(8), k=3)
+    assert registry.get_sample_value("expbuf_degraded_searches_total", where) == 1
+    (segment,) = (folder / "index").glob("*.vectors")
+    segment.write_bytes(segment.read_bytes()[:-1])
+    with opened(folder, registry) as buffer:
+        assert len(buffer.search_index(v_embed=np.ones(8), k=3)) == 3
+    assert registry.get_sample_value("expbuf_degraded_searches_total", where) == 2
 
 
 def test_commits(folder: Path, registry: CollectorRegistry) -> None:
@@ -95,7 +169,7 @@ def test_index_swaps(folder: Path, registry: CollectorRegistry) -> None:
 def test_builder_failures(
     folder: Path, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*args: Any) -> None:
+    def fails(*args: Any, **more: Any) -> None:
         raise RuntimeError("no")
 
     with opened(folder, registry) as buffer:
@@ -138,6 +212,8 @@ def test_watching(folder: Path, registry: CollectorRegistry) -> None:
         assert registry.get_sample_value("expbuf_capacity", where) == 40
         assert registry.get_sample_value("expbuf_tail_rows", where) == 30
         assert (registry.get_sample_value("expbuf_storage_bytes", where) or 0) > 0
+        assert registry.get_sample_value("expbuf_changed_rows", where) == 30
+        assert registry.get_sample_value("expbuf_building", where) == 0
         for stage in ("durable", "snapshot", "index"):
             lag = registry.get_sample_value("expbuf_lag_operations", {**where, "stage": stage})
             assert lag is not None
@@ -225,6 +301,8 @@ def test_every_metric_is_documented(folder: Path, registry: CollectorRegistry) -
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     with opened(folder, registry) as buffer:
         watch(buffer, registry)
+        buffer.add_many(experiences(2))
+        buffer.search_index(v_embed=np.ones(8), k=1)
         families = [family.name for family in registry.collect()]
     for name in families:
         assert f"`{name}`" in readme or f"`{name}_total`" in readme, name

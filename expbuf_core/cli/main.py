@@ -1,0 +1,60 @@
+"""From a command line to an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from expbuf_core._version import __version__
+from expbuf_core.cli import (
+    copying,
+    finding,
+    health,
+    looking,
+    plugin_commands,
+    trying,
+    upkeep_commands,
+)
+from expbuf_core.errors import ExpbufError
+
+GROUPS = (looking, finding, health, upkeep_commands, copying, trying, plugin_commands)
+
+OK, ERROR, NOT_WELL, INTERRUPTED, NO_READER = 0, 1, 3, 130, 141
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="expbuf",
+        description="The experience buffer's tools.",
+        epilog="exit codes: 0 fine, 1 error, 2 wrong usage, 3 done and not all is well, "
+        "130 interrupted",
+    )
+    top.add_argument("--version", action="version", version=f"expbuf {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for group in GROUPS:
+        group.add_to(commands)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    options = parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        code = run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Python flushes stdout once more when it ends: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NO_READER
+    except (ExpbufError, OSError) as exc:
+        print(f"expbuf: {exc}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        hint = getattr(options, "interrupted", "nothing is broken")
+        print(f"\nexpbuf: {options.command} was interrupted; {hint}", file=sys.stderr)
+        return INTERRUPTED
