@@ -179,6 +179,7 @@ def to_numpy(value: Any) -> NDArray[Any] | None:
 _CONTENT = struct.Struct("<HHIIII")
 _ROW_VERSION = 1
 _FIXED = ROW_HEADER_BYTES + _CONTENT.size
+_UNSTAMPED = bytes(ROW_HEADER_BYTES)
 
 
 class DecodedRow(NamedTuple):
@@ -189,16 +190,22 @@ class DecodedRow(NamedTuple):
     fields: dict[str, Any]
 
 
-def _member(name: str, value: Any, attachments: list[bytes]) -> str:
+@lru_cache(maxsize=256)
+def _key(name: str) -> str:
+    """A field's name as JSON, up to its value."""
+    return f"{_quoted(name)}:"
+
+
+def _value(name: str, value: Any, attachments: list[bytes]) -> str:
     """One of a payload's fields as JSON."""
     if type(value) is str:
-        return f"{_quoted(name)}:{_quoted(value)}"
-    return f"{_quoted(name)}:{_encoder.encode(pack_tree(value, attachments, name))}"
+        return _quoted(value)
+    return _encoder.encode(pack_tree(value, attachments, name))
 
 
 def _text_of(fields: Mapping[str, Any], attachments: list[bytes]) -> bytes:
     """A payload's fields as JSON."""
-    members = [_member(name, value, attachments) for name, value in fields.items()]
+    members = [_key(name) + _value(name, value, attachments) for name, value in fields.items()]
     return f"{{{','.join(members)}}}".encode("utf-8", "surrogatepass")
 
 
@@ -213,12 +220,8 @@ def encode_row(v: NDArray[np.float32], q: NDArray[np.float32], fields: Mapping[s
     attachments: list[bytes] = []
     text = _text_of(fields, attachments)
     head = _CONTENT.pack(_ROW_VERSION, 0, len(v), len(q), len(text), len(attachments))
-    if not attachments:
-        return b"".join((bytes(ROW_HEADER_BYTES), head, v.tobytes(), q.tobytes(), text))
-    sizes = struct.pack(f"<{len(attachments)}Q", *map(len, attachments))
-    return b"".join(
-        (bytes(ROW_HEADER_BYTES), head, v.tobytes(), q.tobytes(), sizes, text, *attachments)
-    )
+    sizes = struct.pack(f"<{len(attachments)}Q", *map(len, attachments)) if attachments else b""
+    return b"".join((_UNSTAMPED, head, v.data, q.data, sizes, text, *attachments))
 
 
 def encode_rows(
@@ -261,28 +264,20 @@ def encode_bare_rows(
     q_dim = q.shape[1]
     if not n:
         return bytearray(), np.empty(0, np.uint32)
-    fixed = _FIXED + 4 * (v_dim + q_dim)
     texts = texts or [b"{}"] * n
     sizes = np.fromiter(map(len, texts), np.uint32, n)
-    lengths = sizes + np.uint32(fixed)
-    same = bool((sizes == sizes[0]).all())
-    # Where all rows are equally long, they are laid out where they will stay.
-    rows = bytearray(n * (fixed + int(sizes[0]) if same else fixed))
-    block = np.frombuffer(rows, np.uint8).reshape(n, -1)
+    heads = np.empty((n, _FIXED), np.uint8)
     head = _CONTENT.pack(_ROW_VERSION, 0, v_dim, q_dim, 0, 0)
-    block[:, ROW_HEADER_BYTES:_FIXED] = np.frombuffer(head, np.uint8)
-    block[:, _FIXED - 8 : _FIXED - 4] = sizes.astype("<u4").view(np.uint8).reshape(n, 4)
-    block[:, _FIXED : _FIXED + 4 * v_dim] = v.view(np.uint8).reshape(n, -1)
-    block[:, _FIXED + 4 * v_dim : fixed] = q.view(np.uint8).reshape(n, -1)
-    if same:
-        block[:, fixed:] = np.frombuffer(b"".join(texts), np.uint8).reshape(n, -1)
-        return rows, lengths
-    raw = memoryview(rows)
-    parts: list[Buffer] = []
-    for i, text in enumerate(texts):
-        parts.append(raw[i * fixed : (i + 1) * fixed])
-        parts.append(text)
-    return bytearray().join(parts), lengths
+    heads[:] = np.frombuffer(_UNSTAMPED + head, np.uint8)
+    heads[:, _FIXED - 8 : _FIXED - 4] = sizes.astype("<u4").view(np.uint8).reshape(n, 4)
+    parts: list[Buffer] = [b""] * (4 * n)
+    tables: tuple[NDArray[Any], ...] = (heads, v, q)
+    for i, table in enumerate(tables):
+        if table.size:
+            raw, width = table.reshape(-1).view(np.uint8).data, table.nbytes // n
+            parts[i::4] = [raw[at : at + width] for at in range(0, table.nbytes, width)]
+    parts[3::4] = texts
+    return bytearray().join(parts), sizes + np.uint32(_FIXED + 4 * (v_dim + q_dim))
 
 
 def encode_texts(columns: Mapping[str, Sequence[Any]], n: int) -> list[bytes] | None:
@@ -291,24 +286,34 @@ def encode_texts(columns: Mapping[str, Sequence[Any]], n: int) -> list[bytes] | 
     Returns:
         One text each; None if one of them needs attachments.
     """
-    members: list[list[str]] = [[] for _ in range(n)]
     attachments: list[bytes] = []
+    complete, members = True, []
     for name, values in columns.items():
-        for member, value in zip(members, values, strict=True):
-            if value is not None:
-                member.append(_member(name, value, attachments))
+        key = _key(name)
+        kinds = set(map(type, values))
+        if kinds == {str}:
+            members.append([key + text for text in map(_quoted, values)])
+            continue
+        complete = complete and type(None) not in kinds
+        members.append(["" if x is None else key + _value(name, x, attachments) for x in values])
         if attachments:
             return None
-    return [f"{{{','.join(member)}}}".encode("utf-8", "surrogatepass") for member in members]
+    texts = zip(*members, strict=True)
+    if complete:
+        return [f"{{{','.join(each)}}}".encode("utf-8", "surrogatepass") for each in texts]
+    return [
+        f"{{{','.join(filter(None, each))}}}".encode("utf-8", "surrogatepass") for each in texts
+    ]
 
 
 def content_crcs(rows: bytearray, lengths: NDArray[np.uint32]) -> list[int]:
     """CRC-32 of each row's content."""
-    view, at, crcs = memoryview(rows), 0, []
-    for length in lengths.tolist():
-        crcs.append(crc32(view[at + ROW_HEADER_BYTES : at + length]))
-        at += length
-    return crcs
+    view = memoryview(rows)
+    if len(lengths) == 1:
+        return [crc32(view[ROW_HEADER_BYTES:])]
+    ends = np.cumsum(lengths, dtype=np.int64)
+    starts = ends - lengths + ROW_HEADER_BYTES
+    return [crc32(view[i:j]) for i, j in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
 def reembedded_row(row: Buffer, v: NDArray[np.float32], q: NDArray[np.float32]) -> bytearray:
@@ -429,18 +434,41 @@ class AddBody(NamedTuple):
 def encode_add(body: AddBody) -> bytes:
     """Encode the body of an add."""
     n, dim = body.vectors.shape
-    parts = [
+    parts: list[Buffer] = [
         _ADD.pack(n, dim, body.representation, 0 if body.labels is None else 1),
         body.timestamp.tobytes(),
         body.reward.tobytes(),
         body.confidence.tobytes(),
         body.priority.tobytes(),
-        body.vectors.tobytes(),
+        np.ascontiguousarray(body.vectors).data,
     ]
     if body.labels is not None:
         text = dump_json(body.labels)
         parts += [_SECTION.pack(SECTION_LABELS, len(text)), text]
     return b"".join(parts)
+
+
+_ADD_ONE = struct.Struct("<IIIIddff")  # `_ADD` and the columns of the only experience
+
+
+def encode_add_one(
+    timestamp: float,
+    reward: float,
+    confidence: float,
+    priority: float,
+    vector: NDArray[np.float32],
+    labels: dict[str, list[Any]] | None,
+    representation: int,
+) -> bytes:
+    """`encode_add` of one experience; its vector is (1, dim)."""
+    sections = 0 if labels is None else 1
+    head = _ADD_ONE.pack(
+        1, vector.shape[1], representation, sections, timestamp, reward, confidence, priority
+    )
+    if labels is None:
+        return b"".join((head, vector.data))
+    text = dump_json(labels)
+    return b"".join((head, vector.data, _SECTION.pack(SECTION_LABELS, len(text)), text))
 
 
 @lru_cache(maxsize=64)

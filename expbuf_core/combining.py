@@ -43,30 +43,40 @@ class Combiner(Generic[Item]):
 
     def do(self, item: Item) -> None:
         """Return when the work on this item is done, by this thread or another."""
-        place = _Place(item)
-        with self._mutex:
-            self._queue.append(place)
-            if not self._led:
-                self._led = place.leads = True
-            else:
-                place.wake.acquire()
-        if not place.leads:
-            self._wait(place)
+        alone, place = False, None
+        try:
+            with self._mutex:
+                alone = not self._led  # then nobody stands in the queue
+                if alone:
+                    self._led = True
+                else:
+                    place = _Place(item)
+                    place.wake.acquire()
+                    self._queue.append(place)
+            if place is None:
+                self._work([item])
+                return
+            place.wake.acquire()
+        except BaseException:
+            # A KeyboardInterrupt, perhaps: nobody may wait for this thread to lead.
+            if place is not None:
+                self._leave(place)
+            raise
+        finally:
+            if alone:
+                with self._mutex:
+                    self._hand_on()
         if place.leads:
             self._lead(place)
         elif place.error is not None:
             raise place.error
 
-    def _wait(self, place: _Place[Item]) -> None:
-        try:
-            place.wake.acquire()
-        except BaseException:  # a KeyboardInterrupt: nobody may wait for this thread to lead
-            with self._mutex:
-                if place in self._queue:
-                    self._queue.remove(place)
-                if place.leads:
-                    self._hand_on()
-            raise
+    def _leave(self, place: _Place[Item]) -> None:
+        with self._mutex:
+            if place in self._queue:
+                self._queue.remove(place)
+            if place.leads:
+                self._hand_on()
 
     def _lead(self, own: _Place[Item]) -> None:
         with self._mutex:

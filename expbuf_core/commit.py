@@ -1,7 +1,9 @@
 """The write path: numbers, append lock, group commit, publication.
 
-    encode (no lock) -> append lock: number, stamp, append -> release
+    encode (no lock) -> append lock: number, stamp, append, hasten -> release
                      -> flush lock: one fsync for all that arrived -> publish -> acknowledge
+
+What need not come before the write comes behind it: the disk is at work by then.
 
 Threads of one process that arrive together are one append and one flush; processes share flushes.
 Lock order: append before flush. Whoever finds that a flush failed, that its leader died, or that an
@@ -112,6 +114,7 @@ class CommitLog:
         group_interval_s: At "group", how long a commit may stay unsynced.
         written: Called under the append lock with each operation written, where it stands, so
             that this process need not read it again.
+        appended: Called after each append, without a lock, before the flush is waited for.
         outer: A lock of the caller's to hold around appends besides.
         check: Called before each append; raises if the folder is not what it was.
         reserves: Numbers must survive a power loss.
@@ -127,6 +130,7 @@ class CommitLog:
         durability: str,
         group_interval_s: float,
         written: Callable[[LoggedOperation, Appended], None],
+        appended: Callable[[], None] = lambda: None,
         outer: AbstractContextManager[object] | None = None,
         check: Callable[[], None] = lambda: None,
         reserves: bool = True,
@@ -138,13 +142,14 @@ class CommitLog:
         self._durability = durability
         self._interval = group_interval_s
         self._written = written
+        self._appended = appended
         self._outer = outer
         self._check = check
-        self._reserves = reserves and durability != "sync"
+        self._syncs = durability == "sync"
+        self._reserves = reserves and not self._syncs
         self._threads = Combiner(self._commit)
-        self._turn = threading.Condition()
-        self._leading = False
         self._closed = False
+        self._starting = threading.Lock()
         self._flusher: threading.Thread | None = None
         self._dirty = threading.Event()
         self._stop = threading.Event()
@@ -168,6 +173,7 @@ class CommitLog:
         else:  # whoever holds that lock must not wait for a thread that waits for it
             with self._outer:
                 self._append([entry])
+            self._appended()
             self._finish([entry])
         if entry.error is not None:
             raise entry.error
@@ -175,6 +181,7 @@ class CommitLog:
 
     def _commit(self, entries: list[_Entry]) -> None:
         self._append(entries)
+        self._appended()
         self._finish(entries)
 
     def _append(self, entries: list[_Entry]) -> None:
@@ -197,7 +204,7 @@ class CommitLog:
                 if len(entries) == 1:
                     raise
                 self._write_singly(entries)
-            if self._durability != "sync":
+            if not self._syncs:
                 words[c.PUBLISHED] = words[c.APPENDED]
             for entry in entries:
                 entry.retirements = words[c.RETIREMENTS]
@@ -226,7 +233,7 @@ class CommitLog:
 
     def _finish(self, entries: list[_Entry]) -> None:
         """Return when the operations are as durable as configured."""
-        if self._durability == "sync":
+        if self._syncs:
             for entry in reversed(entries):  # the last one's flush is that of all
                 if entry.error is None:
                     try:
@@ -246,10 +253,13 @@ class CommitLog:
             draft = entry.draft
             operation = draft.operation
             entry.lsn, entry.first_id = lsn, next_id
-            count = len(draft.content_crcs) if operation.kind == codec.ADD else 0
+            count = 0
             if draft.rows is not None:
-                crcs = frames.stamp_rows(draft.rows, operation.lengths, draft.content_crcs, next_id)
-                operation = operation._replace(rows=draft.rows, row_crcs=crcs)
+                kind, body, body_crc, _, lengths, _ = operation
+                crcs = frames.stamp_rows(draft.rows, lengths, draft.content_crcs, next_id)
+                operation = Operation(kind, body, body_crc, draft.rows, lengths, crcs)
+                if kind == codec.ADD:
+                    count = len(draft.content_crcs)
             stamped.append(Stamped(lsn, next_id if count else 0, operation))
             lsn += 1
             next_id += count
@@ -257,6 +267,8 @@ class CommitLog:
         words[c.APPENDING] = 1
         try:
             places = self._adapter.append(stamped, words[c.DURABLE])
+            if self._syncs:
+                self._adapter.hasten()
         except LogInterrupted:
             raise  # APPENDING stays set: the next append retires the log
         except Exception:
@@ -304,8 +316,8 @@ class CommitLog:
     def flush(self, lsn: int, retirements: int | None = None) -> None:
         """Return when everything up to `lsn` is durable.
 
-        Threads of this process elect a leader; leaders of several processes take turns, and each
-        covers what the others have appended meanwhile.
+        Leaders take turns, of this process and of others, and each covers what has been appended
+        meanwhile.
 
         Args:
             lsn: As returned by an append.
@@ -321,17 +333,7 @@ class CommitLog:
                 return
             if words[c.DURABLE] >= lsn:
                 return
-            with self._turn:
-                if self._leading:
-                    self._turn.wait(1.0)
-                    continue
-                self._leading = True
-            try:
-                self._lead(lsn, retirements)
-            finally:
-                with self._turn:
-                    self._leading = False
-                    self._turn.notify_all()
+            self._lead(lsn, retirements)
 
     def _judge_retired(self, lsn: int, retirements: int) -> None:
         words = self._control.words
@@ -446,7 +448,7 @@ class CommitLog:
 
     def _start_flusher(self) -> None:
         if self._flusher is None or not self._flusher.is_alive():
-            with self._turn:
+            with self._starting:
                 if self._flusher is None or not self._flusher.is_alive():
                     self._flusher = threading.Thread(
                         target=self._flush_in_time, name="expbuf-flush", daemon=True

@@ -479,6 +479,12 @@ class PersistenceAdapter(ABC):
         All of them or, on an error, none. `durable_lsn` is what is known to be durable now.
         """
 
+    def hasten(self) -> None:  # noqa: B027  (optional)
+        """What this process appended last is about to be synced: start to write it out.
+
+        Called right behind `append` (append lock held); must not wait, and must not fail.
+        """
+
     @abstractmethod
     def sync(self) -> None:
         """Make durable what any process appended before the call (flush lock held).

@@ -101,6 +101,7 @@ def _make_commit_log(session: Session, append_lock: Lock, flush_lock: Lock) -> N
         durability="os" if in_memory else session.config.durability,
         group_interval_s=session.config.group_interval_ms / 1000,
         written=session.replica.written,
+        appended=session.upkeep.after_commit,
         outer=session.outer_lock,
         check=session.check_folder,
         reserves=not in_memory,

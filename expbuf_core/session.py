@@ -266,7 +266,6 @@ class Session:
                 count=count,
                 seconds=time.monotonic() - started,
             )
-        self.upkeep.after_commit()
         return lsn, first_id, count
 
     # ------------------------------------------------------------ representation

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 
 import pytest
 
-from expbuf_core.combining import Combiner
+from expbuf_core.combining import Combiner, _Place
 
 TIMEOUT_S = 30.0
 
@@ -116,31 +117,53 @@ def test_an_error_reaches_all_of_its_batch_and_nobody_else() -> None:
     assert {number: str(error) for number, error in scene.errors.items()} == {1: "no", 2: "no"}
 
 
+def interrupt_when(fact: Callable[[], bool]) -> threading.Thread:
+    """SIGINT to the main thread once `fact` holds; a lock that it waits for lets it go."""
+
+    def kill() -> None:
+        wait_for(fact)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
 def test_one_who_is_interrupted_while_waiting_leaves_the_queue() -> None:
     scene = Scene()
     scene.start(0)
-    place = scene.start(1)
-    scene.start(2)
     queue = scene.combiner._queue
-
-    class Interrupted:
-        def acquire(self) -> None:
-            raise KeyboardInterrupt
-
-    # As the thread of `1` would: its wait is interrupted, once before and once after its turn came.
-    first = next(each for each in queue if each.item is place)
-    real, first.wake = first.wake, Interrupted()  # type: ignore[assignment]
+    killer = interrupt_when(lambda: len(queue) == 1)
     with pytest.raises(KeyboardInterrupt):
-        scene.combiner._wait(first)
-    first.wake = real
-    assert [each.item.number for each in queue] == [2]
-    first.leads = True  # the turn had come to it
-    first.wake = Interrupted()  # type: ignore[assignment]
-    with pytest.raises(KeyboardInterrupt):
-        scene.combiner._wait(first)
-    assert queue[0].leads  # and was handed on
-    first.leads = False
-    first.wake = real
-    first.wake.release()
+        scene.combiner.do(Item(1))
+    killer.join(TIMEOUT_S)
+    assert not queue
+    scene.start(2)
     scene.end(2)
-    assert [2] in scene.batches
+    assert scene.batches == [[0], [2]]
+
+
+def test_one_whose_turn_had_come_when_it_was_interrupted_hands_it_on() -> None:
+    scene = Scene()
+    scene.start(0)
+    mine = _Place(Item(1))
+    mine.wake.acquire()
+    queue = scene.combiner._queue
+    queue.append(mine)
+    scene.start(2)
+    scene.gate.release()
+    wait_for(lambda: mine.leads)
+    scene.combiner._leave(mine)  # as `do` does when its thread is interrupted there
+    assert scene.at_work.acquire(timeout=TIMEOUT_S)
+    scene.end(1)
+    assert scene.batches == [[0], [2]]
+
+
+def test_a_leader_who_is_interrupted_hands_on() -> None:
+    scene = Scene()
+    scene.start(0)
+    scene.error = KeyboardInterrupt()
+    scene.start(1)
+    scene.end(2)
+    assert isinstance(scene.errors[0], KeyboardInterrupt)
+    assert scene.batches == [[0], [1]]

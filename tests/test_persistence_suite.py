@@ -421,6 +421,20 @@ class LosesOnSwitching(FilePersistenceAdapter):
         super().switch(next_lsn, durable_lsn)
 
 
+class HastensByAppending(FilePersistenceAdapter):
+    """What it wants to be written early it writes once more, wherever the log has got to."""
+
+    _last: Sequence[Stamped] = ()
+
+    def append(self, stamped: Sequence[Stamped], durable_lsn: int) -> list[Appended]:
+        self._last = stamped
+        return super().append(stamped, durable_lsn)
+
+    def hasten(self) -> None:
+        if self._last:
+            super().append(self._last, 0)
+
+
 class MovesPinsWithTheFile(FilePersistenceAdapter):
     """Locations are those of another file after a retirement."""
 
@@ -473,6 +487,7 @@ CAUGHT: list[tuple[type[PersistenceAdapter], str]] = [
     (RetiresTooMuch, "test_p17_retires"),
     (RetiresTooLittle, "test_p17_retires"),
     (MovesPinsWithTheFile, "test_p17_retires"),
+    (HastensByAppending, "test_p19_hastens"),
     (ReadsOn, "test_p20_follows_from_anywhere"),
     (SeesNoGrowth, "test_p20_follows_as_it_grows"),
     (NeverSkips, "test_p22_skips_its_own"),

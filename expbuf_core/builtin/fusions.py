@@ -112,9 +112,10 @@ def _unit(part: NDArray[np.float32], length: float) -> NDArray[np.float32]:
     """Scale every row to this length; rows of zeros stay zero."""
     low, high = _SAFE
     if len(part) == 1:  # three times as fast as the general way, and searches come one by one
-        square = float(np.vdot(part, part))  # the one product that overflows without a warning
+        row = part[0]
+        square = float(row.dot(row))  # unlike `@` it overflows without a warning
         if low < square < high:
-            return part * np.float32(length / math.sqrt(square))
+            return part * (length / math.sqrt(square))
     else:
         squares = np.einsum("ij,ij->i", part, part)
         if low < squares.min(initial=1) and squares.max(initial=1) < high:

@@ -1,4 +1,4 @@
-"""P10 to P18: appending, making durable, retiring."""
+"""P10 to P19: appending, making durable, retiring."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from expbuf_core.testing.recording import RecordingFileSystem
 
 
 class Appending(PersistenceBase):
-    """P10 to P18."""
+    """P10 to P19."""
 
     def test_p10_all_or_nothing(self, tmp_path: Path) -> None:
         """P10, P40: of an append that raises, nothing is followed or recovered."""
@@ -382,6 +382,24 @@ class Appending(PersistenceBase):
         assert found == [lsn for lsn in core.wrote if lsn <= len(found)], f"found {found}"
         assert len(found) >= core.durable
         place.close()
+
+    def test_p19_hastens(self, tmp_path: Path) -> None:
+        """P19: what was appended may be on its way to the disk before it is synced."""
+        core = self.core(tmp_path).create()
+        core.adapter.hasten()  # nothing was appended yet
+        for count in (1, 40, 1):
+            core.extend(count)
+            core.adapter.hasten()
+            core.follows()
+        core.sync()
+        core.adapter.hasten()  # all of it is on the disk already
+        core.adapter.switch(core.next_lsn, core.durable)
+        core.adapter.hasten()
+        core.extend(2)
+        core.adapter.hasten()
+        core.follows()
+        if self.durable():
+            core.sync().reopen().follows()
 
 
 class _Syncs(FileSystem):

@@ -39,9 +39,10 @@ from expbuf_file.verifying import verify_file
 from expbuf_file.writing import begin_frame, end_frame, lay_out, pages, repeated
 
 # Words shared between processes, written under the append lock (SYNCED: the flush lock).
-_FILE, _DATA_END, _INDEX_END, _SYNCED = 0, 1, 2, 3
+_FILE, _DATA_END, _INDEX_END, _SYNCED, _WRITTEN = 0, 1, 2, 3, 4
 
 _ZEROS = bytes(1 << 20)
+_LARGE = 1 << 16  # a commit that pays for its own changes of metadata
 _SPARSE = 0.25  # a sealed file with a smaller live share is emptied
 _MOVED_BYTES = 64 << 20  # at a time
 
@@ -59,6 +60,7 @@ class _Writable:
     index_size: int
     salt: bytes
     followed: bool = False  # the next pair is prepared
+    last: tuple[int, int] = (0, 0)  # where the newest commit of this process stands
 
 
 class FilePersistenceAdapter(PersistenceAdapter):
@@ -150,7 +152,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
 
     def _set_end(self, number: int, data_end: int, index_end: int) -> None:
         self._words[_FILE] = number
-        self._words[_DATA_END] = data_end
+        self._words[_DATA_END] = self._words[_WRITTEN] = data_end
         self._words[_INDEX_END] = index_end
 
     def _current(self) -> _Writable:
@@ -202,6 +204,8 @@ class FilePersistenceAdapter(PersistenceAdapter):
             return self.append(stamped, durable_lsn)
         try:
             with storage_errors("write", current.data_path):
+                if data_end > self._words[_WRITTEN]:
+                    self._write_ahead(current, data_at, data_end)
                 self._fs.pwritev(current.data_fd, data, data_at)
             with storage_errors("write", current.index_path):
                 self._fs.pwritev(current.index_fd, index, index_at)
@@ -210,7 +214,27 @@ class FilePersistenceAdapter(PersistenceAdapter):
             raise
         self._words[_DATA_END] = data_end
         self._words[_INDEX_END] = index_end
+        current.last = (data_at, data_end)
         return places
+
+    def _write_ahead(self, current: _Writable, data_at: int, data_end: int) -> None:
+        """Let small commits overwrite zeros that were written; a large one takes room as it is.
+
+        The first sync of room that was only reserved writes metadata, too, which takes longer than
+        the sync of a small commit itself. For a large commit it is not worth writing twice.
+        """
+        if data_end - data_at < _LARGE:
+            end = min(data_at + len(_ZEROS), current.data_size)
+            self._fs.pwrite(current.data_fd, memoryview(_ZEROS)[: end - data_at], data_at)
+            self._words[_WRITTEN] = end
+        else:
+            self._words[_WRITTEN] = data_end
+
+    def hasten(self) -> None:
+        current = self._writable
+        if current is not None and self._settings.commit != "rename":
+            start, end = current.last
+            self._fs.start_writing(current.data_fd, start, end - start)
 
     def _append_by_rename(self, stamped: Sequence[Stamped], durable_lsn: int) -> list[Appended]:
         """Let a commit appear as a log file of its own, whole and durable or not at all."""

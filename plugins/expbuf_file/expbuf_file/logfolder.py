@@ -16,7 +16,6 @@ from expbuf_file import layout
 from expbuf_file.logfile import BadFrame, Begin, Frame, LogFile
 from expbuf_file.writing import begin_frame, lay_out, pages
 
-_ZEROS = bytes(1 << 20)
 _MAX_HANDLES = 256
 INDEX_SLACK = 1 << 16
 
@@ -177,13 +176,7 @@ class LogFolder:
             fd = self.fs.open(temporary, create=True)
             try:
                 self.fs.truncate(fd, 0)
-                if log == layout.DATA:
-                    # Written zeros, not just reserved blocks: a later fsync then has no metadata
-                    # to write.
-                    for at in range(0, size, len(_ZEROS)):
-                        self.fs.pwrite(fd, memoryview(_ZEROS)[: size - at], at)
-                else:
-                    self.fs.allocate(fd, size)
+                self.fs.allocate(fd, size)
                 self.fs.pwrite(fd, layout.encode_header(header), 0)
                 if first:
                     self.fs.pwritev(fd, list(first), layout.HEADER_BYTES)

@@ -1,0 +1,177 @@
+"""Checking, scoring, fusing and encoding what comes in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expbuf_core import Experience, codec, frames
+from expbuf_core.builtin.fusions import FusionSettings, WeightedConcat, WeightedSum
+from expbuf_core.builtin.scorers import (
+    AbsoluteReward,
+    AbsoluteRewardSettings,
+    TDError,
+    TDErrorSettings,
+    WeightedSumScorer,
+    WeightedSumSettings,
+)
+from expbuf_core.commit import Draft
+from expbuf_core.errors import InvalidExperience
+from expbuf_core.intake import COLUMNS, Intake
+
+NOW = 1_700_000_000.0
+V = np.linspace(-1, 1, 8, dtype=np.float32)
+Q = np.linspace(2, 3, 8, dtype=np.float32)
+SCORERS = [
+    WeightedSumScorer(WeightedSumSettings(reward_scale=0.3)),
+    AbsoluteReward(AbsoluteRewardSettings()),
+    TDError(TDErrorSettings()),
+]
+GIVEN: list[dict[str, Any]] = [
+    {},
+    {"confidence": 0.3},
+    {"confidence": 0.1, "rewards": 1.7},
+    {"confidence": 0.7, "rewards": {"exact": -0.2, "format": 0.1}},
+    {"rewards": 3e38},
+    {"probabilities": np.array([0.2, 0.5, 0.3], np.float32), "confidence": 0.9},
+    {"timestamp": NOW - 5000.0, "rewards": -2.0},
+    {"timestamp": NOW + 5000.0},
+    {"metadata": {"value": 0.25, "next_value": 0.5, "nested": [1, None]}},
+    {"question": "what is it? «ü»\n\ud800", "answer": "a cat"},
+    {"answer": ["a", 1, {"b": None}], "trajectory": {"states": np.arange(3), "raw": b"\0\1"}},
+    {"tags": ("a", "b")},
+    {"key": "k"},
+    {"tags": ("a",), "key": "k", "image": b"png", "question": "q"},
+]
+
+
+def intake(scorer: Any = SCORERS[0], fusion: Any = None, **changed: Any) -> Intake:
+    arguments: dict[str, Any] = {
+        "v_dim": 8,
+        "q_dim": 8,
+        "metric": "cosine",
+        "fusion": fusion or WeightedSum(FusionSettings()),
+        "scorer": scorer,
+        "max_experience_bytes": 1 << 20,
+        "max_commit_bytes": 1 << 24,
+        "representation": 3,
+    }
+    return Intake(**{**arguments, **changed})
+
+
+def example(**given: Any) -> Experience:
+    return Experience(**{"v_embed": V, "q_embed": Q, "timestamp": NOW, **given})
+
+
+def content(draft: Draft) -> tuple[bytes, bytes, list[int], list[int]]:
+    assert draft.rows is not None
+    operation = draft.operation
+    return bytes(operation.body), bytes(draft.rows), operation.lengths.tolist(), draft.content_crcs
+
+
+@pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: type(scorer).__name__)
+@pytest.mark.parametrize("given", GIVEN, ids=lambda given: "-".join(given) or "plain")
+def test_one_is_many_of_one(
+    scorer: Any, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time", lambda: NOW)
+    made = intake(scorer)
+    item = example(**given)
+    assert content(made.one(item, None)) == content(made.many([item], None))
+    assert content(made.one(item, 0.75)) == content(made.many([item], [0.75]))
+
+
+@pytest.mark.parametrize("metric", ["cosine", "inner_product", "l2"])
+@pytest.mark.parametrize("fusion", [WeightedSum, WeightedConcat])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e15])
+def test_one_is_fused_as_many_are(metric: str, fusion: Any, scale: float) -> None:
+    made = intake(fusion=fusion(FusionSettings(normalize_parts=False)), metric=metric)
+    item = example(v_embed=V * np.float32(scale))
+    assert content(made.one(item, 1.0)) == content(made.many([item], [1.0]))
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=lambda given: "-".join(given) or "plain")
+def test_columns_say_what_objects_say(given: dict[str, Any], rng: np.random.Generator) -> None:
+    items = [
+        example(v_embed=rng.normal(size=8).astype(np.float32), **(given if i % 2 else {}))
+        for i in range(5)
+    ]
+    columns = {
+        name: np.stack([getattr(item, name) for item in items])
+        if name.endswith("_embed")
+        else [getattr(item, name) for item in items]
+        for name in COLUMNS
+    }
+    priorities = [0.5] * 5  # ages differ by the time between both
+    made = intake()
+    as_columns, as_objects = made.columns(columns, priorities), made.many(items, priorities)
+    assert as_columns.operation.body == as_objects.operation.body
+    for one, other in zip(rows(as_columns), rows(as_objects), strict=True):
+        assert same(told(one), told(other))
+
+
+def told(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without what says as much as its absence."""
+    return {k: x for k, x in fields.items() if not isinstance(x, str | list) or x}
+
+
+def rows(draft: Draft) -> list[dict[str, Any]]:
+    found, at = [], 0
+    assert draft.rows is not None
+    for length in draft.operation.lengths.tolist():
+        found.append(dict(codec.decode_row(draft.rows[at : at + length]).fields))
+        at += length
+    return found
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray):
+        return bool(np.array_equal(a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return bool(a == b)
+
+
+def test_stamped_rows_are_intact() -> None:
+    items = [example(question="x" * (7 * i % 100)) for i in range(50)]
+    draft = intake().many(items, None)
+    assert draft.rows is not None
+    lengths = draft.operation.lengths
+    first = (1 << 40) - 20  # ids of five and of six bytes
+    seals = frames.stamp_rows(draft.rows, lengths, draft.content_crcs, first)
+    at = 0
+    for i, length in enumerate(lengths.tolist()):
+        assert frames.check_row(draft.rows[at : at + length]) == (first + i, seals[i])
+        at += length
+
+
+def test_a_reward_beyond_float32_is_refused_one_by_one_and_together() -> None:
+    for bad in (1e39, -1e39):
+        with pytest.raises(InvalidExperience, match="rewards"):
+            intake().one(example(rewards=bad), None)
+        with pytest.raises(InvalidExperience, match="rewards"):
+            intake().many([example(), example(rewards=bad)], None)
+
+
+def test_what_is_too_large_is_refused_one_by_one_and_together() -> None:
+    large = example(question="x" * 3000)
+    for made in (intake(max_experience_bytes=2000), intake(max_commit_bytes=2000)):
+        with pytest.raises(InvalidExperience, match="max_"):
+            made.one(large, None)
+        with pytest.raises(InvalidExperience, match="max_"):
+            made.many([large], None)
+
+
+def test_embeddings_of_another_layout_are_taken_as_they_are_meant() -> None:
+    made = intake()
+    plain = content(made.one(example(), 1.0))
+    for value in (
+        V.astype(np.float64),
+        V.astype(">f4"),
+        np.repeat(V, 2)[::2],
+        V.tolist(),
+        np.asfortranarray(V[None])[0],
+    ):
+        assert content(made.one(example(v_embed=value), 1.0)) == plain
