@@ -92,6 +92,10 @@ class BufferReplaced(ExpbufError, RuntimeError):
     """The folder under an open buffer was removed, replaced or restored; open it again."""
 
 
+class ReentrantCall(ExpbufError, RuntimeError):
+    """A signal handler or finalizer used the buffer in the middle of a call of the same thread."""
+
+
 class ReadOnlyBuffer(ExpbufError, PermissionError):
     """A write was asked of a buffer that is open in mode 'r'."""
 

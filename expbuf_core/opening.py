@@ -8,6 +8,7 @@ who is alive has seen the recovery through".
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,13 @@ from expbuf_core import control as c
 from expbuf_core.commit import CommitLog, Draft, Lock
 from expbuf_core.contracts import PersistenceAdapter, PersistenceContext, Words
 from expbuf_core.control import Control
-from expbuf_core.errors import ConfigError, CorruptionError, PluginContractError, StorageError
+from expbuf_core.errors import (
+    ConfigError,
+    CorruptionError,
+    PluginContractError,
+    PluginError,
+    StorageError,
+)
 from expbuf_core.filesystem import storage_errors
 from expbuf_core.locks import OpenLock, ProcessLock, ThreadLock, opener
 from expbuf_core.recovery import Loaded, RecoveryReport
@@ -211,6 +218,7 @@ def _enter(session: Session, path: Path, first: bool) -> tuple[Loaded, bool]:
     if identity is None:
         folder.check_new(path)
         session.uuid, backend = folder.new_uuid(), session.config.persistence.backend
+        _check_other_logs(session, path, backend)
     else:
         _check_backend(session, identity.backend)
         session.uuid, backend = identity.uuid, identity.backend
@@ -238,6 +246,7 @@ def _enter(session: Session, path: Path, first: bool) -> tuple[Loaded, bool]:
         replica = _make_replica(session, backend)
         session.adapter.attach()
         loaded = recovery.follow_from_snapshot(replica, path)
+        replica.broken = False
     _make_commit_log(session, append_lock, flush_lock)
     return loaded, clean
 
@@ -250,6 +259,34 @@ def _check_backend(session: Session, stored: str) -> None:
             f"move it: expbuf migrate {session.path} TARGET --persistence {wanted}",
             key="persistence.backend",
         )
+
+
+def _check_other_logs(session: Session, path: Path, backend: str) -> None:
+    """A folder without identity may hold what another backend keeps: its `create` cannot know."""
+    with storage_errors("list", path):
+        if not set(os.listdir(path)) - {folder.LOCKS, folder.CONTROL}:
+            return
+    registry = session.registry
+    for name in registry.names("persistence"):
+        provider = registry.get("persistence", name)
+        if name == backend or "durable" not in provider.capabilities:
+            continue
+        uuid = b""
+        with contextlib.suppress(StorageError, ConfigError, PluginError):
+            settings = registry.settings("persistence", name, {})
+            context = PersistenceContext(
+                path=path, uuid=bytes(16), fs=session.fs, words=[0] * 8, writable=False
+            )
+            with contextlib.closing(provider.factory(settings, context)) as adapter:
+                uuid = adapter.identify()
+        if uuid:
+            raise CorruptionError(
+                f"{path}: holds the log of a buffer that the backend {name!r} keeps, but "
+                f"{folder.IDENTITY} is missing; restore it from a backup or run `expbuf repair`. "
+                "If nothing was ever added to it, remove the folder",
+                path=path / folder.IDENTITY,
+                offset=0,
+            )
 
 
 def _check_several(session: Session, backend: str, first: bool) -> None:
@@ -299,6 +336,7 @@ def _to_read(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
         session.generation = live.words[c.GENERATION]
         session.adapter.attach()
         loaded, clean = recovery.follow_from_snapshot(replica, path), False
+        replica.broken = False
     else:
         # Nobody has it open: recover in private, and change nothing.
         witness, clean = 0, False

@@ -11,7 +11,7 @@ from expbuf_core import snapshots
 from expbuf_core.contracts import LogGone
 from expbuf_core.errors import CorruptionError
 from expbuf_core.replica import Replica
-from expbuf_core.state import runs
+from expbuf_core.state import State, runs
 
 _log = logging.getLogger("expbuf")
 _TRIES = 10
@@ -108,12 +108,19 @@ def recover(replica: Replica, path: Path, witness: int) -> Loaded:
 
 
 def follow_from_snapshot(replica: Replica, path: Path) -> Loaded:
-    """Load the newest snapshot and follow the log that live processes write."""
+    """Load the newest snapshot and follow the log that live processes write.
+
+    The replica stays `broken`, that is, nobody uses it, until the caller has loaded its index.
+    """
     for attempt in range(_TRIES):
         state, errors = snapshots.newest(path, replica.uuid)
         with replica.lock:
-            # Without a snapshot, too: its place may be in a log that another session has closed.
-            replica.reset(replica.state if state is None else state)
+            if state is None:
+                # Without a snapshot, too: its place may be in a log that another session has
+                # closed.
+                state = State() if replica.broken else replica.state
+            replica.broken = True
+            replica.reset(state)
             lsn, added = replica.state.lsn, replica.state.total_added
             try:
                 replica.follow_to(replica.control.published())

@@ -17,10 +17,11 @@ from expbuf_core.contracts import (
     Appended,
     LogFollower,
     LoggedOperation,
+    LogGone,
     PersistenceAdapter,
 )
 from expbuf_core.control import DURABLE, INDEX_GENERATION, RETIREMENTS, Control
-from expbuf_core.errors import CorruptionError
+from expbuf_core.errors import CorruptionError, ReentrantCall, StorageError
 from expbuf_core.frames import damaged_payload
 from expbuf_core.sampling import PrioritySampler, Settings
 from expbuf_core.segments import Manifest
@@ -77,6 +78,8 @@ class Replica:
         self.refused: set[int] = set()  # adds that came too late for their representation
         self.counts: dict[int, int] = {}  # of own operations, until their caller has read them
         self.evicted = 0  # since it was last told
+        self._following_now = False
+        self.broken = False  # an operation may be applied in part: see `_catch_up`
         self.reset(State())
 
     def reset(self, state: State) -> None:
@@ -143,15 +146,20 @@ class Replica:
         """Apply what has been published since; one comparison where that is nothing.
 
         Raises:
-            LogGone: This replica lags so far behind that it must start from the newest snapshot.
+            LogGone: This replica must start from the newest snapshot: it lags too far behind, or
+                an exception came in the middle of an operation.
+            ReentrantCall: This thread is in here already.
         """
         control = self.control
         if (
             control.published() == self.state.lsn
             and control.words[RETIREMENTS] == self._retirements
+            and not self.broken
         ):
             return
         with self.lock:
+            if self.broken:
+                raise LogGone
             self._catch_up(self.control.published())
 
     def follow_to(self, lsn: int) -> None:
@@ -176,6 +184,31 @@ class Replica:
         self._settled = min(durable, state.lsn)
 
     def _catch_up(self, published: int) -> None:
+        """Apply what there is (lock held).
+
+        A signal handler may raise between any two instructions of the main thread; Ctrl-C does. A
+        replica that was stopped in the middle is thrown away: the log has it all.
+        """
+        if self._following_now:
+            raise ReentrantCall(
+                "the buffer was called by a signal handler or finalizer that interrupted a call "
+                "of the same thread; let it set a flag, or call from another thread"
+            )
+        self._following_now = True
+        try:
+            self._apply_published(published)
+        except LogGone:
+            raise
+        except StorageError:  # from reading: what was read before it is applied
+            self._leave_log()
+            raise
+        except BaseException:
+            self.broken = True
+            raise
+        finally:
+            self._following_now = False
+
+    def _apply_published(self, published: int) -> None:
         self._settle()
         state = self.state
         while state.lsn < published:
@@ -223,6 +256,13 @@ class Replica:
 
     def apply(self, *run: LoggedOperation) -> Change:
         """Apply the next operation or run to columns, tiers and sampler (lock held)."""
+        try:
+            return self._apply(*run)
+        except BaseException:
+            self.broken = True
+            raise
+
+    def _apply(self, *run: LoggedOperation) -> Change:
         state, tiers = self.state, self.tiers
         change = state.apply(*run)
         if change.settings:
@@ -269,11 +309,11 @@ class Replica:
         vectors = np.concatenate([block for block in blocks if len(block)])
         order = np.argsort(ids, kind="stable")
         kept = self.tiers
-        self.tiers = IndexTiers(kept.metric, kept.representation)
-        self.tiers.segments = kept.segments
-        self.tiers.lsn, self.tiers.generation = kept.lsn, kept.generation
-        self.tiers.end_id = kept.end_id
-        self.tiers.append(ids[order], vectors[order])
+        tiers = IndexTiers(kept.metric, kept.representation)
+        tiers.segments = kept.segments
+        tiers.lsn, tiers.generation, tiers.end_id = kept.lsn, kept.generation, kept.end_id
+        tiers.append(ids[order], vectors[order])
+        self.tiers = tiers
         return len(missing)
 
     def _fused(self, ids: NDArray[np.int64], refuse: Refuse) -> Iterator[NDArray[np.float32]]:

@@ -210,10 +210,15 @@ class Session:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        """Load the newest snapshot and follow from there: the log behind this replica is gone."""
-        assert self.path is not None
+        """Load the newest snapshot and follow from there.
+
+        The log behind this replica is gone, or an exception has left it half-way.
+        """
         with self.replica.lock:
-            recovery.follow_from_snapshot(self.replica, self.path)
+            if self.path is None:
+                self.upkeep.load_base()
+            else:
+                recovery.follow_from_snapshot(self.replica, self.path)
             self.load_index()
 
     def catch_up_after_deletion(self, attempt: int) -> None:
@@ -420,7 +425,7 @@ class Session:
         with replica.lock:
             self._follow_fusion()
             if settings["v_dim"] is None or settings["q_dim"] is None:
-                replica.incomplete = False  # there is nothing in it
+                replica.incomplete = replica.broken = False  # there is nothing in it
                 return
             intake = self._intake
             if intake is None or self._is_outdated():
@@ -429,7 +434,7 @@ class Session:
             words = self.control.words
             if self.path is None:
                 replica.fill(intake.refuse)
-                replica.incomplete = False
+                replica.incomplete = replica.broken = False
                 return
             for _ in range(_TRIES):
                 manifest, opened = self._next_index() or indexing.load(
@@ -440,7 +445,7 @@ class Session:
                 replica.adopt(manifest, opened, words[c.INDEX_GENERATION])
                 try:
                     replica.fill(intake.refuse)
-                    replica.incomplete = False
+                    replica.incomplete = replica.broken = False
                     return
                 except LogGone:
                     # Payloads were evicted and deleted since this replica looked: look again.

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from expbuf_core.contracts import LogGone
 from expbuf_core.errors import ExpbufError, StorageFull
 from expbuf_core.locks import holder
 from expbuf_core.relog import relog_draft
+from expbuf_core.state import State
 
 if TYPE_CHECKING:
     from expbuf_core.session import Session
@@ -49,6 +50,7 @@ class Upkeep:
         self._builder: int | None = None  # pid
         self._adopting = threading.Lock()
         self._dropped_at = 0
+        self._base: tuple[dict[str, Any], dict[str, NDArray[Any]]] | None = None  # as of then
         self._snapshot_lsn = 0  # of the snapshot behind which experiences are counted, and
         self._snapshot_rows = 0  # what the counter of added ones said then
 
@@ -57,6 +59,13 @@ class Upkeep:
         words = self._session.control.words
         self._snapshot_lsn = words[c.SNAPSHOT_LSN]
         self._snapshot_rows = words[c.ROWS_ADDED] - rows
+
+    def load_base(self) -> None:
+        """Begin a replica in memory anew (its lock held)."""
+        replica = self._session.replica
+        replica.broken = True
+        replica.reset(State() if self._base is None else State.load(*self._base))
+        replica.follow_to(replica.control.published())
 
     # ------------------------------------------------------------ the thread
 
@@ -67,10 +76,18 @@ class Upkeep:
         if self._failed_at and time.monotonic() - self._failed_at < _RETRY_S:
             return
         self._busy = True
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="expbuf-upkeep", daemon=True)
-            self._thread.start()
-        self._wanted.put(True)
+        try:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="expbuf-upkeep", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._wanted.put(True)
+        except RuntimeError as exc:  # no more threads: the commit stands all the same
+            self._busy, self._failed_at = False, time.monotonic()
+            _log.warning("upkeep cannot begin and will be tried again: %s", exc)
+        except BaseException:
+            self._busy = False
+            raise
 
     def _run(self) -> None:
         while self._wanted.get():
@@ -109,6 +126,7 @@ class Upkeep:
             replica = session.replica
             with replica.lock:
                 ids, locations, _ = self._live_payloads()
+                self._base = replica.state.dump()
                 self._dropped_at = replica.state.lsn
                 session.adapter.drop_below(self._dropped_at, ids, locations)
             return

@@ -209,10 +209,22 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
             found = env.stats()["rows"]
         finally:
             release(env)
+        found = found or self._staged_rows()
         if found:
             raise layout.corrupt(
                 self.path, f"{found} experiences are there, and no buffer is; restore its identity"
             )
+
+    def _staged_rows(self) -> int:
+        """Experiences in a stage, whosever it is."""
+        stage = Stage(self._folder, self._fs)
+        with contextlib.closing(stage), contextlib.suppress(StorageError):
+            header = stage.header()
+            if header is not None:
+                _, salt, generation, base, *_ = header
+                found = stage.frames(STAGE_HEADER_BYTES, stage.size(), salt, generation, base)
+                return sum(frame.header.row_count for frame in found)
+        return 0
 
     def _make_environment(self, temporary: Path, salt: bytes, state: State, lsn: int) -> None:
         """Create it aside, complete and synced: LMDB's own creation is not atomic."""

@@ -53,36 +53,49 @@ class Tables:
 
 
 class _Gate:
-    """Lets many through, or one alone."""
+    """Lets many threads through, each once at a time, or one alone.
+
+    A signal handler that raises may take any step from the main thread, so what a thread has left
+    undone is recognised by its name when it comes again. (And so `with` stands before plain locks
+    only: the lock of a `Condition` may stay held where an exception comes into its `__enter__`.)
+    """
 
     def __init__(self) -> None:
-        self._turn = threading.Condition()
-        self._inside = 0
-        self._closed = False
+        self._lock = threading.Lock()
+        self._turn = threading.Condition(self._lock)
+        self._inside: set[int] = set()  # threads
+        self._alone = 0  # the thread that has it alone, or waits for that; 0: nobody
 
     def enter(self) -> None:
-        with self._turn:
-            while self._closed:
+        """Call `leave` even if this raises."""
+        me = threading.get_ident()
+        with self._lock:
+            while self._alone not in (0, me):
                 self._turn.wait()
-            self._inside += 1
+            if self._alone:
+                self._alone = 0
+                self._turn.notify_all()
+            self._inside.add(me)
 
     def leave(self) -> None:
-        with self._turn:
-            self._inside -= 1
-            if self._closed:
+        with self._lock:
+            self._inside.discard(threading.get_ident())
+            if self._alone:
                 self._turn.notify_all()
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Keep others out, and wait until nobody is inside; False if that took too long."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._turn:
-            while self._closed:
+        me = threading.get_ident()
+        with self._lock:
+            self._inside.discard(me)
+            while self._alone not in (0, me):
                 if not self._wait(deadline):
                     return False
-            self._closed = True
+            self._alone = me
             while self._inside:
                 if not self._wait(deadline):
-                    self._closed = False
+                    self._alone = 0
                     self._turn.notify_all()
                     return False
             return True
@@ -95,14 +108,15 @@ class _Gate:
         return True
 
     def open(self) -> None:
-        with self._turn:
-            self._closed = False
-            self._turn.notify_all()
+        with self._lock:
+            if self._alone == threading.get_ident():
+                self._alone = 0
+                self._turn.notify_all()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        self.close()
         try:
+            self.close()
             yield
         finally:
             self.open()
@@ -130,11 +144,16 @@ class Environment:
         try:
             self._env = self._opened()
             try:
-                self.tables = Tables(self._env)
-            except lmdb.MapResizedError:  # another process has grown it since we looked
-                self._env.set_mapsize(0)
-                self.tables = Tables(self._env)
-            self._map_size = self._env.info()["map_size"]
+                try:
+                    self.tables = Tables(self._env)
+                except lmdb.MapResizedError:  # another process has grown it since we looked
+                    self._env.set_mapsize(0)
+                    self.tables = Tables(self._env)
+                self._map_size = self._env.info()["map_size"]
+            except BaseException:
+                # LMDB refuses to open a file twice, so nobody could try again.
+                self._env.close()
+                raise
         except lmdb.ReadonlyError as exc:
             raise StorageError(f"cannot open {self.path}: {exc}") from exc
         except lmdb.NotFoundError as exc:
@@ -193,8 +212,8 @@ class Environment:
     def read(self, work: Callable[[Txn, Tables], T]) -> T:
         """Run `work` on one state of the file; it returns nothing that belongs to LMDB."""
         for attempt in range(_TRIES):
-            self._gate.enter()
             try:
+                self._gate.enter()
                 state, result, error = self._read_once(work)
                 if self._mode == PRIVATE and self._reused_since(state):
                     continue
@@ -251,8 +270,8 @@ class Environment:
         `work` may be run again where the map had to grow.
         """
         for _ in range(_TRIES):
-            self._gate.enter()
             try:
+                self._gate.enter()
                 size = self._map_size
                 with self._env.begin(write=True) as txn:
                     return work(txn, self.tables)
@@ -304,8 +323,8 @@ class Environment:
 
     def clear_dead_readers(self) -> int:
         """Free the places of readers that died; how many there were."""
-        self._gate.enter()
         try:
+            self._gate.enter()
             return self._env.reader_check() if self._mode != PRIVATE else 0
         except lmdb.Error as exc:
             raise wrapped(exc, "check the readers of", self.path) from exc
@@ -314,16 +333,16 @@ class Environment:
 
     def used_bytes(self) -> int:
         """Bytes of the file that were ever in use."""
-        self._gate.enter()
         try:
+            self._gate.enter()
             return (self._env.info()["last_pgno"] + 1) * self._page_bytes()
         finally:
             self._gate.leave()
 
     def last_transaction(self) -> int:
         """Number of the newest state."""
-        self._gate.enter()
         try:
+            self._gate.enter()
             return self._env.info()["last_txnid"]
         finally:
             self._gate.leave()
@@ -345,8 +364,8 @@ class Environment:
             }
 
         facts = self.read(counted)
-        self._gate.enter()
         try:
+            self._gate.enter()
             info = self._env.info()
             facts["map_bytes"] = info["map_size"]
             facts["used_bytes"] = (info["last_pgno"] + 1) * self._page_bytes()

@@ -103,6 +103,43 @@ def test_a_creation_that_died_is_taken_up(tmp_path: Path) -> None:
         ExperienceBuffer.open(folder, persistence={"backend": "lmdb"})
 
 
+@pytest.mark.parametrize("durability", ["sync", "os"])
+@pytest.mark.parametrize("backend", ["lmdb", "file"])
+def test_a_buffer_whose_identity_is_lost_is_not_begun_anew(
+    tmp_path: Path, durability: str, backend: str
+) -> None:
+    folder = tmp_path / "buffer"
+    buffer = ExperienceBuffer.open(folder, persistence="lmdb", durability=durability)
+    with contextlib.closing(buffer):
+        buffer.add(experience(1))
+        shutil.copytree(folder, tmp_path / "killed")  # at "os" the experience is staged only
+    (tmp_path / "killed" / "expbuf.json").unlink()
+    before = (tmp_path / "killed" / "log.mdb").read_bytes()
+    with pytest.raises(CorruptionError, match=r"expbuf\.json|identity"):
+        ExperienceBuffer.open(tmp_path / "killed", persistence=backend)
+    assert (tmp_path / "killed" / "log.mdb").read_bytes() == before
+
+
+def test_a_file_that_could_not_be_opened_can_be_tried_again(tmp_path: Path) -> None:
+    with ExperienceBuffer.open(tmp_path / "buffer", persistence="lmdb") as buffer:
+        buffer.add(experience(1))
+    path = tmp_path / "buffer" / "log.mdb"
+    raw = path.read_bytes()
+    damaged = bytearray(raw)
+    for page in (0, 1):  # the main database of both states begins at a page of something else
+        at = page * 4096 + 16 + 24 + 48 + 40
+        damaged[at : at + 8] = (0).to_bytes(8, "little")
+    path.write_bytes(damaged)
+    errors = []
+    for _ in range(2):
+        with pytest.raises(CorruptionError) as caught:
+            ExperienceBuffer.open(tmp_path / "buffer")
+        errors.append(caught)  # with all its frames
+    path.write_bytes(raw)
+    with ExperienceBuffer.open(tmp_path / "buffer") as buffer:
+        assert len(buffer) == 1
+
+
 # ---------------------------------------------------------------- the map
 
 
