@@ -18,8 +18,10 @@ from expbuf_core.filesystem import storage_errors
 from expbuf_file import layout
 
 _FIRST_WINDOW = 1 << 14
-_LAST_WINDOW = 1 << 20
+_LAST_WINDOW = 1 << 22
 _NO_LENGTHS: NDArray[np.uint32] = np.empty(0, np.uint32)
+NO_BOUND = 1 << 64  # above every LSN
+_KNOWN_LENGTHS = 1024
 
 
 class Begin(NamedTuple):
@@ -72,6 +74,7 @@ class LogFile:
         self._window_at = 0
         self._filled = 0
         self._ahead = _FIRST_WINDOW
+        self._lengths: dict[int, NDArray[np.uint32]] = {}  # of single rows, to be used again
 
     def __del__(self) -> None:
         fd = getattr(self, "fd", -1)
@@ -119,7 +122,7 @@ class LogFile:
 
     def begin(self) -> Begin | None:
         """The link to the log before, or None while the file is unused (or its link damaged)."""
-        found = self._frame(layout.HEADER_BYTES, self.size(), rows=False)
+        found = self.frame(layout.HEADER_BYTES, self.size(), rows=False)
         if isinstance(found, BadFrame) or found.header.kind != frames.LOG_BEGIN:
             return None
         previous, end, lsn = layout.BEGIN_BODY.unpack(found.body)
@@ -141,13 +144,14 @@ class LogFile:
             rows: Whether rows are there, and to be checked.
         """
         while offset < limit:
-            found = self._frame(offset, limit, rows=rows)
+            found = self.frame(offset, limit, rows=rows)
             yield found
             if isinstance(found, BadFrame):
                 return
             offset = found.end
 
-    def _frame(self, offset: int, limit: int, *, rows: bool) -> Frame | BadFrame:
+    def frame(self, offset: int, limit: int, *, rows: bool) -> Frame | BadFrame:
+        """The frame at `offset`; see `frames`."""
         start = frames.HEADER_BYTES
         at = self._reach(offset, start)
         header = None
@@ -193,6 +197,135 @@ class LogFile:
         if rows and bare + header.rows_len < size and any(raw[bare + header.rows_len :]):
             return BadFrame(offset, offset + bare + header.rows_len, "padding that is not zero")
         return Frame(offset, offset + size, header, body, lengths)
+
+    def operations(
+        self,
+        offset: int,
+        limit: int,
+        *,
+        rows: bool,
+        lsn: int | None = None,
+        until_lsn: int = NO_BOUND,
+    ) -> tuple[list[LoggedOperation], int]:
+        """Operations with successive LSNs that stand from `offset` on, as far as was read ahead.
+
+        Nothing is passed over and nothing is found fault with: this ends before the first frame
+        that is not plainly the next operation, intact. What that one is, `frames` says, which takes
+        several times as long for each.
+
+        Args:
+            offset: Where a frame begins.
+            limit: Where the file ends.
+            rows: Whether rows are there, and to be checked.
+            lsn: Of the first; None: any.
+            until_lsn: Of the last.
+
+        Returns:
+            The operations, perhaps none, and where the last of them ends.
+        """
+        operations: list[LoggedOperation] = []
+        header_bytes = frames.HEADER_BYTES
+        at = self._reach(offset, header_bytes)
+        window, window_at, epoch, salt_crc = (
+            self._window,
+            self._window_at,
+            self.number,
+            self.salt_crc,
+        )
+        end = min(self._filled, limit - window_at)
+        data_log, known = self.header.log == 0, self._lengths
+        places = epoch << layout.OFFSET_BITS
+        # Spelled out, not called: a call takes longer than what it does.
+        decode, decode_row = frames.HEADER.unpack_from, frames.SINGLE_ROW.unpack_from
+        pack_id, row_header = frames.ID.pack, frames.ROW_HEADER_BYTES
+        new = tuple.__new__
+        lengths: NDArray[np.uint32] | None
+        while (body_at := at + header_bytes) <= end:
+            (
+                magic,
+                header_crc,
+                number,
+                _,
+                place,
+                first_id,
+                of,
+                kind,
+                _,
+                body_len,
+                body_crc,
+                n,
+                table_crc,
+                rows_len,
+            ) = decode(window, at)
+            if lsn is None:
+                lsn = number
+            if (
+                magic != frames.MAGIC
+                or number != lsn
+                or number > until_lsn
+                or of != epoch
+                or kind >= frames.LOG_BEGIN
+                or crc32(window[at + 8 : body_at], salt_crc) != header_crc
+            ):
+                break
+            table_at = body_at + body_len
+            rows_at = table_at + 8 * n
+            behind = rows_at + rows_len if data_log else rows_at
+            following = behind + (at - behind) % 8
+            if (following if rows else rows_at) > end or window_at + following > limit:
+                break
+            if data_log and place != window_at + at:
+                break
+            body = bytes(window[body_at:table_at])
+            if crc32(body) != body_crc:
+                break
+            if n == 1:
+                if crc32(window[table_at:rows_at]) != table_crc:
+                    break
+                if rows:
+                    if rows_len < row_header:
+                        break
+                    length, seal, id_, crc, own_seal = decode_row(window, table_at)
+                    if (
+                        id_ != first_id
+                        or own_seal != seal
+                        or crc32(window[rows_at + row_header : behind]) != crc
+                        or crc32(pack_id(id_), crc) != seal
+                    ):
+                        break
+                else:
+                    length = frames.SIZE.unpack_from(window, table_at)[0]
+                if length != rows_len:
+                    break
+                lengths = known.get(length)
+                if lengths is None:
+                    lengths = self._lengths_of(length)
+            elif n:
+                table = frames.table_at(window, table_at, n, table_crc)
+                if table is None or int(table["length"].sum(dtype=np.uint64)) != rows_len:
+                    break
+                if rows and frames.check_rows(window, rows_at, first_id, table) is not None:
+                    break
+                lengths = table["length"].copy()
+            elif rows_len:
+                break
+            else:
+                lengths = _NO_LENGTHS
+            if rows and behind < following and any(window[behind:following]):
+                break
+            location = places | (place + rows_at - at)
+            operations.append(new(LoggedOperation, (lsn, kind, first_id, body, location, lengths)))
+            lsn += 1
+            at = following
+        return operations, window_at + at
+
+    def _lengths_of(self, length: int) -> NDArray[np.uint32]:
+        """The lengths of a single row as an array, which is not to be changed."""
+        lengths = np.array([length], np.uint32)
+        lengths.setflags(write=False)
+        if len(self._lengths) < _KNOWN_LENGTHS:
+            self._lengths[length] = lengths
+        return lengths
 
     def proof(self, offset: int, limit: int) -> int:
         """The highest LSN that any valid frame in [offset, limit) says was durable before it."""
