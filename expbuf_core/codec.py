@@ -461,7 +461,7 @@ def _add_type(n: int, dim: int) -> np.dtype[Any]:
 def decode_add(*bodies: Buffer) -> AddBody:
     """The inverse of `encode_add`; several bodies become one, as if they had been added at once."""
     data = bodies[0]
-    n, dim, representation, sections = _ADD.unpack_from(data)
+    n, dim, _, sections = _ADD.unpack_from(data)
     at = _ADD.size + n * (24 + 4 * dim)
     if at > len(data):
         raise ValueError("an add whose columns exceed its body")
@@ -484,14 +484,30 @@ def decode_add(*bodies: Buffer) -> AddBody:
             raise FormatVersionError(f"an add has a section of kind {kind}, unknown to this expbuf")
         labels = load_json(memoryview(data)[at : at + size])
         at += size
+    return _added(table, labels)
+
+
+def decode_adds(bodies: NDArray[np.uint8]) -> AddBody | None:
+    """The same of (m, size) bodies; None where that must be done one by one."""
+    n, dim, _, sections = _ADD.unpack_from(bodies)
+    if sections or _ADD.size + n * (24 + 4 * dim) != bodies.shape[1]:
+        return None
+    table = bodies.reshape(-1).view(_add_type(n, dim))
+    if (table["head"] != table["head"][0]).any():
+        return None
+    return _added(table, None)
+
+
+def _added(table: NDArray[np.void], labels: dict[str, list[Any]] | None) -> AddBody:
+    m, n, dim = table["vectors"].shape
     return AddBody(
         table["timestamp"].ravel(),
         table["reward"].ravel(),
         table["confidence"].ravel(),
         table["priority"].ravel(),
-        table["vectors"].reshape(len(bodies) * n, dim),
+        table["vectors"].reshape(m * n, dim),
         labels,
-        representation,
+        int(table["head"][0, 2]),
     )
 
 
@@ -650,6 +666,17 @@ def decode_priority(*bodies: Buffer) -> tuple[NDArray[np.int64], NDArray[np.floa
         raise ValueError(f"{n} priorities in {len(bodies[0])} bytes")
     parts = [decode_priority(body) for body in bodies]
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+def decode_priorities(
+    bodies: NDArray[np.uint8],
+) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+    """`decode_priority` of (m, size) bodies; None where that must be done one by one."""
+    (n,) = _COUNT.unpack_from(bodies)
+    if _COUNT.size + 12 * n != bodies.shape[1]:
+        return None
+    table = bodies.reshape(-1).view(_priority_type(n))
+    return (table["ids"].ravel(), table["p"].ravel()) if (table["n"] == n).all() else None
 
 
 def encode_reward(

@@ -17,6 +17,7 @@ from expbuf_core.contracts import (
     Appended,
     LogFollower,
     LoggedOperation,
+    LoggedRun,
     PersistenceAdapter,
 )
 from expbuf_core.control import DURABLE, INDEX_GENERATION, RETIREMENTS, Control
@@ -187,7 +188,13 @@ class Replica:
             mine = [n for n in list(self._own) if state.lsn < n <= published and self._at_hand(n)]
             until = min(mine, default=published + 1)
             before = state.lsn
-            for run in runs(self._following().read(until - 1)):
+            for run in runs(self._following().read_alike(until - 1)):
+                if isinstance(run, LoggedRun):
+                    mine_too = [n for n in list(self._own) if run.first_lsn <= n <= run.last_lsn]
+                    if not mine_too:
+                        self.apply_run(run)
+                        continue
+                    run = list(run.operations())
                 written_here = {op.lsn for op in run if self._own.pop(op.lsn, None) is not None}
                 if not written_here or run[0].kind == codec.ADD:
                     self.apply(*run)
@@ -223,8 +230,15 @@ class Replica:
 
     def apply(self, *run: LoggedOperation) -> Change:
         """Apply the next operation or run to columns, tiers and sampler (lock held)."""
+        return self._changed(self.state.apply(*run))
+
+    def apply_run(self, run: list[LoggedOperation] | LoggedRun) -> Change:
+        """`apply` of what `runs` makes (lock held)."""
+        return self._changed(self.state.apply_run(run))
+
+    def _changed(self, change: Change) -> Change:
+        """Let tiers and sampler follow the columns."""
         state, tiers = self.state, self.tiers
-        change = state.apply(*run)
         if change.settings:
             metric = str(state.settings.get("metric", "cosine"))
             if metric != tiers.metric or state.representation != tiers.representation:

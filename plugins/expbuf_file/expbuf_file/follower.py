@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 from collections.abc import Generator, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import frames
-from expbuf_core.contracts import Buffer, LogFollower, LoggedOperation, LogGone, Pin
+from expbuf_core.contracts import (
+    Buffer,
+    LogFollower,
+    LoggedOperation,
+    LoggedRun,
+    LogGone,
+    Pin,
+    behind,
+    last_lsn,
+    one_by_one,
+)
 from expbuf_core.errors import CorruptionError
 from expbuf_core.filesystem import storage_errors
 from expbuf_file import layout
@@ -58,9 +67,9 @@ class FileFollower(LogFollower):
         self._offset = layout.HEADER_BYTES
 
     def read(self, until_lsn: int) -> Iterator[LoggedOperation]:
-        return chain.from_iterable(self._read(until_lsn))
+        return one_by_one(self.read_alike(until_lsn))
 
-    def _read(self, until_lsn: int) -> Iterator[list[LoggedOperation]]:
+    def read_alike(self, until_lsn: int) -> Iterator[LoggedOperation | LoggedRun]:
         if self._file is not None:
             self._file.forget()
         while self._lsn < until_lsn:
@@ -81,7 +90,7 @@ class FileFollower(LogFollower):
 
     def _read_file(
         self, file: LogFile, until_lsn: int
-    ) -> Generator[list[LoggedOperation], None, bool | None]:
+    ) -> Generator[LoggedOperation | LoggedRun, None, bool | None]:
         """Yield a file's operations.
 
         Returns:
@@ -91,8 +100,8 @@ class FileFollower(LogFollower):
         limit = file.size() if file.header.log == 1 or end is None else end
         until = until_lsn if last_lsn is None else min(until_lsn, last_lsn)
         while self._offset < limit:
-            operations, after = file.operations(self._offset, limit, rows=False, until_lsn=until)
-            if not operations:
+            items, after = file.alike(self._offset, limit, rows=False, until_lsn=until)
+            if not items:
                 found = file.frame(self._offset, limit, rows=False)
                 if isinstance(found, BadFrame):
                     return False
@@ -105,14 +114,13 @@ class FileFollower(LogFollower):
                         return self._advance(0)
                     if header.lsn > until_lsn:
                         return None  # numbers were left out; what comes next is not wanted yet
-                    operations = [file.operation(found)]
+                    items = [file.operation(found)]
             self._offset = after
-            if operations and operations[-1].lsn > self._lsn:
-                new = operations[self._lsn - operations[-1].lsn :]
-                self._lsn = new[-1].lsn
-                yield new
-                if self._lsn == until_lsn:
-                    return None
+            for item in behind(items, self._lsn):
+                self._lsn = last_lsn(item)
+                yield item
+            if items and self._lsn == until_lsn:
+                return None
         return self._advance(0)
 
     def _open(self) -> LogFile:

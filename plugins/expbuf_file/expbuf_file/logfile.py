@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import frames
-from expbuf_core.contracts import LoggedOperation
+from expbuf_core.contracts import LoggedOperation, LoggedRun
 from expbuf_core.errors import CorruptionError
 from expbuf_core.filesystem import storage_errors
 from expbuf_file import layout
@@ -21,7 +21,7 @@ _FIRST_WINDOW = 1 << 14
 _LAST_WINDOW = 1 << 22
 _NO_LENGTHS: NDArray[np.uint32] = np.empty(0, np.uint32)
 NO_BOUND = 1 << 64  # above every LSN
-_KNOWN_LENGTHS = 1024
+_LEAST_RUN = 16
 
 
 class Begin(NamedTuple):
@@ -53,6 +53,64 @@ class BadFrame(NamedTuple):
     reason: str
 
 
+class _Found:
+    """Intact frames that stand one behind the other in a window.
+
+    Attributes:
+        shapes: Number of the first of some with one kind, body length and number of rows; these.
+        body_ats: Where in the window each body begins.
+        ids: First id of each.
+        places: Offset of each one's rows in the data log.
+        sizes: Bytes of each one's rows.
+        tables: Lengths of the rows, of those that have several.
+    """
+
+    def __init__(self, window: memoryview, location: int) -> None:
+        self._window = window
+        self._location = location
+        self.shapes: list[tuple[int, tuple[int, int, int]]] = []
+        self.body_ats: list[int] = []
+        self.ids: list[int] = []
+        self.places: list[int] = []
+        self.sizes: list[int] = []
+        self.tables: dict[int, NDArray[np.uint32]] = {}
+
+    def taken_together(self, first_lsn: int) -> list[LoggedOperation | LoggedRun]:
+        """As operations, or as runs where many are alike."""
+        items: list[LoggedOperation | LoggedRun] = []
+        ends = [start for start, _ in self.shapes[1:]] + [len(self.places)]
+        for (start, (kind, size, n)), end in zip(self.shapes, ends, strict=False):
+            ats = self.body_ats[start:end]
+            if n <= 1 and end - start >= _LEAST_RUN:
+                items.append(self._run(first_lsn + start, kind, size, n, slice(start, end)))
+                continue
+            for i, at in enumerate(ats, start):
+                lengths = np.array([self.sizes[i]], np.uint32) if n == 1 else self.tables.get(i)
+                items.append(
+                    LoggedOperation(
+                        first_lsn + i,
+                        kind,
+                        self.ids[i],
+                        bytes(self._window[at : at + size]),
+                        self._location | self.places[i],
+                        _NO_LENGTHS if lengths is None else lengths,
+                    )
+                )
+        return items
+
+    def _run(self, first_lsn: int, kind: int, size: int, n: int, which: slice) -> LoggedRun:
+        window, ats = self._window, self.body_ats[which]
+        bodies = bytearray().join([window[at : at + size] for at in ats])
+        return LoggedRun(
+            first_lsn,
+            kind,
+            np.frombuffer(bodies, np.uint8).reshape(len(ats), size),
+            np.array(self.ids[which], np.int64),
+            np.array(self.places[which], np.int64) | self._location,
+            np.array(self.sizes[which], np.uint32) if n else None,
+        )
+
+
 class LogFile:
     """A log file, open for reading. Closed with its last reference, so that pins keep it alive."""
 
@@ -74,7 +132,6 @@ class LogFile:
         self._window_at = 0
         self._filled = 0
         self._ahead = _FIRST_WINDOW
-        self._lengths: dict[int, NDArray[np.uint32]] = {}  # of single rows, to be used again
 
     def __del__(self) -> None:
         fd = getattr(self, "fd", -1)
@@ -198,7 +255,7 @@ class LogFile:
             return BadFrame(offset, offset + bare + header.rows_len, "padding that is not zero")
         return Frame(offset, offset + size, header, body, lengths)
 
-    def operations(
+    def alike(
         self,
         offset: int,
         limit: int,
@@ -206,7 +263,7 @@ class LogFile:
         rows: bool,
         lsn: int | None = None,
         until_lsn: int = NO_BOUND,
-    ) -> tuple[list[LoggedOperation], int]:
+    ) -> tuple[list[LoggedOperation | LoggedRun], int]:
         """Operations with successive LSNs that stand from `offset` on, as far as was read ahead.
 
         Nothing is passed over and nothing is found fault with: this ends before the first frame
@@ -221,25 +278,19 @@ class LogFile:
             until_lsn: Of the last.
 
         Returns:
-            The operations, perhaps none, and where the last of them ends.
+            The operations, those that look alike in runs; perhaps none. Where the last one ends.
         """
-        operations: list[LoggedOperation] = []
         header_bytes = frames.HEADER_BYTES
         at = self._reach(offset, header_bytes)
-        window, window_at, epoch, salt_crc = (
-            self._window,
-            self._window_at,
-            self.number,
-            self.salt_crc,
-        )
+        window, window_at = self._window, self._window_at
         end = min(self._filled, limit - window_at)
-        data_log, known = self.header.log == 0, self._lengths
-        places = epoch << layout.OFFSET_BITS
+        epoch, salt_crc, data_log = self.number, self.salt_crc, self.header.log == 0
         # Spelled out, not called: a call takes longer than what it does.
         decode, decode_row = frames.HEADER.unpack_from, frames.SINGLE_ROW.unpack_from
         pack_id, row_header = frames.ID.pack, frames.ROW_HEADER_BYTES
-        new = tuple.__new__
-        lengths: NDArray[np.uint32] | None
+        found = _Found(window, epoch << layout.OFFSET_BITS)
+        shape: tuple[int, int, int] | None = None
+        body_ats, ids, places, sizes = found.body_ats, found.ids, found.places, found.sizes
         while (body_at := at + header_bytes) <= end:
             (
                 magic,
@@ -274,10 +325,9 @@ class LogFile:
             following = behind + (at - behind) % 8
             if (following if rows else rows_at) > end or window_at + following > limit:
                 break
-            if data_log and place != window_at + at:
-                break
-            body = bytes(window[body_at:table_at])
-            if crc32(body) != body_crc:
+            if (data_log and place != window_at + at) or (
+                crc32(window[body_at:table_at]) != body_crc
+            ):
                 break
             if n == 1:
                 if crc32(window[table_at:rows_at]) != table_crc:
@@ -297,35 +347,27 @@ class LogFile:
                     length = frames.SIZE.unpack_from(window, table_at)[0]
                 if length != rows_len:
                     break
-                lengths = known.get(length)
-                if lengths is None:
-                    lengths = self._lengths_of(length)
             elif n:
                 table = frames.table_at(window, table_at, n, table_crc)
                 if table is None or int(table["length"].sum(dtype=np.uint64)) != rows_len:
                     break
                 if rows and frames.check_rows(window, rows_at, first_id, table) is not None:
                     break
-                lengths = table["length"].copy()
+                found.tables[len(places)] = table["length"].copy()
             elif rows_len:
                 break
-            else:
-                lengths = _NO_LENGTHS
             if rows and behind < following and any(window[behind:following]):
                 break
-            location = places | (place + rows_at - at)
-            operations.append(new(LoggedOperation, (lsn, kind, first_id, body, location, lengths)))
+            if (kind, body_len, n) != shape:
+                shape = (kind, body_len, n)
+                found.shapes.append((len(places), shape))
+            body_ats.append(body_at)
+            ids.append(first_id)
+            places.append(place + rows_at - at)
+            sizes.append(rows_len)
             lsn += 1
             at = following
-        return operations, window_at + at
-
-    def _lengths_of(self, length: int) -> NDArray[np.uint32]:
-        """The lengths of a single row as an array, which is not to be changed."""
-        lengths = np.array([length], np.uint32)
-        lengths.setflags(write=False)
-        if len(self._lengths) < _KNOWN_LENGTHS:
-            self._lengths[length] = lengths
-        return lengths
+        return found.taken_together((lsn or 0) - len(places)), window_at + at
 
     def proof(self, offset: int, limit: int) -> int:
         """The highest LSN that any valid frame in [offset, limit) says was durable before it."""

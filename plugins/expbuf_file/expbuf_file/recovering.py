@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from itertools import chain as joined
 
 from expbuf_core import frames
-from expbuf_core.contracts import LoggedOperation
+from expbuf_core.contracts import LoggedOperation, LoggedRun, behind, last_lsn, one_by_one
 from expbuf_core.errors import CorruptionError
 from expbuf_file import layout
 from expbuf_file.logfile import NO_BOUND, BadFrame, Begin, Frame, LogFile
@@ -36,9 +35,12 @@ class LogReader:
 
     def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
         """See `PersistenceAdapter.recover`."""
-        return joined.from_iterable(self._recover(after_lsn, durable_lsn))
+        return one_by_one(self.recover_alike(after_lsn, durable_lsn))
 
-    def _recover(self, after_lsn: int, durable_lsn: int) -> Iterator[list[LoggedOperation]]:
+    def recover_alike(
+        self, after_lsn: int, durable_lsn: int
+    ) -> Iterator[LoggedOperation | LoggedRun]:
+        """See `PersistenceAdapter.recover_alike`."""
         self._logs.begins.clear()
         chain = self._logs.chain(after_lsn)
         while len(chain) > 1 and self._logs.begins[chain[1]].previous_lsn <= after_lsn:
@@ -66,7 +68,7 @@ class LogReader:
 
     def _recover_file(
         self, number: int, successor: Begin | None, durable_lsn: int
-    ) -> Generator[list[LoggedOperation], None, bool]:
+    ) -> Generator[LoggedOperation | LoggedRun, None, bool]:
         """Yield a file's operations; return whether it ends where it should."""
         file = self._logs.open(layout.DATA, number)
         begin = self._logs.begins[number]
@@ -82,8 +84,8 @@ class LogReader:
             # What this boot never called durable begins with a stretch of its own.
             proven = lsn <= durable_lsn
             until = durable_lsn if proven else NO_BOUND
-            operations, end = file.operations(offset, limit, rows=True, lsn=lsn, until_lsn=until)
-            if not operations:
+            items, end = file.alike(offset, limit, rows=True, lsn=lsn, until_lsn=until)
+            if not items:
                 found = file.frame(offset, limit, rows=True)
                 if isinstance(found, BadFrame):
                     bad = found
@@ -100,16 +102,14 @@ class LogReader:
                     bad = BadFrame(found.offset, found.offset, f"lsn {header.lsn} out of order")
                     break
                 else:
-                    operations = [file.operation(found)]
-            if operations:
+                    items = [file.operation(found)]
+            if items:
                 if 0 < durable_lsn < lsn:
                     self.unproven.setdefault(number, offset)
-                lsn = operations[-1].lsn + 1
-                if lsn > self.last_lsn + 1:
-                    new = operations[self.last_lsn - (lsn - 1) :]
-                    self.last_lsn = lsn - 1
-                    self.end = end
-                    yield new
+                for item in behind(items, self.last_lsn):
+                    self.last_lsn, self.end = last_lsn(item), end
+                    yield item
+                lsn = last_lsn(items[-1]) + 1
             self.end = self.scanned[number] = offset = end
         if size < (limit if successor else file.header.size) and not sealed:
             # Sizes are made durable before a file is used: this is no torn tail.
