@@ -9,7 +9,7 @@ model of its settings. `expbuf_core.testing` has a suite for each contract.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -366,7 +366,7 @@ class LoggedRun:
             yield LoggedOperation(self.first_lsn + i, self.kind, first_id, body, location, own)
 
 
-def last_lsn(item: LoggedOperation | LoggedRun) -> int:
+def last_of(item: LoggedOperation | LoggedRun) -> int:
     """Of an operation, or of the last of several."""
     return item.lsn if isinstance(item, LoggedOperation) else item.last_lsn
 

@@ -333,6 +333,8 @@ class State:
                 change = self._add_alike(run)
             elif run.kind == codec.PRIORITY:
                 change = self._prioritize_alike(run)
+            elif run.kind == codec.OUTCOME:
+                change = self._outcome_alike(run)
         except codec.UNDECODABLE as exc:
             raise codec.corrupt_body(run.first_lsn, run.kind, exc) from exc
         if change is None:
@@ -621,7 +623,8 @@ class State:
         counted = [
             outcome
             for outcome, operation in zip(outcomes, run, strict=True)
-            if not outcome.receipt or self._redeem(outcome, operation.lsn)
+            if not outcome.receipt
+            or self._redeem(outcome.receipt, outcome.receipt_lsn, operation.lsn)
         ]
         if not counted:
             return Change()
@@ -634,11 +637,32 @@ class State:
             np.add.at(self.success_count, lucky, credit[known])
         return Change(len(slots), touched=slots)
 
-    def _redeem(self, outcome: codec.OutcomeBody, lsn: int) -> bool:
+    def _outcome_alike(self, run: LoggedRun) -> Change | None:
+        body = codec.decode_outcomes(run.bodies)
+        if body is None:
+            return None
+        named = zip(body.receipts, body.receipt_lsns, strict=True)
+        counted = np.array(
+            [
+                not receipt or self._redeem(receipt, receipt_lsn, lsn)
+                for lsn, (receipt, receipt_lsn) in enumerate(named, run.first_lsn)
+            ]
+        )
+        if not counted.any():
+            return Change()
+        slots, _ = self._live_of(body.ids[counted].ravel())
+        np.add.at(self.retrieval_count, slots, 1)
+        right = counted & body.success
+        if right.any():
+            lucky, known = self._live_of(body.ids[right].ravel())
+            np.add.at(self.success_count, lucky, body.credit[right].ravel()[known])
+        return Change(len(slots), touched=slots)
+
+    def _redeem(self, receipt: bytes, receipt_lsn: int, lsn: int) -> bool:
         """Remember a receipt; False if it was counted before, or is too old to tell."""
-        if outcome.receipt in self.receipts or outcome.receipt_lsn < self.receipts_horizon:
+        if receipt in self.receipts or receipt_lsn < self.receipts_horizon:
             return False
-        self.receipts[outcome.receipt] = lsn
+        self.receipts[receipt] = lsn
         while len(self.receipts) > int(self.settings["receipts_kept"]):
             _, self.receipts_horizon = self.receipts.popitem(last=False)
         return True

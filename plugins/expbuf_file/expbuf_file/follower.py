@@ -21,7 +21,7 @@ from expbuf_core.contracts import (
     LogGone,
     Pin,
     behind,
-    last_lsn,
+    last_of,
     one_by_one,
 )
 from expbuf_core.errors import CorruptionError
@@ -117,7 +117,7 @@ class FileFollower(LogFollower):
                     items = [file.operation(found)]
             self._offset = after
             for item in behind(items, self._lsn):
-                self._lsn = last_lsn(item)
+                self._lsn = last_of(item)
                 yield item
             if items and self._lsn == until_lsn:
                 return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 from expbuf_core import frames
-from expbuf_core.contracts import LoggedOperation, LoggedRun, behind, last_lsn, one_by_one
+from expbuf_core.contracts import LoggedOperation, LoggedRun, behind, last_of, one_by_one
 from expbuf_core.errors import CorruptionError
 from expbuf_file import layout
 from expbuf_file.logfile import NO_BOUND, BadFrame, Begin, Frame, LogFile
@@ -107,9 +107,9 @@ class LogReader:
                 if 0 < durable_lsn < lsn:
                     self.unproven.setdefault(number, offset)
                 for item in behind(items, self.last_lsn):
-                    self.last_lsn, self.end = last_lsn(item), end
+                    self.last_lsn, self.end = last_of(item), end
                     yield item
-                lsn = last_lsn(items[-1]) + 1
+                lsn = last_of(items[-1]) + 1
             self.end = self.scanned[number] = offset = end
         if size < (limit if successor else file.header.size) and not sealed:
             # Sizes are made durable before a file is used: this is no torn tail.
@@ -135,10 +135,10 @@ class LogReader:
         A flush of several pages may leave holes, so valid frames behind a bad one prove nothing
         by themselves; what counts is whether anything says that this LSN had been durable.
         """
-        proof = max(durable_lsn, file.proof(bad.offset + 8, limit), self._proof_behind(file.number))
+        end = file.last_nonzero(bad.offset, limit)
+        proof = max(durable_lsn, file.proof(bad.offset + 8, end), self._proof_behind(file.number))
         if proof >= lsn:
             raise file.corrupt(bad, lsn)
-        end = file.last_nonzero(bad.offset, limit)
         self.torn_bytes = end - bad.offset
 
     def _proof_behind(self, number: int) -> int:
