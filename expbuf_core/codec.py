@@ -489,7 +489,7 @@ def _add_type(n: int, dim: int) -> np.dtype[Any]:
 def decode_add(*bodies: Buffer) -> AddBody:
     """The inverse of `encode_add`; several bodies become one, as if they had been added at once."""
     data = bodies[0]
-    n, dim, representation, sections = _ADD.unpack_from(data)
+    n, dim, _, sections = _ADD.unpack_from(data)
     at = _ADD.size + n * (24 + 4 * dim)
     if at > len(data):
         raise ValueError("an add whose columns exceed its body")
@@ -512,14 +512,30 @@ def decode_add(*bodies: Buffer) -> AddBody:
             raise FormatVersionError(f"an add has a section of kind {kind}, unknown to this expbuf")
         labels = load_json(memoryview(data)[at : at + size])
         at += size
+    return _added(table, labels)
+
+
+def decode_adds(bodies: NDArray[np.uint8]) -> AddBody | None:
+    """The same of (m, size) bodies; None where that must be done one by one."""
+    n, dim, _, sections = _ADD.unpack_from(bodies.data)
+    if sections or _ADD.size + n * (24 + 4 * dim) != bodies.shape[1]:
+        return None
+    table = bodies.reshape(-1).view(_add_type(n, dim))
+    if (table["head"] != table["head"][0]).any():
+        return None
+    return _added(table, None)
+
+
+def _added(table: NDArray[np.void], labels: dict[str, list[Any]] | None) -> AddBody:
+    m, n, dim = table["vectors"].shape
     return AddBody(
         table["timestamp"].ravel(),
         table["reward"].ravel(),
         table["confidence"].ravel(),
         table["priority"].ravel(),
-        table["vectors"].reshape(len(bodies) * n, dim),
+        table["vectors"].reshape(m * n, dim),
         labels,
-        representation,
+        int(table["head"][0, 2]),
     )
 
 
@@ -680,6 +696,17 @@ def decode_priority(*bodies: Buffer) -> tuple[NDArray[np.int64], NDArray[np.floa
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
+def decode_priorities(
+    bodies: NDArray[np.uint8],
+) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+    """`decode_priority` of (m, size) bodies; None where that must be done one by one."""
+    (n,) = _COUNT.unpack_from(bodies.data)
+    if _COUNT.size + 12 * n != bodies.shape[1]:
+        return None
+    table = bodies.reshape(-1).view(_priority_type(n))
+    return (table["ids"].ravel(), table["p"].ravel()) if (table["n"] == n).all() else None
+
+
 def encode_reward(
     ids: NDArray[np.int64],
     rewards: NDArray[np.float64],
@@ -734,6 +761,49 @@ def decode_outcome(data: Buffer) -> OutcomeBody:
     ids = np.frombuffer(data, np.int64, n, _OUTCOME.size)
     credit = np.frombuffer(data, np.float32, n, _OUTCOME.size + ids.nbytes)
     return OutcomeBody(receipt.strip(b"\0") and receipt, lsn, bool(success), ids, credit)
+
+
+class OutcomeBodies(NamedTuple):
+    """`OutcomeBody` of m outcomes of as many experiences each.
+
+    Attributes:
+        receipts: m, each as there.
+        receipt_lsns: m.
+        success: (m,) bool.
+        ids: (m, n) int64.
+        credit: (m, n) float32.
+    """
+
+    receipts: list[bytes]
+    receipt_lsns: list[int]
+    success: NDArray[np.bool_]
+    ids: NDArray[np.int64]
+    credit: NDArray[np.float32]
+
+
+@lru_cache(maxsize=64)
+def _outcome_type(n: int) -> np.dtype[Any]:
+    head = [("receipt", "V16"), ("lsn", "<u8"), ("success", "<u4"), ("n", "<u4")]
+    return np.dtype([*head, ("ids", "<i8", (n,)), ("credit", "<f4", (n,))])
+
+
+def decode_outcomes(bodies: NDArray[np.uint8]) -> OutcomeBodies | None:
+    """`decode_outcome` of (m, size) bodies; None where that must be done one by one."""
+    *_, n = _OUTCOME.unpack_from(bodies.data)
+    if _OUTCOME.size + 12 * n != bodies.shape[1]:
+        return None
+    table = bodies.reshape(-1).view(_outcome_type(n))
+    if (table["n"] != n).any():
+        return None
+    raw, none = table["receipt"].tobytes(), bytes(16)
+    receipts = [raw[at : at + 16] for at in range(0, len(raw), 16)]
+    return OutcomeBodies(
+        [b"" if receipt == none else receipt for receipt in receipts],
+        table["lsn"].tolist(),
+        table["success"] != 0,
+        table["ids"],
+        table["credit"],
+    )
 
 
 def encode_clear() -> Operation:

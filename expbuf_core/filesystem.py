@@ -17,7 +17,7 @@ from expbuf_core.errors import StorageError, StorageFull
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _IOV_MAX = 512
-_PACE_BYTES = 16 << 20  # of a file written aside, between two syncs
+_PACE_BYTES = 2 << 20  # of a file written aside, between two syncs
 
 Buffer = bytes | bytearray | memoryview
 
@@ -151,11 +151,14 @@ class FileSystem:
                 self.truncate(fd, 0)
                 offset = synced = 0
                 for chunk in chunks:
-                    self.pwrite(fd, chunk, offset)
-                    offset += memoryview(chunk).nbytes
-                    if offset - synced >= _PACE_BYTES:
-                        self.fdatasync(fd)
-                        synced = offset
+                    view = memoryview(chunk).cast("B")
+                    for at in range(0, len(view), _PACE_BYTES):
+                        part = view[at : at + _PACE_BYTES]
+                        self.pwrite(fd, part, offset)
+                        offset += len(part)
+                        if offset - synced >= _PACE_BYTES:
+                            self.fdatasync(fd)
+                            synced = offset
                 self.fsync(fd)
             finally:
                 self.close(fd)

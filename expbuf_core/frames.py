@@ -155,9 +155,14 @@ def find_header(data: Buffer, start: int, salt_crc: int) -> tuple[int, Header] |
 
 def decode_table(data: Buffer, header: Header, offset: int) -> NDArray[np.void] | None:
     """The table of row lengths and checksums of the frame at `offset`, or None if damaged."""
-    start = offset + HEADER_BYTES + header.body_len
-    raw = memoryview(data)[start : start + 8 * header.row_count]
-    if len(raw) != 8 * header.row_count or crc32(raw) != header.table_crc:
+    at = offset + HEADER_BYTES + header.body_len
+    return table_at(data, at, header.row_count, header.table_crc)
+
+
+def table_at(data: Buffer, at: int, n: int, crc: int) -> NDArray[np.void] | None:
+    """The table of n rows that begins at `at`, or None if damaged."""
+    raw = memoryview(data)[at : at + 8 * n]
+    if len(raw) != 8 * n or crc32(raw) != crc:
         return None
     return np.frombuffer(raw, TABLE_ENTRY)
 
@@ -190,12 +195,22 @@ def check_rows(
         None if all are what was written, else the offset of the first that is not.
     """
     view = memoryview(data)
-    at = start
-    for i, (length, crc) in enumerate(table.tolist()):
-        found = check_row(view[at : at + length]) if at + length <= len(view) else None
-        if found is None or found[1] != crc or (first_id is not None and found[0] != first_id + i):
+    end, at = len(view), start
+    unpack, pack, header = _ROW.unpack_from, ID.pack, ROW_HEADER_BYTES
+    # `check_row` spelled out: a call takes longer than what it does.
+    for i, (length, seal) in enumerate(table.tolist()):
+        following = at + length
+        if length < header or following > end:
             return at
-        at += length
+        id_, crc, own_seal = unpack(view, at)
+        if (
+            own_seal != seal
+            or crc32(view[at + header : following]) != crc
+            or crc32(pack(id_), crc) != seal
+            or (first_id is not None and id_ != first_id + i)
+        ):
+            return at
+        at = following
     return None
 
 
@@ -206,7 +221,9 @@ def check_rows(
 _ROW = struct.Struct("<qII")
 _ROW_HEAD = np.dtype([("id", "<i8"), ("crc", "<u4"), ("seal", "<u4")])
 ROW_HEADER_BYTES = _ROW.size
-_ID = struct.Struct("<q")
+ID = struct.Struct("<q")
+SIZE = struct.Struct("<I")
+SINGLE_ROW = struct.Struct("<IIqII")  # table entry and header of a row that is the only one
 # What one byte does to a CRC-32: crc32 keeps its state inverted, before and after.
 _CRC_TABLE = ~np.array([crc32(bytes([i]), 0xFFFFFFFF) for i in range(256)], np.uint32)
 
@@ -218,7 +235,7 @@ def stamp_rows(
     n = len(content_crcs)
     if n == 1:
         crc = content_crcs[0]
-        seal = crc32(_ID.pack(first_id), crc)
+        seal = crc32(ID.pack(first_id), crc)
         _ROW.pack_into(rows, 0, first_id, crc, seal)
         return np.array((seal,), np.uint32)
     heads = np.empty(n, _ROW_HEAD)
@@ -232,7 +249,7 @@ def stamp_rows(
 
 
 def _seals(ids: NDArray[np.int64], crcs: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """`crc32(_ID.pack(id), crc)` of many rows at once: this happens under the append lock."""
+    """`crc32(ID.pack(id), crc)` of many rows at once: this happens under the append lock."""
     state = ~crcs
     octets = ids.astype("<i8").view(np.uint8).reshape(-1, 8)
     for i in range(8):
@@ -245,14 +262,14 @@ def check_row(row: Buffer) -> tuple[int, int] | None:
     if len(row) < ROW_HEADER_BYTES:
         return None
     id_, crc, seal = _ROW.unpack_from(row)
-    if crc32(memoryview(row)[ROW_HEADER_BYTES:]) != crc or crc32(_ID.pack(id_), crc) != seal:
+    if crc32(memoryview(row)[ROW_HEADER_BYTES:]) != crc or crc32(ID.pack(id_), crc) != seal:
         return None
     return id_, seal
 
 
 def first_damaged(rows: Sequence[Buffer], ids: Sequence[int]) -> int:
     """Number of the first row that is not the intact payload of its id; -1 where all are."""
-    unpack, pack = _ROW.unpack_from, _ID.pack
+    unpack, pack = _ROW.unpack_from, ID.pack
     for i, (row, wanted) in enumerate(zip(rows, ids, strict=True)):
         if len(row) < ROW_HEADER_BYTES:
             return i

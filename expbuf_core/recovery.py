@@ -82,8 +82,8 @@ def recover(replica: Replica, path: Path, witness: int) -> Loaded:
     snapshot_lsn, added = replica.state.lsn, replica.state.total_added
     replayed = 0
     try:
-        for run in runs(replica.adapter.recover(snapshot_lsn, witness)):
-            replica.apply(*run)
+        for run in runs(replica.adapter.recover_alike(snapshot_lsn, witness)):
+            replica.apply_run(run)
             replayed += len(run)
         if not replica.state.settings:
             raise CorruptionError(

@@ -17,6 +17,7 @@ from expbuf_core.contracts import (
     Appended,
     LogFollower,
     LoggedOperation,
+    LoggedRun,
     LogGone,
     PersistenceAdapter,
 )
@@ -220,15 +221,12 @@ class Replica:
             mine = [n for n in list(self._own) if state.lsn < n <= published and self._at_hand(n)]
             until = min(mine, default=published + 1)
             before = state.lsn
-            for run in runs(self._following().read(until - 1)):
-                written_here = {op.lsn for op in run if self._own.pop(op.lsn, None) is not None}
-                if not written_here or run[0].kind == codec.ADD:
-                    self.apply(*run)
-                    continue
-                for operation in run:
-                    applied = self.apply(operation).applied
-                    if operation.lsn in written_here:
-                        self.counts[operation.lsn] = applied
+            try:
+                self._apply_following(until - 1)
+            except BaseException:
+                # It has read further than is applied: what is between would be passed over.
+                self._leave_log()
+                raise
             if state.lsn == before:
                 own = self._at_hand(until)
                 if own is not None:  # LSNs jump from here to our own operation
@@ -245,6 +243,24 @@ class Replica:
             for lsn in [n for n in list(self._own) if n <= state.lsn]:
                 del self._own[lsn]  # of a log that was given up
 
+    def _apply_following(self, until_lsn: int) -> None:
+        """Read on in the log and apply what it has, up to there."""
+        for run in runs(self._following().read_alike(until_lsn)):
+            if isinstance(run, LoggedRun):
+                mine_too = [n for n in list(self._own) if run.first_lsn <= n <= run.last_lsn]
+                if not mine_too:
+                    self.apply_run(run)
+                    continue
+                run = list(run.operations())
+            written_here = {op.lsn for op in run if self._own.pop(op.lsn, None) is not None}
+            if not written_here or run[0].kind == codec.ADD:
+                self.apply(*run)
+                continue
+            for operation in run:
+                applied = self.apply(operation).applied
+                if operation.lsn in written_here:
+                    self.counts[operation.lsn] = applied
+
     def _following(self) -> LogFollower:
         if self._follower is None:
             self._follower = self.adapter.follow(self.state.lsn)
@@ -257,14 +273,22 @@ class Replica:
     def apply(self, *run: LoggedOperation) -> Change:
         """Apply the next operation or run to columns, tiers and sampler (lock held)."""
         try:
-            return self._apply(*run)
+            return self._changed(self.state.apply(*run))
         except BaseException:
             self.broken = True
             raise
 
-    def _apply(self, *run: LoggedOperation) -> Change:
+    def apply_run(self, run: list[LoggedOperation] | LoggedRun) -> Change:
+        """`apply` of what `runs` makes (lock held)."""
+        try:
+            return self._changed(self.state.apply_run(run))
+        except BaseException:
+            self.broken = True
+            raise
+
+    def _changed(self, change: Change) -> Change:
+        """Let tiers and sampler follow the columns."""
         state, tiers = self.state, self.tiers
-        change = state.apply(*run)
         if change.settings:
             metric = str(state.settings.get("metric", "cosine"))
             if metric != tiers.metric or state.representation != tiers.representation:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import codec
-from expbuf_core.contracts import LoggedOperation
+from expbuf_core.contracts import LoggedOperation, LoggedRun
 from expbuf_core.errors import FormatVersionError
 
 COLUMNS: dict[str, Any] = {
@@ -109,7 +109,9 @@ class Reembedded:
         return columns
 
 
-def runs(operations: Iterable[LoggedOperation]) -> Iterator[list[LoggedOperation]]:
+def runs(
+    operations: Iterable[LoggedOperation | LoggedRun],
+) -> Iterator[list[LoggedOperation] | LoggedRun]:
     """Group operations for `State.apply`: successive ones of a kind, where the kind allows it.
 
     What a run does is exactly what its operations do one by one; it takes a fraction of the time.
@@ -127,6 +129,12 @@ def runs(operations: Iterable[LoggedOperation]) -> Iterator[list[LoggedOperation
         except Exception as exc:
             failure = exc
             break
+        if isinstance(operation, LoggedRun):
+            if run:
+                yield run
+            run, kind, size = [], 0, 0
+            yield operation
+            continue
         if operation.kind != kind or size > _RUN_BYTES or kind not in _IN_RUNS:
             if run:
                 yield run
@@ -315,17 +323,54 @@ class State:
         self.lsn = run[-1].lsn
         return change
 
+    def apply_run(self, run: list[LoggedOperation] | LoggedRun) -> Change:
+        """`apply` of what `runs` makes."""
+        if not isinstance(run, LoggedRun):
+            return self.apply(*run)
+        change = None
+        try:
+            if run.kind == codec.ADD:
+                change = self._add_alike(run)
+            elif run.kind == codec.PRIORITY:
+                change = self._prioritize_alike(run)
+            elif run.kind == codec.OUTCOME:
+                change = self._outcome_alike(run)
+        except codec.UNDECODABLE as exc:
+            raise codec.corrupt_body(run.first_lsn, run.kind, exc) from exc
+        if change is None:
+            return self.apply(*run.operations())
+        self.lsn = run.last_lsn
+        return change
+
+    def _prioritize_alike(self, run: LoggedRun) -> Change | None:
+        body = codec.decode_priorities(run.bodies)
+        return None if body is None else self._prioritize(*body)
+
+    def _add_alike(self, run: LoggedRun) -> Change | None:
+        body = codec.decode_adds(run.bodies)
+        if body is None or body.representation != self.representation or run.lengths is None:
+            return None
+        return self._insert(body, run.first_ids, run.locations, run.lengths)
+
     def _add(self, *run: LoggedOperation) -> Change:
         representation = self.settings.get("representation", 0)
         late = [op for op in run if codec.add_representation(op.body) != representation]
         if late:
             return self._add_in_time(run, late)
         body = codec.decode_add(*[operation.body for operation in run])
-        ids, locations, lengths = _rows(run)
+        return self._insert(body, *_rows(run))
+
+    def _insert(
+        self,
+        body: codec.AddBody,
+        ids: NDArray[np.int64],
+        locations: NDArray[np.int64],
+        lengths: NDArray[np.uint32],
+    ) -> Change:
         n = len(body.timestamp)
         if n != len(ids):
             raise ValueError(f"{n} experiences with {len(ids)} payloads")
-        if ids[0] < self.next_id or (len(run) > 1 and (ids[1:] <= ids[:-1]).any()):
+        if ids[0] < self.next_id or (ids[1:] <= ids[:-1]).any():
             raise ValueError("an id was issued before")
         max_size = int(self.settings["max_size"])
         removed = self._make_room(n, max_size)
@@ -548,7 +593,9 @@ class State:
         return Change(len(slots), removed=self._drop(slots), touched=self._take_dropped())
 
     def _priority(self, *run: LoggedOperation) -> Change:
-        ids, priorities = codec.decode_priority(*[operation.body for operation in run])
+        return self._prioritize(*codec.decode_priority(*[operation.body for operation in run]))
+
+    def _prioritize(self, ids: NDArray[np.int64], priorities: NDArray[np.float32]) -> Change:
         slots = self.find(ids)
         if np.minimum.reduce(slots, initial=0) < 0:
             known = slots >= 0
@@ -576,7 +623,8 @@ class State:
         counted = [
             outcome
             for outcome, operation in zip(outcomes, run, strict=True)
-            if not outcome.receipt or self._redeem(outcome, operation.lsn)
+            if not outcome.receipt
+            or self._redeem(outcome.receipt, outcome.receipt_lsn, operation.lsn)
         ]
         if not counted:
             return Change()
@@ -589,11 +637,32 @@ class State:
             np.add.at(self.success_count, lucky, credit[known])
         return Change(len(slots), touched=slots)
 
-    def _redeem(self, outcome: codec.OutcomeBody, lsn: int) -> bool:
+    def _outcome_alike(self, run: LoggedRun) -> Change | None:
+        body = codec.decode_outcomes(run.bodies)
+        if body is None:
+            return None
+        named = zip(body.receipts, body.receipt_lsns, strict=True)
+        counted = np.array(
+            [
+                not receipt or self._redeem(receipt, receipt_lsn, lsn)
+                for lsn, (receipt, receipt_lsn) in enumerate(named, run.first_lsn)
+            ]
+        )
+        if not counted.any():
+            return Change()
+        slots, _ = self._live_of(body.ids[counted].ravel())
+        np.add.at(self.retrieval_count, slots, 1)
+        right = counted & body.success
+        if right.any():
+            lucky, known = self._live_of(body.ids[right].ravel())
+            np.add.at(self.success_count, lucky, body.credit[right].ravel()[known])
+        return Change(len(slots), touched=slots)
+
+    def _redeem(self, receipt: bytes, receipt_lsn: int, lsn: int) -> bool:
         """Remember a receipt; False if it was counted before, or is too old to tell."""
-        if outcome.receipt in self.receipts or outcome.receipt_lsn < self.receipts_horizon:
+        if receipt in self.receipts or receipt_lsn < self.receipts_horizon:
             return False
-        self.receipts[outcome.receipt] = lsn
+        self.receipts[receipt] = lsn
         while len(self.receipts) > int(self.settings["receipts_kept"]):
             _, self.receipts_horizon = self.receipts.popitem(last=False)
         return True

@@ -18,6 +18,7 @@ from expbuf_core.segments import OpenSegment
 
 _FIRST_BYTES = 32 << 20  # of address space: memory is taken as rows are written
 _FIRST_ROWS = 1 << 15  # at most
+_GROWTH = 4  # likewise: what is reserved costs nothing, what is copied does
 _WIDEN = 4
 _DENSE = 8
 _FEW = 1 / 32  # of a segment's rows: below that, comparing them all beats the index
@@ -83,9 +84,14 @@ class IndexTiers:
     def _reserve(self, n: int, dim: int) -> None:
         """Make room by new arrays: views keep the old ones."""
         keep = np.flatnonzero(self._live[: self._rows])
-        capacity = max(min(_FIRST_BYTES // (4 * dim), _FIRST_ROWS), 2 * (len(keep) + n))
+        least = min(_FIRST_BYTES // (4 * dim), _FIRST_ROWS)
+        capacity = max(least, _GROWTH * (len(keep) + n))
+        try:
+            vectors = np.empty((capacity, dim), np.float32)
+        except MemoryError:  # so much address space is not to be had
+            capacity = max(least, len(keep) + n + len(keep) // 4)
+            vectors = np.empty((capacity, dim), np.float32)
         ids, live = np.empty(capacity, np.int64), np.zeros(capacity, bool)
-        vectors = np.empty((capacity, dim), np.float32)
         if 0 < len(keep) == self._rows:
             ids[: len(keep)] = self._ids[: self._rows]
             vectors[: len(keep)] = self._vectors[: self._rows]
@@ -123,12 +129,13 @@ class IndexTiers:
     ) -> None:
         """Search these segments from now on; the tail keeps what is newer than they are."""
         cut = int(np.searchsorted(self._ids[: self._rows], end_id))
-        # In new arrays: a search under way has a view that lacks these segments.
-        ids = self._ids[cut : self._rows].copy()
-        vectors = self._vectors[cut : self._rows].copy()
-        live = self._live[cut : self._rows].copy()
-        self._ids, self._vectors, self._live = ids, vectors, live
-        self._rows, self._dead = len(ids), int(len(ids) - np.count_nonzero(live))
+        if cut:
+            # In new arrays: a search under way has a view that lacks these segments.
+            self._ids = self._ids[cut : self._rows].copy()
+            self._vectors = self._vectors[cut : self._rows].copy()
+            self._live = self._live[cut : self._rows].copy()
+            self._rows -= cut
+            self._dead = self._rows - int(np.count_nonzero(self._live))
         self.segments = segments
         self.lsn, self.end_id, self.generation = lsn, end_id, generation
 

@@ -534,8 +534,8 @@ class _Log:
 def _recovered(adapter: PersistenceAdapter, durable_lsn: int) -> State:
     """The state that a log leads to."""
     state = State()
-    for run in runs(adapter.recover(0, durable_lsn)):
-        state.apply(*run)
+    for run in runs(adapter.recover_alike(0, durable_lsn)):
+        state.apply_run(run)
     return state
 
 

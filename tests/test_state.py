@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from expbuf_core import codec
 from expbuf_core.codec import AddBody, OutcomeBody
-from expbuf_core.contracts import LoggedOperation, Operation
+from expbuf_core.contracts import LoggedOperation, LoggedRun, Operation
 from expbuf_core.errors import CorruptionError, FormatVersionError
 from expbuf_core.state import COLUMNS, Change, State
 
@@ -354,6 +354,70 @@ def test_dump_and_load_give_the_same_state() -> None:
         each.add(4, tags=[["new"], ["x", "t1"], [], ["t0"]])
         each.apply(codec.encode_remove(ids(88)))
     assert_equal(log.state, other.state)
+
+
+def alike(operations: list[LoggedOperation]) -> LoggedRun:
+    """Operations of one kind and size, taken together as they are when they are read."""
+    lengths = [operation.lengths for operation in operations]
+    return LoggedRun(
+        operations[0].lsn,
+        operations[0].kind,
+        np.frombuffer(b"".join(bytes(each.body) for each in operations), np.uint8).reshape(
+            len(operations), -1
+        ),
+        np.array([operation.first_id for operation in operations]),
+        np.array([operation.location for operation in operations]),
+        np.concatenate(lengths) if len(lengths[0]) else None,
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_alike_is_applied_together_as_it_is_one_by_one(seed: int) -> None:
+    """Adds, priorities and outcomes; some of what is gone, or was counted before, or too old."""
+    rng = np.random.default_rng(seed)
+    log = Log(max_size=30, receipts_kept=5)
+    together = State()
+    applied: list[LoggedOperation] = []
+    one_by_one = log.state.apply
+
+    def apply(operation: LoggedOperation) -> Change:
+        applied.append(operation)
+        return one_by_one(operation)
+
+    log.state.apply = apply  # type: ignore[method-assign, assignment]
+    together.apply(LoggedOperation(1, codec.SETTINGS, 0, settings_body(log), 0, NO_ROWS))
+    receipts = [b"", *(bytes([i]) * 16 for i in range(1, 9))]
+    for _ in range(12):
+        applied.clear()
+        kind, n = rng.integers(4), int(rng.integers(1, 40))
+        changes = []
+        for i in range(n):
+            some = ids(*rng.integers(max(0, log.next_id - 40), log.next_id + 3, 3))
+            if kind == 0:
+                tags = [["late"]] if i > n // 2 and seed % 2 else None
+                log.add(tags=tags)
+                changes.append(log.last)
+            elif kind == 1:
+                changes.append(log.apply(codec.encode_priority(some, rng.random(3, np.float32))))
+            elif kind == 2:
+                receipt, issued = receipts[rng.integers(9)], int(rng.integers(log.lsn + 1))
+                success = bool(rng.integers(2))
+                changes.append(log.apply(outcome(receipt, issued, *some, success=success)))
+            else:
+                changes.append(log.apply(codec.encode_remove(some[:1])))
+        parts = [applied] if len({len(each.body) for each in applied}) == 1 else []
+        for part in parts or [[each] for each in applied]:
+            change = together.apply_run(alike(part))
+            if parts and kind:
+                assert change.applied == sum(each.applied for each in changes)
+        assert_equal(log.state, together)
+    late = alike([LoggedOperation(log.lsn + 1, codec.PRIORITY, 0, b"\1" + bytes(7), 0, NO_ROWS)])
+    with pytest.raises(CorruptionError, match=str(log.lsn + 1)):
+        together.apply_run(late)
+
+
+def settings_body(log: Log) -> bytes:
+    return bytes(codec.encode_settings({"metric": "cosine", **log.sizes}).body)
 
 
 class StateMachine(RuleBasedStateMachine):

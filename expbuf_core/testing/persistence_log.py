@@ -24,6 +24,7 @@ from expbuf_core.contracts import (
     Pin,
     Stamped,
     Words,
+    one_by_one,
 )
 from expbuf_core.errors import CorruptionError, FormatVersionError
 from expbuf_core.filesystem import FileSystem
@@ -61,6 +62,16 @@ def operation(
     seals = frames.stamp_rows(content, lengths, codec.content_crcs(content, lengths), first_id)
     return Stamped(
         lsn, first_id, Operation(codec.ADD, body, crc32(body), bytes(content), lengths, seals)
+    )
+
+
+def alike(lsn: int, rows: int, *, row_bytes: int = 300) -> Stamped:
+    """Operation `lsn`, of the kind and size of all others with as many payloads."""
+    made = operation(lsn, rows, row_bytes=row_bytes)
+    body = random.Random(lsn).randbytes(40)
+    kind = codec.ADD if rows else codec.PRIORITY
+    return made._replace(
+        operation=made.operation._replace(kind=kind, body=body, body_crc=crc32(body))
     )
 
 
@@ -276,6 +287,8 @@ class Core:
         self, after_lsn: int = 0, *, durable: int = 0, payloads: Container[int] | None = None
     ) -> list[LoggedOperation]:
         """Recover, and check that it yields exactly what was written behind `after_lsn`."""
+        together = one_by_one(self.adapter.recover_alike(after_lsn, durable))
+        self.agree(list(together), after_lsn, payloads)
         found = list(self.adapter.recover(after_lsn, durable))
         self.agree(found, after_lsn, payloads)
         return found
@@ -283,6 +296,8 @@ class Core:
     def follows(self, after_lsn: int = 0, payloads: Container[int] | None = None) -> None:
         """The same for following; of operations that are not in `payloads`, these may be gone."""
         self.agree(list(self.adapter.follow(after_lsn).read(self.last)), after_lsn, payloads)
+        together = self.adapter.follow(after_lsn).read_alike(self.last)
+        self.agree(list(one_by_one(together)), after_lsn, payloads)
 
     def agree(
         self,

@@ -13,6 +13,7 @@ import pytest
 
 from expbuf_core.contracts import (
     Stamped,
+    one_by_one,
 )
 from expbuf_core.errors import CorruptionError, StorageError
 from expbuf_core.testing.persistence_base import (
@@ -22,6 +23,7 @@ from expbuf_core.testing.persistence_base import (
 )
 from expbuf_core.testing.persistence_log import (
     Core,
+    alike,
     image,
     operation,
     outcome,
@@ -114,6 +116,24 @@ class Recovering(PersistenceBase):
             core = core.finish().reopen()
         core.recovers()
         core.follows(self.many // 2)
+
+    def test_p2_operations_that_are_alike(self, tmp_path: Path) -> None:
+        """P2, P20: many of one kind and size, which a backend may take together."""
+        core = self.core(tmp_path).create()
+        for rows, count in ((1, 40), (0, 40), (2, 3), (1, 5), (0, 1), (1, 20)):
+            for _ in range(count):
+                core.append(alike(core.next_lsn, rows))
+        if self.durable():
+            core = core.finish().reopen(durable=core.last - 30)
+        for after in (0, 1, 17, 39, 40, 41, 79, 88, core.last - 1, core.last):
+            core.recovers(after)
+            core.follows(after)
+        follower, at = core.adapter.follow(0), 0
+        for step in (1, 18, 30, 31, 9, core.last - 89):
+            found = list(one_by_one(follower.read_alike(at + step)))
+            assert [logged.lsn for logged in found] == list(range(at + 1, at + step + 1))
+            at += step
+        follower.close()
 
     def test_p2_changed_bytes(self, tmp_path: Path) -> None:
         """P2, P34: with any byte changed, what was stored comes back or is refused, named.

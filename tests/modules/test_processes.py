@@ -43,6 +43,7 @@ from expbuf_core import (
     UnknownExperienceError,
 )
 from expbuf_core.locks import ProcessLock
+from expbuf_core.state import State
 
 # ---------------------------------------------------------------- two buffers, one process
 
@@ -67,6 +68,27 @@ def test_two_buffers_on_one_folder(open_buffer: OpenBuffer) -> None:
     with open_buffer() as again:
         assert answers(again) == expected(range(31))
         assert again.recovery.clean
+
+
+def test_a_read_that_was_interrupted_passes_nothing_over(
+    open_buffer: OpenBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = open_buffer(), open_buffer()
+    add_all(first, range(3))
+    add_all(first, range(3, 30))
+    first.record_outcome(first.add(experience(30)), success=True)
+
+    def interrupted(state: State, run: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(State, "apply_run", interrupted)
+        patched.setattr(State, "apply", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            len(second)
+    first.add(experience(31))
+    assert answers(second) == expected(range(32))
+    assert contents(first) == contents(second)
 
 
 def test_a_reader_beside_a_writer_in_one_process(open_buffer: OpenBuffer) -> None:

@@ -18,6 +18,7 @@ from expbuf_core.contracts import (
     Damage,
     LogFollower,
     LoggedOperation,
+    LoggedRun,
     LogGone,
     LogInterrupted,
     PersistenceAdapter,
@@ -96,6 +97,12 @@ class FilePersistenceAdapter(PersistenceAdapter):
     def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
         self._reader = LogReader(self._logs)
         return self._reader.recover(after_lsn, durable_lsn)
+
+    def recover_alike(
+        self, after_lsn: int, durable_lsn: int
+    ) -> Iterator[LoggedOperation | LoggedRun]:
+        self._reader = LogReader(self._logs)
+        return self._reader.recover_alike(after_lsn, durable_lsn)
 
     def torn(self) -> tuple[int, int]:
         return self._reader.torn_bytes, int(self._reader.torn_bytes > 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import frames
-from expbuf_core.contracts import Buffer, LogFollower, LoggedOperation, LogGone, Pin
+from expbuf_core.contracts import (
+    Buffer,
+    LogFollower,
+    LoggedOperation,
+    LoggedRun,
+    LogGone,
+    Pin,
+    behind,
+    last_of,
+    one_by_one,
+)
 from expbuf_core.errors import CorruptionError
 from expbuf_core.filesystem import storage_errors
 from expbuf_file import layout
@@ -57,38 +67,18 @@ class FileFollower(LogFollower):
         self._offset = layout.HEADER_BYTES
 
     def read(self, until_lsn: int) -> Iterator[LoggedOperation]:
+        return one_by_one(self.read_alike(until_lsn))
+
+    def read_alike(self, until_lsn: int) -> Iterator[LoggedOperation | LoggedRun]:
         if self._file is not None:
             self._file.forget()
         while self._lsn < until_lsn:
             file = self._file or self._open()
-            _, end, last_lsn = self._files[0]
-            limit = file.size() if file.header.log == 1 or end is None else end
-            moved = False
-            for found in file.frames(self._offset, limit, rows=False):
-                if isinstance(found, BadFrame):
-                    break
-                header = found.header
-                if header.kind == frames.LOG_END:
-                    (following,) = layout.END_BODY.unpack(found.body)
-                    moved = self._advance(following)
-                    break
-                is_begin = header.kind == frames.LOG_BEGIN
-                if last_lsn is not None and header.lsn > last_lsn and not is_begin:
-                    moved = self._advance(0)
-                    break
-                if header.lsn > until_lsn and not is_begin:
-                    return  # numbers were left out; what comes next is not wanted yet
-                self._offset = found.end
-                if is_begin or header.lsn <= self._lsn:
-                    continue
-                self._lsn = header.lsn
-                yield file.operation(found)
-                if self._lsn == until_lsn:
-                    return
-            else:
-                moved = self._advance(0)
+            moved = yield from self._read_file(file, until_lsn)
+            if moved is None:
+                return
             if self._lsn < until_lsn and not moved:
-                if file.header.log == 0 and end is None:
+                if file.header.log == 0 and self._files[0].end is None:
                     raise LogGone  # its index log was dropped, and with that the way on
                 raise CorruptionError(
                     f"{file.path.name}: operation {self._lsn + 1} is missing or damaged at offset "
@@ -97,6 +87,41 @@ class FileFollower(LogFollower):
                     offset=self._offset,
                     lsn=self._lsn + 1,
                 )
+
+    def _read_file(
+        self, file: LogFile, until_lsn: int
+    ) -> Generator[LoggedOperation | LoggedRun, None, bool | None]:
+        """Yield a file's operations.
+
+        Returns:
+            Whether the log goes on in another file; None where no more is wanted.
+        """
+        _, end, last_lsn = self._files[0]
+        limit = file.size() if file.header.log == 1 or end is None else end
+        until = until_lsn if last_lsn is None else min(until_lsn, last_lsn)
+        while self._offset < limit:
+            items, after = file.alike(self._offset, limit, rows=False, until_lsn=until)
+            if not items:
+                found = file.frame(self._offset, limit, rows=False)
+                if isinstance(found, BadFrame):
+                    return False
+                header, after = found.header, found.end
+                if header.kind == frames.LOG_END:
+                    (following,) = layout.END_BODY.unpack(found.body)
+                    return self._advance(following)
+                if header.kind != frames.LOG_BEGIN:
+                    if last_lsn is not None and header.lsn > last_lsn:
+                        return self._advance(0)
+                    if header.lsn > until_lsn:
+                        return None  # numbers were left out; what comes next is not wanted yet
+                    items = [file.operation(found)]
+            self._offset = after
+            for item in behind(items, self._lsn):
+                self._lsn = last_of(item)
+                yield item
+            if items and self._lsn == until_lsn:
+                return None
+        return self._advance(0)
 
     def _open(self) -> LogFile:
         number = self._files[0].number

@@ -12,14 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import frames
-from expbuf_core.contracts import LoggedOperation
+from expbuf_core.contracts import LoggedOperation, LoggedRun
 from expbuf_core.errors import CorruptionError
 from expbuf_core.filesystem import storage_errors
 from expbuf_file import layout
 
 _FIRST_WINDOW = 1 << 14
-_LAST_WINDOW = 1 << 20
+_LAST_WINDOW = 1 << 22
 _NO_LENGTHS: NDArray[np.uint32] = np.empty(0, np.uint32)
+NO_BOUND = 1 << 64  # above every LSN
+_LEAST_RUN = 16
 
 
 class Begin(NamedTuple):
@@ -49,6 +51,64 @@ class BadFrame(NamedTuple):
     offset: int
     at: int
     reason: str
+
+
+class _Found:
+    """Intact frames that stand one behind the other in a window.
+
+    Attributes:
+        shapes: Number of the first of some with one kind, body length and number of rows; these.
+        body_ats: Where in the window each body begins.
+        ids: First id of each.
+        places: Offset of each one's rows in the data log.
+        sizes: Bytes of each one's rows.
+        tables: Lengths of the rows, of those that have several.
+    """
+
+    def __init__(self, window: memoryview, location: int) -> None:
+        self._window = window
+        self._location = location
+        self.shapes: list[tuple[int, tuple[int, int, int]]] = []
+        self.body_ats: list[int] = []
+        self.ids: list[int] = []
+        self.places: list[int] = []
+        self.sizes: list[int] = []
+        self.tables: dict[int, NDArray[np.uint32]] = {}
+
+    def taken_together(self, first_lsn: int) -> list[LoggedOperation | LoggedRun]:
+        """As operations, or as runs where many are alike."""
+        items: list[LoggedOperation | LoggedRun] = []
+        ends = [start for start, _ in self.shapes[1:]] + [len(self.places)]
+        for (start, (kind, size, n)), end in zip(self.shapes, ends, strict=False):
+            ats = self.body_ats[start:end]
+            if n <= 1 and end - start >= _LEAST_RUN:
+                items.append(self._run(first_lsn + start, kind, size, n, slice(start, end)))
+                continue
+            for i, at in enumerate(ats, start):
+                lengths = np.array([self.sizes[i]], np.uint32) if n == 1 else self.tables.get(i)
+                items.append(
+                    LoggedOperation(
+                        first_lsn + i,
+                        kind,
+                        self.ids[i],
+                        bytes(self._window[at : at + size]),
+                        self._location | self.places[i],
+                        _NO_LENGTHS if lengths is None else lengths,
+                    )
+                )
+        return items
+
+    def _run(self, first_lsn: int, kind: int, size: int, n: int, which: slice) -> LoggedRun:
+        window, ats = self._window, self.body_ats[which]
+        bodies = bytearray().join([window[at : at + size] for at in ats])
+        return LoggedRun(
+            first_lsn,
+            kind,
+            np.frombuffer(bodies, np.uint8).reshape(len(ats), size),
+            np.array(self.ids[which], np.int64),
+            np.array(self.places[which], np.int64) | self._location,
+            np.array(self.sizes[which], np.uint32) if n else None,
+        )
 
 
 class LogFile:
@@ -119,7 +179,7 @@ class LogFile:
 
     def begin(self) -> Begin | None:
         """The link to the log before, or None while the file is unused (or its link damaged)."""
-        found = self._frame(layout.HEADER_BYTES, self.size(), rows=False)
+        found = self.frame(layout.HEADER_BYTES, self.size(), rows=False)
         if isinstance(found, BadFrame) or found.header.kind != frames.LOG_BEGIN:
             return None
         previous, end, lsn = layout.BEGIN_BODY.unpack(found.body)
@@ -141,13 +201,14 @@ class LogFile:
             rows: Whether rows are there, and to be checked.
         """
         while offset < limit:
-            found = self._frame(offset, limit, rows=rows)
+            found = self.frame(offset, limit, rows=rows)
             yield found
             if isinstance(found, BadFrame):
                 return
             offset = found.end
 
-    def _frame(self, offset: int, limit: int, *, rows: bool) -> Frame | BadFrame:
+    def frame(self, offset: int, limit: int, *, rows: bool) -> Frame | BadFrame:
+        """The frame at `offset`; see `frames`."""
         start = frames.HEADER_BYTES
         at = self._reach(offset, start)
         header = None
@@ -193,6 +254,120 @@ class LogFile:
         if rows and bare + header.rows_len < size and any(raw[bare + header.rows_len :]):
             return BadFrame(offset, offset + bare + header.rows_len, "padding that is not zero")
         return Frame(offset, offset + size, header, body, lengths)
+
+    def alike(
+        self,
+        offset: int,
+        limit: int,
+        *,
+        rows: bool,
+        lsn: int | None = None,
+        until_lsn: int = NO_BOUND,
+    ) -> tuple[list[LoggedOperation | LoggedRun], int]:
+        """Operations with successive LSNs that stand from `offset` on, as far as was read ahead.
+
+        Nothing is passed over and nothing is found fault with: this ends before the first frame
+        that is not plainly the next operation, intact. What that one is, `frames` says, which takes
+        several times as long for each.
+
+        Args:
+            offset: Where a frame begins.
+            limit: Where the file ends.
+            rows: Whether rows are there, and to be checked.
+            lsn: Of the first; None: any.
+            until_lsn: Of the last.
+
+        Returns:
+            The operations, those that look alike in runs; perhaps none. Where the last one ends.
+        """
+        header_bytes = frames.HEADER_BYTES
+        at = self._reach(offset, header_bytes)
+        window, window_at = self._window, self._window_at
+        end = min(self._filled, limit - window_at)
+        epoch, salt_crc, data_log = self.number, self.salt_crc, self.header.log == 0
+        # Spelled out, not called: a call takes longer than what it does.
+        decode, decode_row = frames.HEADER.unpack_from, frames.SINGLE_ROW.unpack_from
+        pack_id, row_header = frames.ID.pack, frames.ROW_HEADER_BYTES
+        found = _Found(window, epoch << layout.OFFSET_BITS)
+        shape: tuple[int, int, int] | None = None
+        body_ats, ids, places, sizes = found.body_ats, found.ids, found.places, found.sizes
+        while (body_at := at + header_bytes) <= end:
+            (
+                magic,
+                header_crc,
+                number,
+                _,
+                place,
+                first_id,
+                of,
+                kind,
+                _,
+                body_len,
+                body_crc,
+                n,
+                table_crc,
+                rows_len,
+            ) = decode(window, at)
+            if lsn is None:
+                lsn = number
+            if (
+                magic != frames.MAGIC
+                or number != lsn
+                or number > until_lsn
+                or of != epoch
+                or kind >= frames.LOG_BEGIN
+                or crc32(window[at + 8 : body_at], salt_crc) != header_crc
+            ):
+                break
+            table_at = body_at + body_len
+            rows_at = table_at + 8 * n
+            behind = rows_at + rows_len if data_log else rows_at
+            following = behind + (at - behind) % 8
+            if (following if rows else rows_at) > end or window_at + following > limit:
+                break
+            if (data_log and place != window_at + at) or (
+                crc32(window[body_at:table_at]) != body_crc
+            ):
+                break
+            if n == 1:
+                if crc32(window[table_at:rows_at]) != table_crc:
+                    break
+                if rows:
+                    if rows_len < row_header:
+                        break
+                    length, seal, id_, crc, own_seal = decode_row(window, table_at)
+                    if (
+                        id_ != first_id
+                        or own_seal != seal
+                        or crc32(window[rows_at + row_header : behind]) != crc
+                        or crc32(pack_id(id_), crc) != seal
+                    ):
+                        break
+                else:
+                    length = frames.SIZE.unpack_from(window, table_at)[0]
+                if length != rows_len:
+                    break
+            elif n:
+                table = frames.table_at(window, table_at, n, table_crc)
+                if table is None or int(table["length"].sum(dtype=np.uint64)) != rows_len:
+                    break
+                if rows and frames.check_rows(window, rows_at, first_id, table) is not None:
+                    break
+                found.tables[len(places)] = table["length"].copy()
+            elif rows_len:
+                break
+            if rows and behind < following and any(window[behind:following]):
+                break
+            if (kind, body_len, n) != shape:
+                shape = (kind, body_len, n)
+                found.shapes.append((len(places), shape))
+            body_ats.append(body_at)
+            ids.append(first_id)
+            places.append(place + rows_at - at)
+            sizes.append(rows_len)
+            lsn += 1
+            at = following
+        return found.taken_together((lsn or 0) - len(places)), window_at + at
 
     def proof(self, offset: int, limit: int) -> int:
         """The highest LSN that any valid frame in [offset, limit) says was durable before it."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 from expbuf_core import frames
-from expbuf_core.contracts import LoggedOperation
+from expbuf_core.contracts import LoggedOperation, LoggedRun, behind, last_of, one_by_one
 from expbuf_core.errors import CorruptionError
 from expbuf_file import layout
-from expbuf_file.logfile import BadFrame, Begin, LogFile
+from expbuf_file.logfile import NO_BOUND, BadFrame, Begin, Frame, LogFile
 from expbuf_file.logfolder import LogFolder
 
 
@@ -35,6 +35,12 @@ class LogReader:
 
     def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
         """See `PersistenceAdapter.recover`."""
+        return one_by_one(self.recover_alike(after_lsn, durable_lsn))
+
+    def recover_alike(
+        self, after_lsn: int, durable_lsn: int
+    ) -> Iterator[LoggedOperation | LoggedRun]:
+        """See `PersistenceAdapter.recover_alike`."""
         self._logs.begins.clear()
         chain = self._logs.chain(after_lsn)
         while len(chain) > 1 and self._logs.begins[chain[1]].previous_lsn <= after_lsn:
@@ -62,7 +68,7 @@ class LogReader:
 
     def _recover_file(
         self, number: int, successor: Begin | None, durable_lsn: int
-    ) -> Generator[LoggedOperation, None, bool]:
+    ) -> Generator[LoggedOperation | LoggedRun, None, bool]:
         """Yield a file's operations; return whether it ends where it should."""
         file = self._logs.open(layout.DATA, number)
         begin = self._logs.begins[number]
@@ -73,37 +79,38 @@ class LogReader:
         lsn = begin.lsn
         bad: BadFrame | None = None
         sealed = False
-        for found in file.frames(begin.end, limit, rows=True):
-            if isinstance(found, BadFrame):
-                bad = found
-                break
-            header = found.header
-            if header.kind == frames.LOG_END:
-                sealed = True
-                (following,) = layout.END_BODY.unpack(found.body)
-                if (
-                    following
-                    and not layout.path_of(self._logs.path, layout.DATA, following).exists()
-                ):
-                    raise file.corrupt(
-                        BadFrame(found.offset, found.offset, f"log file {following} is missing"),
-                        lsn,
-                    )
-                break
-            if header.kind == frames.LOG_BEGIN:
-                lsn = header.lsn  # LSNs jump where a log was given up
-            elif header.lsn != lsn:
-                bad = BadFrame(found.offset, found.offset, f"lsn {header.lsn} out of order")
-                break
-            else:
-                lsn += 1
-                if 0 < durable_lsn < header.lsn:
-                    self.unproven.setdefault(number, found.offset)
-                if header.lsn > self.last_lsn:
-                    self.last_lsn = header.lsn
-                    self.end = found.end
-                    yield file.operation(found)
-            self.end = self.scanned[number] = found.end
+        offset = begin.end
+        while offset < limit:
+            # What this boot never called durable begins with a stretch of its own.
+            proven = lsn <= durable_lsn
+            until = durable_lsn if proven else NO_BOUND
+            items, end = file.alike(offset, limit, rows=True, lsn=lsn, until_lsn=until)
+            if not items:
+                found = file.frame(offset, limit, rows=True)
+                if isinstance(found, BadFrame):
+                    bad = found
+                    break
+                header = found.header
+                if header.kind == frames.LOG_END:
+                    sealed = True
+                    self._check_successor(file, found, lsn)
+                    break
+                end = found.end
+                if header.kind == frames.LOG_BEGIN:
+                    lsn = header.lsn  # LSNs jump where a log was given up
+                elif header.lsn != lsn:
+                    bad = BadFrame(found.offset, found.offset, f"lsn {header.lsn} out of order")
+                    break
+                else:
+                    items = [file.operation(found)]
+            if items:
+                if 0 < durable_lsn < lsn:
+                    self.unproven.setdefault(number, offset)
+                for item in behind(items, self.last_lsn):
+                    self.last_lsn, self.end = last_of(item), end
+                    yield item
+                lsn = last_of(items[-1]) + 1
+            self.end = self.scanned[number] = offset = end
         if size < (limit if successor else file.header.size) and not sealed:
             # Sizes are made durable before a file is used: this is no torn tail.
             raise file.corrupt(BadFrame(self.end, size, "the file was cut"), lsn)
@@ -114,16 +121,24 @@ class LogReader:
             raise file.corrupt(BadFrame(limit, limit, "operations are missing"), lsn)
         return True
 
+    def _check_successor(self, file: LogFile, found: Frame, lsn: int) -> None:
+        """See that the file which an end frame names is there."""
+        (following,) = layout.END_BODY.unpack(found.body)
+        path = layout.path_of(self._logs.path, layout.DATA, following)
+        if following and not path.exists():
+            missing = BadFrame(found.offset, found.offset, f"log file {following} is missing")
+            raise file.corrupt(missing, lsn)
+
     def _judge(self, file: LogFile, bad: BadFrame, lsn: int, limit: int, durable_lsn: int) -> None:
         """Return if the operations from `lsn` on are a torn tail; raise if they are damaged.
 
         A flush of several pages may leave holes, so valid frames behind a bad one prove nothing
         by themselves; what counts is whether anything says that this LSN had been durable.
         """
-        proof = max(durable_lsn, file.proof(bad.offset + 8, limit), self._proof_behind(file.number))
+        end = file.last_nonzero(bad.offset, limit)
+        proof = max(durable_lsn, file.proof(bad.offset + 8, end), self._proof_behind(file.number))
         if proof >= lsn:
             raise file.corrupt(bad, lsn)
-        end = file.last_nonzero(bad.offset, limit)
         self.torn_bytes = end - bad.offset
 
     def _proof_behind(self, number: int) -> int:

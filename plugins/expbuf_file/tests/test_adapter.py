@@ -14,14 +14,28 @@ import numpy as np
 import pytest
 
 from expbuf_core import ExperienceBuffer
-from expbuf_core.contracts import LoggedOperation, LogGone, PersistenceContext, Stamped
+from expbuf_core.contracts import (
+    LoggedOperation,
+    LogGone,
+    PersistenceContext,
+    Stamped,
+    one_by_one,
+)
 from expbuf_core.errors import CorruptionError, StorageFull
 from expbuf_core.filesystem import FileSystem
 from expbuf_core.testing.faults import FaultyFileSystem
-from expbuf_core.testing.persistence_log import assert_same, ids_of, operation, places_of, rows_of
+from expbuf_core.testing.persistence_log import (
+    alike,
+    assert_same,
+    ids_of,
+    operation,
+    places_of,
+    rows_of,
+)
 from expbuf_file import follower as following
 from expbuf_file import layout
 from expbuf_file.adapter import FilePersistenceAdapter
+from expbuf_file.logfile import Frame, LogFile
 from expbuf_file.settings import FileSettings
 
 UUID = bytes(range(16))
@@ -554,6 +568,55 @@ def test_a_clean_end_is_part_of_the_log(folder: Folder) -> None:
     last.write_bytes(raw[:-8])
     with pytest.raises(CorruptionError, match="cut"):
         folder.recover(durable=29)
+
+
+@pytest.mark.parametrize("log", [layout.DATA, layout.INDEX])
+def test_what_is_read_together_is_what_is_read_one_by_one(folder: Folder, log: str) -> None:
+    """Whatever byte is changed, and wherever the file ends: the same operations, or fewer."""
+    adapter = folder.new()
+    for lsn in range(1, 56):
+        item = alike(lsn, (1, 0, 2)[(lsn // 20) % 3], row_bytes=60)
+        (folder.places[lsn],) = adapter.append([item], 0)
+        folder.written[lsn] = item
+    folder.sync(adapter)
+    path, rows = folder.file(1, log), log == layout.DATA
+    data = bytearray(path.read_bytes())
+
+    def both(end: int) -> tuple[list[LoggedOperation], list[LoggedOperation], list[int]]:
+        """Of the frames before `end`, read one by one and together; and where each ends."""
+        slow, fast, ends = [], [], []
+        file = LogFile(folder.path, log, 1, UUID)
+        start = at = begin.end
+        for found in file.frames(at, end, rows=rows):
+            if not isinstance(found, Frame):
+                break
+            slow.append(file.operation(found))
+            ends.append(found.end)
+        while True:
+            items, at = file.alike(at, end, rows=rows, lsn=len(fast) + 1)
+            if not items:
+                break
+            fast += one_by_one(items)
+            assert [start, *ends][len(fast)] == at
+        return slow, fast, ends
+
+    file = LogFile(folder.path, log, 1, UUID)
+    begin = file.begin()
+    assert begin is not None
+    end = file.size()
+    slow, fast, ends = both(end)
+    folder.check(slow)
+    folder.check(fast)
+    for i, cut in enumerate(ends):
+        assert [len(found) for found in both(cut)] == [i + 1] * 3
+        assert [len(found) for found in both(cut - 1)] == [i] * 3
+    for at in range(begin.end, ends[-1], 13):
+        data[at] ^= 1 << at % 8
+        path.write_bytes(data)
+        slow, fast, _ = both(end)
+        assert [item.lsn for item in slow] == [item.lsn for item in fast]
+        assert len(slow) == sum(end <= at for end in ends)
+        data[at] ^= 1 << at % 8
 
 
 @pytest.mark.parametrize("fails", [False, True])
