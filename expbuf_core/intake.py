@@ -86,8 +86,9 @@ def as_vectors(value: Any, name: str, *, rank: int, dim: int | None) -> Vectors:
             raise InvalidExperience(f"{name}: expected real numbers, found dtype {array.dtype}")
         with np.errstate(over="ignore"):
             array = array.astype(np.float32)
-    array = np.ascontiguousarray(array)
-    flat = array.reshape(-1)
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    flat = array if rank == 1 else array.reshape(-1)
     # A dot product is the fastest pass over the data; only its overflow needs a second look.
     if not math.isfinite(float(flat @ flat)) and not np.isfinite(array).all():
         at = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
@@ -112,13 +113,19 @@ def _rank_error(array: NDArray[Any], name: str, rank: int) -> DimensionError:
     )
 
 
+def _scaled_row(vectors: Vectors) -> Vectors | None:
+    """One row scaled to length 1, finite; None where it takes more care."""
+    row = vectors[0]
+    square = float(row @ row)
+    return vectors * np.float32(1.0 / math.sqrt(square)) if 1e-24 < square < 1e30 else None
+
+
 def normalised(vectors: Vectors) -> Vectors:
     """Scale rows to length 1; rows of zeros stay zero."""
     if len(vectors) == 1:
-        row = vectors[0]
-        square = float(row @ row)
-        if 1e-24 < square < 1e30:
-            return vectors * np.float32(1.0 / math.sqrt(square))
+        scaled = _scaled_row(vectors)
+        if scaled is not None:
+            return scaled
     wide = vectors.astype(np.float64)
     norms = np.sqrt(np.einsum("ij,ij->i", wide, wide))
     norms[norms == 0] = 1
@@ -135,6 +142,10 @@ def fuse(fusion: EmbeddingFusion, metric: str, v: Vectors, q: Vectors, dim: int)
             f"float32 {(len(v), dim)}"
         )
     if metric == "cosine":
+        if len(fused) == 1:  # searches come one by one
+            scaled = _scaled_row(fused)
+            if scaled is not None:
+                return np.ascontiguousarray(scaled)
         fused = normalised(fused)
     flat = fused.reshape(-1)
     if not math.isfinite(float(flat @ flat)) and not np.isfinite(fused).all():
@@ -320,7 +331,9 @@ class Intake:
         if hybrid is not None:
             if v is not None or q is not None:
                 raise InvalidExperience("give either hybrid_embed, or v_embed and q_embed")
-            vectors = np.atleast_2d(as_vectors(hybrid, "hybrid_embed", rank=rank, dim=self.dim))
+            vectors = as_vectors(hybrid, "hybrid_embed", rank=rank, dim=self.dim)
+            if rank == 1:
+                vectors = vectors[np.newaxis]
             return normalised(vectors) if self.metric == "cosine" else vectors
         if v is None and q is None:
             raise InvalidExperience("a search needs v_embed, q_embed or hybrid_embed")

@@ -6,6 +6,7 @@ In one object, which a forked child throws away and makes anew.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -128,6 +129,11 @@ class Session:
             "version": int(self.fusion.version),
             "settings": settings.model_dump(mode="json"),
         }
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Of the buffer, in receipts."""
+        return self.uuid[:8].hex()
 
     def open(self) -> None:
         """Create, recover or join the buffer."""

@@ -26,6 +26,7 @@ from expbuf_core.contracts import LogGone
 from expbuf_core.errors import ExpbufError, StorageFull
 from expbuf_core.locks import holder
 from expbuf_core.relog import relog_draft
+from expbuf_core.replica import end_of
 
 if TYPE_CHECKING:
     from expbuf_core.session import Session
@@ -201,6 +202,9 @@ class Upkeep:
             return  # whoever meets the new one opens what there is of it
         manifest, opened = indexing.load(session.path, replica, choice)
         with replica.lock:
+            copy_tail = replica.tiers.copied_tail(end_of(manifest))
+        tail = copy_tail()  # searches go on meanwhile
+        with replica.lock:
             if session.closed or replica.tiers.representation != choice.representation:
                 return
             if manifest is None and replica.tiers.segments:
@@ -208,7 +212,7 @@ class Upkeep:
                 return
             if manifest is not None and replica.state.lsn < manifest.lsn:
                 session.refresh()  # a replica adopts segments only once it is as far as they are
-            replica.adopt(manifest, opened, generation)
+            replica.adopt(manifest, opened, generation, tail)
             session.fill_index()
         session.registry.fire(
             "expbuf_on_index_swapped",
