@@ -170,8 +170,8 @@ def test_reaches_the_target(tmp_path: Path, target: float, seed: int) -> None:
 
 
 def test_ten_results_take_what_was_calibrated(tmp_path: Path) -> None:
-    """These vectors once reached 0.943: codes had more candidates in calibration than later."""
-    draw = np.random.default_rng(1)
+    """These vectors once reached 0.938: codes had more candidates in calibration than later."""
+    draw = np.random.default_rng(4)
     basis = draw.standard_normal((32, 384)).astype(np.float32)
     centres = draw.standard_normal((256, 32)).astype(np.float32)
     points = centres[draw.integers(0, 256, 31_000)]
