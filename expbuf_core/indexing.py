@@ -54,6 +54,7 @@ class IndexChoice:
 
     Attributes:
         unopened: The segments that were published last could not be used.
+        damaged: Because they are damaged or missing, for whoever tries.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class IndexChoice:
         self.representation = representation
         self._made: dict[str, IndexBackend] = {}
         self._chosen: str | None = None
-        self.unopened = False
+        self.unopened = self.damaged = False
         if not config.index.fallback:  # this backend or none: tell now, not when it is built
             self.chosen()
 
@@ -207,10 +208,12 @@ def load(
         settings: Of the buffer; default: those that the replica has.
     """
     for _ in range(_TRIES):
-        choice.unopened = False
+        choice.unopened = choice.damaged = False
         manifest, opened = _load_once(folder, replica, choice, settings)
         if manifest is None or len(opened) == len(manifest.segments):
             return manifest, opened
+    choice.unopened = choice.damaged = True
+    _log.warning("files of the index are missing; it is not used and will be built again")
     return None, ()
 
 
@@ -225,6 +228,8 @@ def _load_once(
     try:
         manifest = segments.read_manifest(home)
         if manifest is None:
+            if replica.control.words[c.INDEX_GENERATION] and not choice.representation:
+                choice.unopened = choice.damaged = True  # there was one
             return None, ()
         with replica.lock:
             state, tiers = replica.state, replica.tiers
@@ -262,6 +267,7 @@ def _load_once(
     except (CorruptionError, PluginError, ValueError, RuntimeError) as exc:
         _log.warning("the index is not used and will be built again: %s", exc)
         choice.unopened = True
+        choice.damaged = isinstance(exc, CorruptionError)
         return None, ()
     except (StorageError, FileNotFoundError) as exc:
         if isinstance(exc, FileNotFoundError) or isinstance(exc.__cause__, FileNotFoundError):

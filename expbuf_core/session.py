@@ -139,6 +139,7 @@ class Session:
         """Create, recover or join the buffer."""
         self.recovery = report = open_session(self)
         self._choose_index()
+        self.upkeep.tell_damage()
         self.registry.fire(
             "expbuf_on_recovered",
             path=str(self.path or ""),
