@@ -69,7 +69,6 @@ from expbuf_core.sampling import (
     importance_weights,
     restore_rng,
     rng_state,
-    success_rate,
 )
 from expbuf_core.session import Outdated, Session
 from expbuf_core.state import State
@@ -596,7 +595,7 @@ class ExperienceBuffer:
         if isinstance(receipt_or_ids, Receipt):
             receipt = receipt_or_ids
             session = self._live()
-            if receipt.buffer != session.uuid[:8].hex():
+            if receipt.buffer != session.name:
                 raise InvalidExperience("the receipt is of another buffer; nothing was counted")
             token, lsn = bytes.fromhex(receipt.token), receipt.lsn
             session.refresh()
@@ -687,13 +686,18 @@ class ExperienceBuffer:
             with session.replica.lock:
                 state = session.replica.state
                 found = state.find(ids) if slots is None else slots
-                present = found >= 0
-                if missing == "raise" and not present.all():
-                    gone = int(ids[~present][0])
-                    raise UnknownExperienceError(
-                        f"experience {gone} is no longer here: it was evicted or removed", id=gone
-                    )
-                chosen = PinnedExperiences(ids[present], found[present], state)
+                if len(found) and np.minimum.reduce(found) < 0:
+                    present = found >= 0
+                    if missing == "raise":
+                        gone = int(ids[~present][0])
+                        raise UnknownExperienceError(
+                            f"experience {gone} is no longer here: it was evicted or removed",
+                            id=gone,
+                        )
+                    found, ids_here = found[present], ids[present]
+                else:
+                    ids_here = ids
+                chosen = PinnedExperiences(ids_here, found, state)
             try:
                 chosen.pin(
                     session.adapter.pin(chosen.ids, chosen.locations, chosen.lengths),
@@ -746,26 +750,25 @@ class ExperienceBuffer:
         asked = _Question(session, v_embed, q_embed, hybrid_embed, rank=1)
         left_out = as_ids(exclude)
         for _ in range(_SEARCH_TRIES):
-            ids, similarities = self._search(session, asked, k, where, left_out)
-            found = ids[0] >= 0
-            chosen = self._pinned(ids[0][found], missing="skip")
-            values = similarities[0][found]
+            found, similarities = self._search(session, asked, k, where, left_out)
+            ids, values = found[0], similarities[0]
+            if ids[-1] < 0:
+                ids, values = ids[ids >= 0], values[ids >= 0]
+            chosen = self._pinned(ids, missing="skip")
             if len(chosen) == len(values):
                 break
             # Removed since by another thread: others may take its place at the next try.
-            values = values[np.isin(ids[0][found], chosen.ids)]
-        sampling = session.config.sampling
-        rates = success_rate(
-            chosen.values.retrieval_count,
-            chosen.values.success_count,
-            sampling.success_prior,
-            sampling.success_prior_count,
-        )
-        numbers = tuple(chosen.ids.tolist())
-        receipt = Receipt.new(session.uuid[:8].hex(), session.replica.state.lsn, numbers)
+            values = values[np.isin(ids, chosen.ids)]
+        sampling, lsn = session.config.sampling, session.replica.state.lsn
         if started is not None:
-            _tell_search(session, receipt.lsn, k, 1, started)
-        return SearchResult(chosen, values, rates, receipt)
+            _tell_search(session, lsn, k, 1, started)
+        return SearchResult(
+            chosen,
+            values,
+            prior=(sampling.success_prior, sampling.success_prior_count),
+            buffer=session.name,
+            lsn=lsn,
+        )
 
     def search_many(
         self,
@@ -809,7 +812,7 @@ class ExperienceBuffer:
         missing = ((0, 0), (0, k - ids.shape[1]))
         ids = np.pad(ids, missing, constant_values=-1)
         similarities = np.pad(similarities, missing, constant_values=-np.inf)
-        prefix, lsn = session.uuid[:8].hex(), session.replica.state.lsn
+        prefix, lsn = session.name, session.replica.state.lsn
         receipts = [
             Receipt.new(prefix, lsn, tuple(id_ for id_ in row if id_ >= 0)) for row in ids.tolist()
         ]

@@ -70,6 +70,8 @@ class IndexBuilder:
         replica, index = self._session.replica, self._session.config.index
         dead = sum(segment.dead for segment in replica.tiers.segments)
         rows = sum(segment.info.rows for segment in replica.tiers.segments)
+        if self._session.upkeep.index_is_damaged():
+            return True  # though this process may have opened it in time
         return replica.tiers.tail_rows >= index.rebuild_every or dead >= max(
             index.rebuild_every, index.growth * rows
         )

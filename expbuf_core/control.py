@@ -55,6 +55,7 @@ REPRESENTATION = 24  # (r) number of the current one, | 1 << 32 while it is bein
 NEXT_REPRESENTATION = 25  # (r) of an index that is complete and about to be changed to, else 0
 WAITING_TO_APPEND = 26  # (anybody) a hint: somebody sleeps until APPENDED changes
 WAITING_FOR_FLUSH = 27  # (anybody) a hint: somebody sleeps until DURABLE changes
+DAMAGED_INDEX = 28  # (anybody) a hint: INDEX_GENERATION + 1 of one that could not be opened
 ADAPTER = 32  # eight words of the storage adapter
 WORDS = 64
 

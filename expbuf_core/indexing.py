@@ -54,6 +54,7 @@ class IndexChoice:
 
     Attributes:
         unopened: The segments that were published last could not be used.
+        damaged: Because they are damaged or missing, for whoever tries.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class IndexChoice:
         self.representation = representation
         self._made: dict[str, IndexBackend] = {}
         self._chosen: str | None = None
-        self.unopened = False
+        self.unopened = self.damaged = False
         if not config.index.fallback:  # this backend or none: tell now, not when it is built
             self.chosen()
 
@@ -207,10 +208,12 @@ def load(
         settings: Of the buffer; default: those that the replica has.
     """
     for _ in range(_TRIES):
-        choice.unopened = False
+        choice.unopened = choice.damaged = False
         manifest, opened = _load_once(folder, replica, choice, settings)
         if manifest is None or len(opened) == len(manifest.segments):
             return manifest, opened
+    choice.unopened = choice.damaged = True
+    _log.warning("files of the index are missing; it is not used and will be built again")
     return None, ()
 
 
@@ -220,27 +223,32 @@ def _load_once(
     choice: IndexChoice,
     settings: Mapping[str, object] | None,
 ) -> tuple[Manifest | None, tuple[OpenSegment, ...]]:
-    with replica.lock:
-        state = replica.state
-        settings, live, next_id = settings or state.settings, state.live_ids(), state.next_id
-        # What is open already is the same object in the next set: its rows only ever go out.
-        same = replica.tiers.representation == choice.representation
-        there = {segment.info: segment for segment in replica.tiers.segments} if same else {}
     home = segments.home(folder, choice.representation)
     manifest = None
     try:
         manifest = segments.read_manifest(home)
         if manifest is None:
+            if replica.control.words[c.INDEX_GENERATION] and not choice.representation:
+                choice.unopened = choice.damaged = True  # there was one
             return None, ()
-        stale = (
-            manifest.lsn > replica.control.published()
-            or manifest.dim != choice.context.dim
-            or manifest.metric != choice.context.metric
-            or manifest.representation != representation(settings)
-        )
-        if stale:
-            choice.unopened = True
-            return None, ()
+        with replica.lock:
+            state, tiers = replica.state, replica.tiers
+            stale = (
+                manifest.lsn > replica.control.published()
+                or manifest.dim != choice.context.dim
+                or manifest.metric != choice.context.metric
+                or manifest.representation != representation(settings or state.settings)
+            )
+            if stale:
+                choice.unopened = True
+                return None, ()
+            # What is open already is the same object in the next set: its rows only ever go out.
+            same = tiers.representation == choice.representation
+            there = {segment.info: segment for segment in tiers.segments} if same else {}
+            new = [info for info in manifest.segments if info not in there]
+            # Only so many ids as there may be in them: searches wait meanwhile.
+            live = state.live_ids(min((info.first_id for info in new), default=state.next_id))
+            next_id, watch = state.next_id, tiers.watch()
         opened = tuple(
             there.get(info)
             or segments.open_segment(
@@ -252,12 +260,14 @@ def _load_once(
                 next_id=next_id,
                 filters=choice.can(info.backend, "filter"),
                 verifies=choice.can(info.backend, "verifies"),
+                watch=watch,
             )
             for info in manifest.segments
         )
     except (CorruptionError, PluginError, ValueError, RuntimeError) as exc:
         _log.warning("the index is not used and will be built again: %s", exc)
         choice.unopened = True
+        choice.damaged = isinstance(exc, CorruptionError)
         return None, ()
     except (StorageError, FileNotFoundError) as exc:
         if isinstance(exc, FileNotFoundError) or isinstance(exc.__cause__, FileNotFoundError):
@@ -267,7 +277,7 @@ def _load_once(
 
 
 def plan(
-    replica: Replica, growth: float, batch: int
+    opened: tuple[OpenSegment, ...], live: NDArray[np.int64], growth: float, batch: int
 ) -> tuple[list[OpenSegment], NDArray[np.int64]]:
     """Which segments stay, and which ids go into a new one.
 
@@ -277,13 +287,12 @@ def plan(
     a row is written again a few times on each level, however many rows there are.
 
     Args:
-        replica: Has the segments, and says what is live.
+        opened: The segments, the oldest first.
+        live: (n,) ids, rising.
         growth: Of the large segment.
         batch: Rows that are new at an ordinary build.
     """
-    state, tiers = replica.state, replica.tiers
-    live = state.live_ids()
-    kept = _unspoilt(tiers.segments)
+    kept = _unspoilt(opened)
     if kept:
         large = kept[0]
         rest = len(live) - (large.info.rows - large.dead)
@@ -355,10 +364,12 @@ def build(
             return None
         lsn = replica.state.lsn
         end_id = replica.state.next_id
-        kept, ids = ([], replica.state.live_ids()) if anew else plan(replica, growth, batch)
+        live, opened = replica.state.live_ids(), replica.tiers.segments
         settings = representation(replica.state.settings)
-        missing = int(np.count_nonzero(~replica.tiers.holds(ids)))
-        gather = replica.tiers.gatherer(choice.context.dim)
+        gather, holds = replica.tiers.gatherer(choice.context.dim), replica.tiers.holder()
+    # Without the lock: on a large buffer this takes longer than a search may wait.
+    kept, ids = ([], live) if anew else plan(opened, live, growth, batch)
+    missing = int(np.count_nonzero(~holds(ids)))
     if missing:
         raise StorageError(f"{folder}: {missing} live experiences have no vector in any tier")
     home = segments.home(folder, choice.representation)

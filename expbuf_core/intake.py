@@ -99,8 +99,9 @@ def as_vectors(value: Any, name: str, *, rank: int, dim: int | None) -> Vectors:
             raise InvalidExperience(f"{name}: expected real numbers, found dtype {array.dtype}")
         with np.errstate(over="ignore"):
             array = array.astype(np.float32)
-    array = np.ascontiguousarray(array)
-    flat = array.reshape(-1)
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    flat = array if rank == 1 else array.reshape(-1)
     # A dot product is the fastest pass over the data; only its overflow needs a second look.
     if not math.isfinite(float(flat @ flat)) and not np.isfinite(array).all():
         at = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
@@ -337,7 +338,9 @@ class Intake:
         if hybrid is not None:
             if v is not None or q is not None:
                 raise InvalidExperience("give either hybrid_embed, or v_embed and q_embed")
-            vectors = np.atleast_2d(as_vectors(hybrid, "hybrid_embed", rank=rank, dim=self.dim))
+            vectors = as_vectors(hybrid, "hybrid_embed", rank=rank, dim=self.dim)
+            if rank == 1:
+                vectors = vectors[np.newaxis]
             return normalised(vectors) if self.metric == "cosine" else vectors
         if v is None and q is None:
             raise InvalidExperience("a search needs v_embed, q_embed or hybrid_embed")

@@ -27,7 +27,7 @@ from expbuf_core.frames import damaged_payload
 from expbuf_core.sampling import PrioritySampler, Settings
 from expbuf_core.segments import Manifest
 from expbuf_core.state import Change, State, runs
-from expbuf_core.tiers import IndexTiers
+from expbuf_core.tiers import IndexTiers, Tail
 
 _log = logging.getLogger("expbuf")
 _REFUSE_CHUNK = 1024
@@ -323,6 +323,9 @@ class Replica:
         Returns:
             How many there were.
         """
+        tiers, state = self.tiers, self.state
+        if state.lsn >= tiers.lsn and tiers.live_rows == state.count:
+            return 0  # every row is live, and in one tier only
         missing = self.uncovered()
         if not len(missing):
             return 0
@@ -332,12 +335,7 @@ class Replica:
         blocks = [*self._fused(missing, refuse), view.tail_vectors[keep]]
         vectors = np.concatenate([block for block in blocks if len(block)])
         order = np.argsort(ids, kind="stable")
-        kept = self.tiers
-        tiers = IndexTiers(kept.metric, kept.representation)
-        tiers.segments = kept.segments
-        tiers.lsn, tiers.generation, tiers.end_id = kept.lsn, kept.generation, kept.end_id
-        tiers.append(ids[order], vectors[order])
-        self.tiers = tiers
+        tiers.replace_tail(ids[order], vectors[order])
         return len(missing)
 
     def _fused(self, ids: NDArray[np.int64], refuse: Refuse) -> Iterator[NDArray[np.float32]]:
@@ -358,16 +356,37 @@ class Replica:
             yield refuse(np.stack(v), np.stack(q))
 
     def adopt(
-        self, manifest: Manifest | None, opened: tuple[segments.OpenSegment, ...], generation: int
+        self,
+        manifest: Manifest | None,
+        opened: tuple[segments.OpenSegment, ...],
+        generation: int,
+        tail: Tail | None = None,
     ) -> None:
-        """Search these segments from now on (lock held)."""
-        end_id = max((info.end_id for info in manifest.segments), default=0) if manifest else 0
-        live = self.state.live_ids()
-        for segment in opened:  # what was removed while they were being opened
-            at = np.searchsorted(live, segment.ids)
-            at[at == len(live)] = 0
-            gone = segment.ids[live[at] != segment.ids] if len(live) else segment.ids
-            if len(gone):
-                segment.remove(np.asarray(gone))
-        lsn = manifest.lsn if manifest else 0
-        self.tiers.adopt(opened, lsn=lsn, end_id=end_id, generation=generation)
+        """Search these segments from now on (lock held).
+
+        Args:
+            manifest: That lists them.
+            opened: The segments.
+            generation: Of the manifest.
+            tail: What is newer, if it was copied already.
+        """
+        live = None
+        for segment in opened:
+            gone = self.tiers.gone_since(segment)
+            if gone is None:  # look at every row; on a large buffer searches notice that
+                live = self.state.live_ids() if live is None else live
+                gone = np.setdiff1d(segment.ids, live, assume_unique=True)
+            segment.remove(gone)
+            segment.watch = None
+        self.tiers.adopt(
+            opened,
+            lsn=manifest.lsn if manifest else 0,
+            end_id=end_of(manifest),
+            generation=generation,
+            tail=tail,
+        )
+
+
+def end_of(manifest: Manifest | None) -> int:
+    """Ids from that one on are in none of its segments."""
+    return max((info.end_id for info in manifest.segments), default=0) if manifest else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from expbuf_core.contracts import Buffer, Pin
 from expbuf_core.embedding_cache import EmbeddingCache
 from expbuf_core.errors import CorruptionError, InvalidExperience
 from expbuf_core.experience import Experience
+from expbuf_core.sampling import success_rate
 from expbuf_core.state import SCALAR_REWARD, State
 
 # ---------------------------------------------------------------- receipts
@@ -306,7 +308,6 @@ class SearchResult(Sequence[Hit]):
     Attributes:
         ids: (n,) int64.
         similarities: (n,) float32.
-        receipt: Hand it to `record_outcome`.
         lsn: What the search had seen.
     """
 
@@ -314,15 +315,28 @@ class SearchResult(Sequence[Hit]):
         self,
         experiences: PinnedExperiences,
         similarities: NDArray[np.float32],
-        success_rates: NDArray[np.float64],
-        receipt: Receipt,
+        *,
+        prior: tuple[float, float],
+        buffer: str,
+        lsn: int,
     ) -> None:
         self.ids = experiences.ids
         self.similarities = similarities
         self.experiences = experiences
-        self.receipt = receipt
-        self.lsn = receipt.lsn
-        self._rates = success_rates
+        self.lsn = lsn
+        self._prior = prior  # of the success rate: its value, and how much it counts
+        self._buffer = buffer
+        self._token = os.urandom(16)  # now: a forked child has the same
+        self._receipt: Receipt | None = None
+        self._rates: list[float] | None = None
+
+    @property
+    def receipt(self) -> Receipt:
+        """Hand it to `record_outcome`; the same every time."""
+        if self._receipt is None:
+            ids = tuple(self.ids.tolist())
+            self._receipt = Receipt(self._buffer, self._token.hex(), self.lsn, ids)
+        return self._receipt
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -340,7 +354,12 @@ class SearchResult(Sequence[Hit]):
         if not -n <= i < n:
             raise IndexError(f"{i} of {n} hits")
         i %= n
-        return Hit(self.experiences, i, float(self.similarities[i]), float(self._rates[i]))
+        if self._rates is None:
+            values = self.experiences.values
+            self._rates = success_rate(
+                values.retrieval_count, values.success_count, *self._prior
+            ).tolist()
+        return Hit(self.experiences, i, float(self.similarities[i]), self._rates[i])
 
     def __iter__(self) -> Iterator[Hit]:
         for i in range(len(self)):

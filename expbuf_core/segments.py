@@ -109,7 +109,9 @@ class OpenSegment:
         index: IndexSegment,
         live: NDArray[np.bool_],
         filters: bool,
+        watch: object = None,
     ) -> None:
+        self.watch = watch  # knows what went out since `live` was made
         self.filters = filters  # the index leaves rows out by itself
         self.info = info
         self.ids = ids
@@ -121,6 +123,8 @@ class OpenSegment:
 
     def remove(self, ids: NDArray[np.int64]) -> None:
         """Take rows out; ids that are not here, or are out already, are skipped."""
+        if not len(ids):
+            return
         rows = np.searchsorted(self.ids, ids)
         rows[rows == len(self.ids)] = 0  # beyond the end: another id stands in row 0
         rows = np.unique(rows[(self.ids[rows] == ids) & self.live[rows]])
@@ -295,6 +299,7 @@ def open_segment(
     next_id: int | None = None,
     filters: bool,
     verifies: bool = False,
+    watch: object = None,
 ) -> OpenSegment:
     """Verify, map and open a segment.
 
@@ -308,6 +313,7 @@ def open_segment(
             yet; it takes them out before it searches. Default: all were seen.
         filters: The backend has the capability "filter".
         verifies: The backend has the capability "verifies".
+        watch: Of the tiers, begun when they had these live ids.
 
     Raises:
         CorruptionError: Its files are not what was written.
@@ -325,7 +331,7 @@ def open_segment(
     live[inside] = live_ids[at[inside]] == ids[inside]
     if next_id is not None:
         live |= ids >= next_id
-    return OpenSegment(info, ids, vectors, index, live, filters)
+    return OpenSegment(info, ids, vectors, index, live, filters, watch)
 
 
 def drop_unlisted(home: Path, manifest: Manifest | None, fs: FileSystem) -> None:

@@ -6,6 +6,7 @@ In one object, which a forked child throws away and makes anew.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -129,10 +130,16 @@ class Session:
             "settings": settings.model_dump(mode="json"),
         }
 
+    @functools.cached_property
+    def name(self) -> str:
+        """Of the buffer, in receipts."""
+        return self.uuid[:8].hex()
+
     def open(self) -> None:
         """Create, recover or join the buffer."""
         self.recovery = report = open_session(self)
         self._choose_index()
+        self.upkeep.tell_damage()
         self.registry.fire(
             "expbuf_on_recovered",
             path=str(self.path or ""),

@@ -11,6 +11,7 @@ holds the same state, whatever its configuration.
 
 from __future__ import annotations
 
+import bisect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -257,9 +258,16 @@ class State:
         first = column[head : head + n]
         return np.concatenate([first, column[: n - len(first)]])
 
-    def live_ids(self) -> NDArray[np.int64]:
-        """Ids of the live experiences, rising."""
-        return self._in_order("id", self.live_slots())
+    def live_ids(self, first: int = 0) -> NDArray[np.int64]:
+        """Ids of the live experiences from that one on, rising."""
+        if first <= 0:
+            return self._in_order("id", self.live_slots())
+        mask = self.capacity - 1
+        used = range(self.head, self.tail)
+        begin = self.head + bisect.bisect_left(used, first, key=lambda at: int(self.id[at & mask]))
+        order = np.arange(begin, self.tail) & mask
+        ids: NDArray[np.int64] = self.id[order[self.live[order]]]
+        return ids
 
     def find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Slots of these ids; -1 where the experience is not (or no longer) here.
@@ -269,8 +277,11 @@ class State:
         if self.tail == self.head or len(ids) == 0:
             return np.full(len(ids), -1, np.int64)
         mask = self.capacity - 1
-        slots = (ids + (self.head - int(self.id[self.head & mask]))) & mask
-        found = self.id.take(slots) == ids  # `take` and `put` take half the time of brackets
+        slots: NDArray[np.int64] = (ids + (self.head - int(self.id[self.head & mask]))) & mask
+        there = self.id.take(slots)  # `take` and `put` take half the time of brackets
+        if there.tobytes() == ids.tobytes() and self.live.take(slots).all():
+            return slots  # as almost always
+        found = there == ids
         if not found.all():
             slots = self._bisect(ids)
             found = self.id[slots] == ids

@@ -7,13 +7,14 @@ no lock: rows of a view only ever go out (removed, evicted), and the buffer filt
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core.exact_search import exact_search
+from expbuf_core.exact_search import exact_best, exact_search, squared_norms
 from expbuf_core.segments import OpenSegment
 
 _FIRST_BYTES = 32 << 20  # of address space: memory is taken as rows are written
@@ -30,8 +31,125 @@ class View(NamedTuple):
     segments: tuple[OpenSegment, ...]
     tail_ids: NDArray[np.int64]
     tail_vectors: NDArray[np.float32]
+    tail_squared: NDArray[np.float32] | None
     tail_live: NDArray[np.bool_]
     tail_dead: int
+
+
+class Tail:
+    """Vectors in memory, of rising ids. What was read stays, but for rows that go out.
+
+    Args:
+        metric: "l2" keeps the squared lengths, too.
+    """
+
+    def __init__(self, metric: str) -> None:
+        self._metric = metric
+        self.rows = 0  # in use, dead ones among them
+        self.dead = 0
+        self._ids = np.empty(0, np.int64)
+        self._vectors = np.empty((0, 0), np.float32)
+        self._squared: NDArray[np.float32] | None = None
+        self._live = np.empty(0, bool)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """(rows,) int64."""
+        return self._ids[: self.rows]
+
+    @property
+    def vectors(self) -> NDArray[np.float32]:
+        """(rows, dim) float32."""
+        return self._vectors[: self.rows]
+
+    @property
+    def squared(self) -> NDArray[np.float32] | None:
+        """(rows,) float32 squared lengths, or None."""
+        return None if self._squared is None else self._squared[: self.rows]
+
+    @property
+    def live(self) -> NDArray[np.bool_]:
+        """(rows,) bool."""
+        return self._live[: self.rows]
+
+    def append(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
+        """Append vectors of rising ids, all above those that are here."""
+        n = len(ids)
+        if self.rows + n > len(self._ids):
+            self._reserve(n, vectors.shape[1])
+        first, behind = self.rows, self.rows + n
+        self._ids[first:behind] = ids
+        self._vectors[first:behind] = vectors
+        if self._squared is not None:
+            self._squared[first:behind] = squared_norms(self._vectors[first:behind])
+        self._live[first:behind] = True
+        self.rows = behind
+
+    def _reserve(self, n: int, dim: int) -> None:
+        """Make room by new arrays: views keep the old ones."""
+        keep = np.flatnonzero(self.live)
+        kept = len(keep)
+        least = min(_FIRST_BYTES // (4 * dim), _FIRST_ROWS)
+        capacity = max(least, _GROWTH * (kept + n))
+        try:
+            vectors = np.empty((capacity, dim), np.float32)
+        except MemoryError:  # so much address space is not to be had
+            capacity = max(least, kept + n + kept // 4)
+            vectors = np.empty((capacity, dim), np.float32)
+        ids, live = np.empty(capacity, np.int64), np.zeros(capacity, bool)
+        squared = np.empty(capacity, np.float32) if self._metric == "l2" else None
+        if 0 < kept == self.rows:
+            ids[:kept] = self.ids
+            vectors[:kept] = self.vectors
+        elif kept:
+            self._ids.take(keep, out=ids[:kept], mode="clip")
+            # "clip" writes in place; the default makes a copy first, in case of an error.
+            self._vectors.take(keep, axis=0, out=vectors[:kept], mode="clip")
+        if squared is not None and self._squared is not None:
+            squared[:kept] = self._squared[keep]
+        live[:kept] = True
+        self._ids, self._vectors, self._live, self._squared = ids, vectors, live, squared
+        self.rows, self.dead = kept, 0
+
+    def remove(self, ids: NDArray[np.int64]) -> bool:
+        """Take ids out; False if none of them can be here."""
+        here = self.ids
+        if not len(ids) or not len(here) or ids.max() < here[0]:
+            return False
+        rows = np.searchsorted(here, ids)
+        rows[rows == len(here)] = 0
+        rows = np.unique(rows[(here[rows] == ids) & self._live[rows]])
+        self._live[rows] = False
+        self.dead += len(rows)
+        return True
+
+    def behind(self, end_id: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Ids from that one on, and their vectors; dead ones too."""
+        cut = int(np.searchsorted(self.ids, end_id))
+        return self.ids[cut:], self.vectors[cut:]
+
+    def keep_only(self, newer: Tail) -> None:
+        """Take out what is no longer in `newer`, of which this is a copy."""
+        if not self.rows:
+            return
+        here = newer.ids
+        if len(here):
+            at = np.searchsorted(here, self.ids)
+            at[at == len(here)] = 0
+            self._live[: self.rows] &= (here[at] == self.ids) & newer.live[at]
+        else:
+            self._live[: self.rows] = False
+        self.dead = self.rows - int(np.count_nonzero(self.live))
+
+
+class Watch:
+    """What went out of the tiers since somebody began to open segments aside."""
+
+    __slots__ = ("__weakref__", "cleared", "removed")
+
+    def __init__(self) -> None:
+        self.removed: list[NDArray[np.int64]] = []
+        self.cleared = False
 
 
 class IndexTiers:
@@ -49,18 +167,22 @@ class IndexTiers:
         self.lsn = 0  # operations up to here are in the segments
         self.end_id = 0  # ids below are in the segments or gone
         self.generation = 0
-        self._ids = np.empty(0, np.int64)
-        self._vectors = np.empty((0, 0), np.float32)
-        self._live = np.empty(0, bool)
-        self._rows = 0
-        self._dead = 0
+        self._tail = Tail(metric)
+        self._view: View | None = None
+        self._watches: list[weakref.ref[Watch]] = []
 
     # ------------------------------------------------------------ the tail
 
     @property
     def tail_rows(self) -> int:
         """Live rows in the tail."""
-        return self._rows - self._dead
+        return self._tail.rows - self._tail.dead
+
+    @property
+    def live_rows(self) -> int:
+        """Live rows in all tiers."""
+        inside = sum(segment.info.rows - segment.dead for segment in self.segments)
+        return inside + self.tail_rows
 
     def add(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
         """Append vectors of rising ids, unless the segments have them."""
@@ -72,70 +194,93 @@ class IndexTiers:
 
     def append(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
         """Append vectors of rising ids, all above those that are in the tail."""
-        n, rows = len(ids), self._rows
-        if rows + n > len(self._ids):
-            self._reserve(n, vectors.shape[1])
-            rows = self._rows
-        self._ids[rows : rows + n] = ids
-        self._vectors[rows : rows + n] = vectors
-        self._live[rows : rows + n] = True
-        self._rows = rows + n
+        self._view = None
+        self._tail.append(ids, vectors)
 
-    def _reserve(self, n: int, dim: int) -> None:
-        """Make room by new arrays: views keep the old ones."""
-        keep = np.flatnonzero(self._live[: self._rows])
-        least = min(_FIRST_BYTES // (4 * dim), _FIRST_ROWS)
-        capacity = max(least, _GROWTH * (len(keep) + n))
-        try:
-            vectors = np.empty((capacity, dim), np.float32)
-        except MemoryError:  # so much address space is not to be had
-            capacity = max(least, len(keep) + n + len(keep) // 4)
-            vectors = np.empty((capacity, dim), np.float32)
-        ids, live = np.empty(capacity, np.int64), np.zeros(capacity, bool)
-        if 0 < len(keep) == self._rows:
-            ids[: len(keep)] = self._ids[: self._rows]
-            vectors[: len(keep)] = self._vectors[: self._rows]
-        elif len(keep):
-            self._ids.take(keep, out=ids[: len(keep)], mode="clip")
-            # "clip" writes in place; the default makes a copy first, in case of an error.
-            self._vectors.take(keep, axis=0, out=vectors[: len(keep)], mode="clip")
-        live[: len(keep)] = True
-        self._ids, self._vectors, self._live = ids, vectors, live
-        self._rows, self._dead = len(keep), 0
+    def replace_tail(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
+        """Have these in the tail instead."""
+        self._view = None
+        self._tail = Tail(self.metric)
+        self._tail.append(ids, vectors)
 
     def remove(self, ids: NDArray[np.int64]) -> None:
         """Take ids out of tail and segments; others are skipped."""
-        here = self._ids[: self._rows]
-        if len(ids) and len(here) and ids.max() >= here[0]:
-            rows = np.searchsorted(here, ids)
-            rows[rows == len(here)] = 0
-            rows = np.unique(rows[(here[rows] == ids) & self._live[rows]])
-            self._live[rows] = False
-            self._dead += len(rows)
+        if self._tail.remove(ids):
+            self._view = None
         if self.segments and len(ids) and ids.min() < self.end_id:
             for segment in self.segments:
                 segment.remove(ids)
+        for watch in self._watching():
+            watch.removed.append(ids)
 
     def clear(self) -> None:
         """Take everything out."""
-        self._ids = np.empty(0, np.int64)
-        self._live = np.empty(0, bool)
-        self._vectors = np.empty((0, 0), np.float32)
-        self._rows = self._dead = 0
+        self._view = None
+        self._tail = Tail(self.metric)
         self.segments = ()
+        for watch in self._watching():
+            watch.cleared = True
+
+    # ------------------------------------------------------------ other segments
+
+    def watch(self) -> Watch:
+        """Note what goes out from now on, for as long as somebody holds the result."""
+        watch = Watch()
+        self._watches = [ref for ref in self._watches if ref() is not None]
+        self._watches.append(weakref.ref(watch))
+        return watch
+
+    def _watching(self) -> list[Watch]:
+        return [watch for ref in self._watches if (watch := ref()) is not None]
+
+    def gone_since(self, segment: OpenSegment) -> NDArray[np.int64] | None:
+        """Ids that went out since a segment was opened; None where that is not known."""
+        if any(segment is one for one in self.segments):
+            return np.empty(0, np.int64)  # it was told of each
+        for watch in self._watching():
+            if watch is segment.watch and not watch.cleared:
+                return np.concatenate([np.empty(0, np.int64), *watch.removed])
+        return None
+
+    def copied_tail(self, end_id: int) -> Callable[[], Tail]:
+        """What copies the tail from that id on, as of now, and needs no lock."""
+        ids, vectors = self._tail.behind(end_id)
+
+        def copy() -> Tail:
+            tail = Tail(self.metric)
+            if len(ids):
+                tail.append(ids, vectors)
+            return tail
+
+        return copy
 
     def adopt(
-        self, segments: tuple[OpenSegment, ...], *, lsn: int, end_id: int, generation: int
+        self,
+        segments: tuple[OpenSegment, ...],
+        *,
+        lsn: int,
+        end_id: int,
+        generation: int,
+        tail: Tail | None = None,
     ) -> None:
-        """Search these segments from now on; the tail keeps what is newer than they are."""
-        cut = int(np.searchsorted(self._ids[: self._rows], end_id))
-        if cut:
-            # In new arrays: a search under way has a view that lacks these segments.
-            self._ids = self._ids[cut : self._rows].copy()
-            self._vectors = self._vectors[cut : self._rows].copy()
-            self._live = self._live[cut : self._rows].copy()
-            self._rows -= cut
-            self._dead = self._rows - int(np.count_nonzero(self._live))
+        """Search these segments from now on; the tail keeps what is newer than they are.
+
+        Args:
+            segments: To search.
+            lsn: Operations up to it are in them.
+            end_id: Ids below it are in them, or gone.
+            generation: Of the manifest that lists them.
+            tail: What `copied_tail(end_id)` has copied: what came since is added.
+        """
+        # A copy: a search under way has a view that lacks these segments.
+        tail = self.copied_tail(end_id)() if tail is None else tail
+        since = end_id if not tail.rows else int(tail.ids[-1]) + 1
+        ids, vectors = self._tail.behind(since)
+        if len(ids):
+            tail.append(ids, vectors)
+        tail.keep_only(self._tail)
+        self._view = None
+        self._tail = tail
         self.segments = segments
         self.lsn, self.end_id, self.generation = lsn, end_id, generation
 
@@ -143,21 +288,35 @@ class IndexTiers:
 
     def view(self) -> View:
         """What there is now (replica lock held)."""
-        n = self._rows
-        return View(self.segments, self._ids[:n], self._vectors[:n], self._live[:n], self._dead)
+        view = self._view
+        if view is None:
+            tail = self._tail
+            view = self._view = View(
+                self.segments, tail.ids, tail.vectors, tail.squared, tail.live, tail.dead
+            )
+        return view
 
     def holds(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """For which ids some tier has the vector."""
-        found = np.zeros(len(ids), bool)
-        for here in (*(segment.ids for segment in self.segments), self._ids[: self._rows]):
-            if len(here):
-                found |= here[_rows_of(here, ids)] == ids
-        return found
+        return self.holder()(ids)
+
+    def holder(self) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]]:
+        """`holds` as of now, for any thread."""
+        places = [*(segment.ids for segment in self.segments), self._tail.ids]
+
+        def holds(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+            found = np.zeros(len(ids), bool)
+            for here in places:
+                if len(here):
+                    found |= here[_rows_of(here, ids)] == ids
+            return found
+
+        return holds
 
     def gatherer(self, dim: int) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
         """A function from ids that some tier holds to their vectors, as of now, for any thread."""
         places = [(segment.ids, segment.vectors) for segment in self.segments]
-        places.append((self._ids[: self._rows], self._vectors[: self._rows]))
+        places.append((self._tail.ids, self._tail.vectors))
 
         def gather(ids: NDArray[np.int64]) -> NDArray[np.float32]:
             vectors = np.empty((len(ids), dim), np.float32)
@@ -197,18 +356,66 @@ def search(
     Returns:
         ids (m, k) int64 padded with -1; similarities (m, k) float32 padded with -inf, falling.
     """
+    if len(queries) == 1:
+        return _search_one(view, metric, queries, k, allowed)
     parts = []
     if len(view.tail_ids):
         mask = view.tail_live if view.tail_dead or allowed is not None else None
         if allowed is not None:
             mask = view.tail_live & _member(view.tail_ids, allowed)
-        rows, similarities = exact_search(view.tail_vectors, None, queries, k, metric, mask)
+        rows, similarities = exact_search(
+            view.tail_vectors, view.tail_squared, queries, k, metric, mask
+        )
         parts.append((_ids_at(view.tail_ids, rows), similarities))
     for segment in view.segments:
         parts.append(_search_segment(segment, metric, queries, k, allowed))
     if not parts:
-        m = len(queries)
-        return np.full((m, k), -1, np.int64), np.full((m, k), -np.inf, np.float32)
+        return _nothing(len(queries), k)
+    return _merged(parts, k)
+
+
+def _search_one(
+    view: View,
+    metric: str,
+    query: NDArray[np.float32],
+    k: int,
+    allowed: NDArray[np.int64] | None,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """As `search`, for one query (1, dim).
+
+    The segments come first: what they find says how similar a row of the tail has to be to count,
+    which spares sorting it. Each call into numpy counts here.
+    """
+    parts = [_search_segment(segment, metric, query, k, allowed) for segment in view.segments]
+    if not len(view.tail_ids):
+        return _merged(parts, k) if parts else _nothing(1, k)
+    mask = view.tail_live if view.tail_dead or allowed is not None else None
+    if allowed is not None:
+        mask = view.tail_live & _member(view.tail_ids, allowed)
+    floor = max([float(similarities[0, -1]) for _, similarities in parts], default=-np.inf)
+    rows, similarities = exact_best(
+        view.tail_vectors, view.tail_squared, query[0], k, metric, mask, floor
+    )
+    if not len(rows) and parts:
+        return _merged(parts, k)
+    ids = view.tail_ids.take(rows)
+    if parts or len(ids) == k:
+        parts.insert(0, (ids[np.newaxis], similarities[np.newaxis]))
+        return _merged(parts, k)
+    padded = _nothing(1, k)
+    padded[0][0, : len(ids)], padded[1][0, : len(ids)] = ids, similarities
+    return padded
+
+
+def _nothing(m: int, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Padding alone."""
+    return np.full((m, k), -1, np.int64), np.full((m, k), -np.inf, np.float32)
+
+
+def _merged(
+    parts: list[tuple[NDArray[np.int64], NDArray[np.float32]]], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The k most similar of what at least one tier has found."""
     if len(parts) == 1:
         return parts[0]
     ids = np.concatenate([part[0] for part in parts], axis=1)
@@ -220,9 +427,10 @@ def best(
     ids: NDArray[np.int64], similarities: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The k most similar of each row, in falling order; of equals, those that come first."""
+    if len(ids) == 1:
+        first = np.negative(similarities[0]).argsort(kind="stable")[:k]
+        return ids.take(first, axis=1), similarities.take(first, axis=1)
     order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
-    if len(order) == 1:
-        return ids[:, order[0]], similarities[:, order[0]]
     return np.take_along_axis(ids, order, 1), np.take_along_axis(similarities, order, 1)
 
 
@@ -297,6 +505,8 @@ def _complete(
     similarities: NDArray[np.float32],
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Search exactly where an approximate index returned fewer than there are."""
+    if len(ids) == 1 and wanted and ids[0, wanted - 1] >= 0:
+        return ids, similarities
     if wanted and ids[:, wanted - 1].min(initial=0) < 0:
         short = np.flatnonzero(ids[:, wanted - 1] < 0)
         exact_rows, exact = exact_search(segment.vectors, None, queries[short], k, metric, live)

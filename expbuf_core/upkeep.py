@@ -26,6 +26,7 @@ from expbuf_core.contracts import LogGone
 from expbuf_core.errors import ExpbufError, StorageFull
 from expbuf_core.locks import holder
 from expbuf_core.relog import relog_draft
+from expbuf_core.replica import end_of
 from expbuf_core.state import State
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Upkeep:
         self._busy = False
         self._failed_at = 0.0
         self._builder: int | None = None  # pid
+        self._asked_for = 0  # what the hint of a damaged index was when a build began last
         self._adopting = threading.Lock()
         self._dropped_at = 0
         self._base: tuple[dict[str, Any], dict[str, NDArray[Any]]] | None = None  # as of then
@@ -152,7 +154,27 @@ class Upkeep:
         """Whether enough has changed since the last build began."""
         words = self._session.control.words
         changed = words[c.ROWS_ADDED] - words[c.BUILT_ROWS]
-        return changed >= self._session.config.index.rebuild_every
+        return changed >= self._session.config.index.rebuild_every or self._is_lost()
+
+    def _is_lost(self) -> bool:
+        """Whether somebody could not open the published index, and nobody was asked for another."""
+        return self.index_is_damaged() and (
+            self._session.control.words[c.DAMAGED_INDEX] != self._asked_for
+        )
+
+    def index_is_damaged(self) -> bool:
+        """Whether somebody could not open the published index, and there is no newer one."""
+        words = self._session.control.words
+        return words[c.DAMAGED_INDEX] == words[c.INDEX_GENERATION] + 1
+
+    def tell_damage(self) -> None:
+        """See that an index is built again if this process could not open the published one."""
+        session = self._session
+        if session.choice is None or not session.choice.damaged or not session.writable:
+            return
+        words = session.control.words
+        words[c.DAMAGED_INDEX] = words[c.INDEX_GENERATION] + 1
+        self.after_commit()
 
     def build_index(self, *, anew: bool = False) -> bool:
         """Build and publish segments now; False if another builder is at it or nothing is there.
@@ -167,6 +189,7 @@ class Upkeep:
         try:
             words = session.control.words
             words[c.BUILT_ROWS] = words[c.ROWS_ADDED]
+            self._asked_for = words[c.DAMAGED_INDEX]
             session.refresh()
             # Nothing derived is written before the log is durable up to it.
             session.commit_log.sync()
@@ -178,7 +201,7 @@ class Upkeep:
                 session.uuid,
                 session.config.index.growth,
                 session.config.index.rebuild_every,
-                anew=anew,
+                anew=anew or self.index_is_damaged(),
             )
         except Exception as exc:
             session.control.words[c.BUILDER_FAILURES] += 1
@@ -218,6 +241,10 @@ class Upkeep:
         if replica.tiers.representation != choice.representation:
             return  # whoever meets the new one opens what there is of it
         manifest, opened = indexing.load(session.path, replica, choice)
+        self.tell_damage()
+        with replica.lock:
+            copy_tail = replica.tiers.copied_tail(end_of(manifest))
+        tail = copy_tail()  # searches go on meanwhile
         with replica.lock:
             if session.closed or replica.tiers.representation != choice.representation:
                 return
@@ -226,7 +253,7 @@ class Upkeep:
                 return
             if manifest is not None and replica.state.lsn < manifest.lsn:
                 session.refresh()  # a replica adopts segments only once it is as far as they are
-            replica.adopt(manifest, opened, generation)
+            replica.adopt(manifest, opened, generation, tail)
             session.fill_index()
         session.registry.fire(
             "expbuf_on_index_swapped",
@@ -259,6 +286,7 @@ class Upkeep:
         session.builder_lock.release()
         words = session.control.words
         words[c.BUILT_ROWS] = words[c.ROWS_ADDED]
+        self._asked_for = words[c.DAMAGED_INDEX]
         self._builder = _spawn(builder_command(session.path, session.config))
 
     def is_alone(self) -> bool:

@@ -17,6 +17,7 @@ from expbuf_core.contracts import IndexContext
 from expbuf_core.errors import CorruptionError
 from expbuf_core.exact_search import (
     METRICS,
+    exact_best,
     exact_rerank,
     exact_search,
     squared_norms,
@@ -75,6 +76,27 @@ def test_against_the_reference(metric: str, data: st.DataObject) -> None:
     np.testing.assert_array_equal(similarities, expected[1])
     assert rows.dtype == np.int64
     assert similarities.dtype == np.float32
+
+
+@each_metric
+@given(data=st.data())
+def test_the_best_from_a_floor_on(metric: str, data: st.DataObject) -> None:
+    """Whatever reaches the floor and is among the k best is found, in the same order."""
+    n, dim = data.draw(st.integers(0, 200)), data.draw(st.integers(1, 5))
+    k = data.draw(st.integers(1, 12))
+    draw = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
+    vectors = draw.integers(-3, 4, (n, dim)).astype(np.float32)
+    query = draw.integers(-3, 4, dim).astype(np.float32)
+    share = data.draw(st.sampled_from([None, 0.0, 0.05, 0.5, 1.0]))
+    mask = None if share is None else draw.random(n) < share
+    floor = data.draw(st.sampled_from([-np.inf, -20.0, -3.0, 0.0, 5.0, 100.0]))
+    rows, similarities = exact_best(vectors, None, query, k, metric, mask, floor)
+    expected = reference(vectors, query[np.newaxis], k, metric, mask)
+    good = expected[1][0] >= floor if floor > -np.inf else expected[0][0] >= 0
+    np.testing.assert_array_equal(rows[: good.sum()], expected[0][0][good])
+    np.testing.assert_array_equal(similarities[: good.sum()], expected[1][0][good])
+    assert len(rows) <= k
+    assert (np.diff(similarities) <= 0).all()
 
 
 @each_metric

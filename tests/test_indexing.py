@@ -33,11 +33,7 @@ class Builds:
             segment.dead = segment.info.rows - int(np.isin(segment.ids, self.live).sum())
 
     def build(self) -> None:
-        replica: Any = SimpleNamespace(
-            state=SimpleNamespace(live_ids=lambda: self.live),
-            tiers=SimpleNamespace(segments=tuple(self.segments)),
-        )
-        kept, ids = plan(replica, GROWTH, BATCH)
+        kept, ids = plan(tuple(self.segments), self.live, GROWTH, BATCH)
         assert kept == self.segments[: len(kept)], "the oldest stay"
         held = [ids, *(segment.ids[np.isin(segment.ids, self.live)] for segment in kept)]
         assert sorted(np.concatenate(held).tolist()) == self.live.tolist(), "each once, none lost"

@@ -495,6 +495,9 @@ class StateMachine(RuleBasedStateMachine):
         state = self.log.state
         live = sorted(self.model)
         assert state.live_ids().tolist() == live
+        first = live[len(live) // 2] if live else 0
+        assert state.live_ids(first).tolist() == [id_ for id_ in live if id_ >= first]
+        assert state.live_ids(first + 1).tolist() == [id_ for id_ in live if id_ > first]
         assert state.count == len(live)
         assert state.total_added == self.total
         assert int(state.live.sum()) == len(live)

@@ -93,7 +93,9 @@ class World:
         self.tiers.adopt(opened, lsn=0, end_id=end, generation=self.generation)
 
     def check(self, k: int, allowed: Any = None, queries: int = 3) -> None:
-        """The same as one exact search over all that is live."""
+        """The same as one exact search over all that is live; one by one, too."""
+        if queries > 1:
+            self.check(k, allowed, 1)
         wanted = self.rng.standard_normal((queries, DIM), np.float32)
         chosen = sorted(self.vectors if allowed is None else set(allowed) & set(self.vectors))
         array = None if allowed is None else np.array(sorted(allowed), np.int64)
@@ -231,6 +233,47 @@ def test_a_search_under_way_keeps_its_view(tmp_path: Path, metric: str) -> None:
     world.tiers.clear()
     unchanged()
     assert search(world.tiers.view(), metric, queries, 8)[0].max() == -1
+
+
+def test_segments_opened_aside_miss_nothing(tmp_path: Path, metric: str) -> None:
+    """What goes out while they are being opened is out of them; what comes is in the tail."""
+    world = World(tmp_path, metric)
+    world.add(100)
+    world.remove(ids_of(world)[:10])
+    watch = world.tiers.watch()
+    segment = world.segment(ids_of(world))
+    segment.watch = watch
+    end_id = segment.info.end_id
+    world.add(5)
+    world.remove([*ids_of(world)[40:50], end_id + 3])
+    copy = world.tiers.copied_tail(end_id)
+    world.add(7)
+    tail = copy()
+    world.remove([ids_of(world)[3], end_id + 1, end_id + 6])
+    gone = world.tiers.gone_since(segment)
+    assert gone is not None
+    segment.remove(gone)
+    world.tiers.adopt((segment,), lsn=0, end_id=end_id, generation=1, tail=tail)
+    assert world.tiers.tail_rows == 12 - 3
+    assert world.tiers.live_rows == len(world.vectors)
+    world.check(9)
+    world.check(200)
+    assert world.tiers.gone_since(segment) is not None, "it is told of each from now on"
+
+
+def test_what_is_not_known_is_looked_at(tmp_path: Path) -> None:
+    world = World(tmp_path, "cosine")
+    world.add(20)
+    segment = world.segment(ids_of(world))
+    assert world.tiers.gone_since(segment) is None
+    segment.watch = watch = world.tiers.watch()
+    assert world.tiers.gone_since(segment) is not None
+    world.tiers.clear()
+    assert world.tiers.gone_since(segment) is None
+    segment.watch = watch = world.tiers.watch()
+    other = IndexTiers("cosine")
+    assert other.gone_since(segment) is None
+    del watch
 
 
 def test_where_vectors_are(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from expbuf_core import (
     StorageError,
     UnknownExperienceError,
 )
+from expbuf_core.builder import IndexBuilder
 from expbuf_core.locks import ProcessLock
 from expbuf_core.state import State
 
@@ -614,6 +615,40 @@ def test_an_index_built_elsewhere_is_taken_over(open_buffer: OpenBuffer, folder:
     assert all(finds(buffer, i) for i in range(61))
     many = buffer.search_many(v_embed=np.stack([vector(3), vector(4)]), q_embed=np.ones((2, DIM)))
     assert many.ids.shape == (2, 8)
+
+
+@pytest.mark.parametrize("damage", ["index", "vectors", "manifest", "one is missing", "all gone"])
+def test_a_damaged_index_is_built_again_beside_one_that_is_open(
+    open_buffer: OpenBuffer, folder: Path, damage: str
+) -> None:
+    """Whoever comes later finds the damage, and a builder that has the old one open is told."""
+    buffer = open_buffer()
+    add_all(buffer, range(60))
+    buffer.rebuild_index()
+    builder = IndexBuilder(folder, {"index": {"builder": "off", "rebuild_every": 1000}})
+    assert not builder.due()
+    index = folder / "index"
+    if damage == "all gone":
+        shutil.rmtree(index)
+    elif damage == "one is missing":
+        (index / "000001.exact").unlink()
+    else:
+        name = "manifest.json" if damage == "manifest" else f"000001.{damage}"
+        path = index / name.replace(".index", ".exact")
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    other = open_buffer(index={"backend": "exact", "builder": "thread", "rebuild_every": 1000})
+    assert finds(other, 33)
+    assert builder.due()
+    other._live().upkeep.stop()  # once it has done what was due
+    assert not builder.due()
+    assert [segment["rows"] for segment in other.stats()["index"]["segments"]] == [60]
+    builder.close()
+    late = open_buffer()
+    assert late.stats()["index"]["tail_rows"] == 0
+    for each in (buffer, other, late):
+        assert all(finds(each, i) for i in range(60))
 
 
 def test_a_network_folder_is_refused_to_a_second_process(

@@ -15,8 +15,11 @@ from expbuf_core.exact_search import exact_search, exact_similarities
 NEIGHBOURS = 14
 """What is calibrated is recall at 14: with a quarter of the rows removed, that is recall at 10."""
 
-CANDIDATES_FLOOR = 10
-"""A search for fewer results than this re-ranks as many candidates as one for this many."""
+CANDIDATES_FLOOR = NEIGHBOURS
+"""A search for fewer results than this re-ranks as many candidates as one for this many.
+
+So a search for 10 asks for as many as were calibrated: with fewer it missed the target.
+"""
 
 RERANK_STEPS = (2, 3, 5, 8, 12, 20, 30, 40)
 

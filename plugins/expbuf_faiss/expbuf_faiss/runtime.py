@@ -7,6 +7,8 @@ from typing import Any
 
 from expbuf_core.errors import BackendUnavailable
 
+_faiss: Any = None
+
 
 def load() -> Any:
     """Import FAISS and keep it to one OpenMP thread; call this before every use of it.
@@ -18,14 +20,17 @@ def load() -> Any:
     Raises:
         BackendUnavailable: FAISS is not installed, or does not load on this machine.
     """
-    try:
-        import faiss
-    except Exception as exc:  # a wheel without its libraries raises RuntimeError, too
-        raise BackendUnavailable(
-            f"FAISS cannot be imported: {exc}; install it with `pip install faiss-cpu`"
-        ) from exc
-    faiss.omp_set_num_threads(1)
-    return faiss
+    global _faiss
+    if _faiss is None:
+        try:
+            import faiss
+        except Exception as exc:  # a wheel without its libraries raises RuntimeError, too
+            raise BackendUnavailable(
+                f"FAISS cannot be imported: {exc}; install it with `pip install faiss-cpu`"
+            ) from exc
+        _faiss = faiss
+    _faiss.omp_set_num_threads(1)
+    return _faiss
 
 
 def after_fork() -> None:

@@ -37,6 +37,7 @@ class RowFilter:
         # FAISS reads the array itself, during each search: this object keeps both alive.
         self.selector = None if allowed is None else faiss.IDSelectorBitmap(allowed)
         self.parameters: dict[int | None, Any] = {}
+        self.efforts: dict[int, int | None] = {}  # by number of results
 
 
 class FaissSegment(IndexSegment):
@@ -55,7 +56,9 @@ class FaissSegment(IndexSegment):
         facts: dict[str, Any] | None = None,
     ) -> None:
         faiss = runtime.load()
+        self._pointer = faiss.swig_ptr
         self._index = index
+        self._dim = vectors.shape[1]
         self._ids = np.asarray(ids)
         self._vectors = np.asarray(vectors)
         self._metric = metric
@@ -74,6 +77,15 @@ class FaissSegment(IndexSegment):
         chosen = self._everything if allowed is None else self._filter
         if chosen.allowed is not allowed:
             chosen = self._filter = RowFilter(faiss, allowed, len(self._ids))
+        if len(queries) == 1 and _FEW < chosen.count >= 4 * k:
+            # Searches mostly come one by one, and each call into numpy counts.
+            if k not in chosen.efforts:
+                if len(chosen.efforts) >= _KEPT:
+                    chosen.efforts.clear()
+                chosen.efforts[k] = self._effort(k, chosen.count)
+            rows, found = self._ranked(queries, k, chosen.efforts[k], chosen)
+            if rows[0, -1] >= 0:
+                return self._ids.take(rows), found
         wanted = min(k, chosen.count)
         if chosen.count <= _FEW or wanted * 4 > chosen.count:
             return self._exact.search(queries, k, allowed)
@@ -121,7 +133,15 @@ class FaissSegment(IndexSegment):
                 chosen.parameters.clear()
             found = parameters(runtime.load(), self._index, effort, chosen.selector)
             chosen.parameters[effort] = found
-        distances, rows = self._index.search(queries, k, params=found)
+        pointer = self._pointer
+        if queries.shape[1] != self._dim:  # FAISS believes in the pointer
+            raise ValueError(f"queries of dimension {queries.shape[1]}, not {self._dim}")
+        distances = np.empty((len(queries), k), np.float32)
+        rows = np.empty((len(queries), k), np.int64)
+        # What `search` of FAISS's Python layer does, in a third of the time.
+        self._index.search_c(
+            len(queries), pointer(queries), k, pointer(distances), pointer(rows), found
+        )
         return rows, distances
 
     def info(self) -> dict[str, Any]:

@@ -53,10 +53,12 @@ def build(folder: Path, vectors: NDArray[np.float32], made: FaissBackend) -> Any
     return made.open(folder / "index", ids, vectors)
 
 
-def recall(segment: Any, vectors: NDArray[np.float32], queries: NDArray[np.float32]) -> float:
-    found = segment.search(queries, 10, None)[0]
-    nearest = exact_search(vectors, None, queries, 10, "cosine")[0]
-    return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, nearest, strict=True)]))
+def recall(
+    segment: Any, vectors: NDArray[np.float32], queries: NDArray[np.float32], k: int = 10
+) -> float:
+    found = segment.search(queries, k, None)[0]
+    nearest = exact_search(vectors, None, queries, k, "cosine")[0]
+    return float(np.mean([len(set(a) & set(b)) / k for a, b in zip(found, nearest, strict=True)]))
 
 
 # ---------------------------------------------------------------- settings
@@ -156,12 +158,28 @@ def test_no_reranking(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", [0.8, 0.95, 0.99])
-def test_reaches_the_target(tmp_path: Path, target: float) -> None:
-    vectors, queries = clustered(20_000), clustered(200, seed=2)
+@pytest.mark.parametrize("seed", range(3))
+def test_reaches_the_target(tmp_path: Path, target: float, seed: int) -> None:
+    """Also for queries that were never seen; and where few results are wanted."""
+    vectors, queries = clustered(20_000, seed=10 + seed), clustered(1000, seed=2)
     segment = build(tmp_path, vectors, backend(target=target, flat_below=1000))
     assert segment.info()["kind"] == "faiss"
     assert segment.info()["recall"] >= target
-    assert recall(segment, vectors, queries) >= target - 0.01
+    assert recall(segment, vectors, queries) >= target
+    assert recall(segment, vectors, queries, k=3) >= target
+
+
+def test_ten_results_take_what_was_calibrated(tmp_path: Path) -> None:
+    """These vectors once reached 0.938: codes had more candidates in calibration than later."""
+    draw = np.random.default_rng(4)
+    basis = draw.standard_normal((32, 384)).astype(np.float32)
+    centres = draw.standard_normal((256, 32)).astype(np.float32)
+    points = centres[draw.integers(0, 256, 31_000)]
+    points += 0.5 * draw.standard_normal(points.shape).astype(np.float32)
+    vectors = unit(points @ basis)
+    segment = build(tmp_path, vectors[:30_000], backend(384))
+    assert segment.info()["rerank"] > 0
+    assert recall(segment, vectors[:30_000], vectors[30_000:]) >= 0.95
 
 
 def test_more_is_asked_for_more(tmp_path: Path) -> None:
