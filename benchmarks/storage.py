@@ -473,9 +473,7 @@ def opening(report: Report, arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- recovery
 
 
-def _left_by_a_kill(
-    path: Path, write: Callable[[ExperienceBuffer], None], **settings: Any
-) -> None:
+def _left_by_a_kill(path: Path, write: Callable[[ExperienceBuffer], None], **settings: Any) -> None:
     """Let a child write a buffer and end without closing it."""
     pid = os.fork()
     if not pid:
