@@ -297,6 +297,7 @@ class PrioritySampler:
         self._moves = columns.moves  # likewise
         self._start: float | None = None  # sum of the weights in the slots before the oldest one's
         self._live_slots: Slots | None = None
+        self._strata = np.empty(0)  # 0, 1, 2, … for a batch
 
     # ------------------------------------------------------------ what changed
 
@@ -434,7 +435,9 @@ class PrioritySampler:
             return self.uniform(batch_size, rng=rng)
         u = rng.random(batch_size)
         if self.settings.stratified if stratified is None else stratified:
-            u += np.arange(batch_size)
+            if len(self._strata) != batch_size:
+                self._strata = np.arange(batch_size, dtype=np.float64)
+            u += self._strata
             u *= total / batch_size
         else:
             u *= total

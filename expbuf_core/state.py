@@ -258,10 +258,20 @@ class State:
 
         Cost O(len(ids)) while no ids are missing, else O(len(ids) * log N).
         """
-        if self.tail == self.head or len(ids) == 0:
+        n = self.tail - self.head
+        if n == 0 or len(ids) == 0:
             return np.full(len(ids), -1, np.int64)
         mask = self.capacity - 1
-        slots = (ids + (self.head - int(self.id[self.head & mask]))) & mask
+        first = int(self.id[self.head & mask])
+        if n == self.count and int(self.id[(self.tail - 1) & mask]) - first == n - 1:
+            # None is missing, and all are live: nothing need be looked up. A negative offset is
+            # huge as an unsigned number.
+            offsets = ids - first
+            slots = (offsets + self.head) & mask
+            if np.maximum.reduce(offsets.view(np.uint64)) < n:
+                return slots
+            return np.where(offsets.view(np.uint64) < n, slots, -1)
+        slots = (ids + (self.head - first)) & mask
         found = self.id.take(slots) == ids  # `take` and `put` take half the time of brackets
         if not found.all():
             slots = self._bisect(ids)

@@ -21,6 +21,7 @@ _TOP = 4096  # a cumulative sum and a bisection of this many cost less than one 
 _CHUNK = 1024  # rows a descent: 1024 x 16 x 16 stays below what OpenBLAS hands to several threads
 # Times 16 children in a column, gives their inclusive prefix sums but for the last, which is the
 # parent. `cumsum` takes 10 times as long.
+_INFINITY = int(np.array(np.inf).view(np.uint64))
 _PREFIXES = np.tril(np.ones((FAN_OUT - 1, FAN_OUT)))
 
 Slots = NDArray[np.int64]
@@ -204,7 +205,7 @@ class SumTree:
         for rows in self._rows[:-1]:
             row, child = slot >> _SHIFT, slot & (FAN_OUT - 1)
             if child:
-                total += float(rows[row, :child].sum())
+                total += float(np.add.reduce(rows[row, :child]))
             slot = row
         return total + float(self._top()[slot])
 
@@ -279,8 +280,13 @@ class SumTree:
 
 
 def _check_weights(values: Weights) -> None:
-    # Least and greatest hand on NaN, which fails both comparisons.
-    if values.size and not (
+    if not values.size:
+        return
+    # As whole numbers, floats are in order: infinity, NaN and what has a sign are the greatest.
+    if np.maximum.reduce(values.view(np.uint64), axis=None) < _INFINITY:
+        return
+    # Least and greatest hand on NaN, which fails both comparisons. (Minus zero is as good as zero.)
+    if not (
         np.minimum.reduce(values, axis=None) >= 0.0
         and np.maximum.reduce(values, axis=None) < np.inf
     ):
