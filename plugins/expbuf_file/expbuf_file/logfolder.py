@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import secrets
 import threading
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from expbuf_file.logfile import BadFrame, Begin, Frame, LogFile
 from expbuf_file.writing import begin_frame, lay_out, pages
 
 _ZEROS = bytes(1 << 20)
-_MAX_HANDLES = 256
+_MOST_HANDLES = 4096
 INDEX_SLACK = 1 << 16
 _MOST_NUMBERED = 1 << 16  # a file of a higher number is looked for by itself
 
@@ -60,6 +61,9 @@ class LogFolder:
         self._files: dict[tuple[str, int], LogFile] = {}
         self._files_mutex = threading.Lock()
         self._held: Held | None = None  # none of `_files`, or as they are
+        # A sample touches nearly all logs. To open one takes longer than to read from it.
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_files = min(allowed // 4, _MOST_HANDLES) if allowed > 0 else _MOST_HANDLES
 
     def forget_all(self) -> None:
         """Close what is open; what others still hold stays readable for them."""
@@ -163,7 +167,7 @@ class LogFolder:
         if file is None:
             file = self.open(log, number)
             with self._files_mutex:
-                if len(self._files) >= _MAX_HANDLES:
+                if len(self._files) >= self._most_files:
                     del self._files[next(iter(self._files))]
                 self._files[log, number] = file
                 self._held = None
