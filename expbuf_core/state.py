@@ -258,9 +258,13 @@ class State:
 
         Cost O(len(ids)) while no ids are missing, else O(len(ids) * log N).
         """
+        return self._look_up(ids)[0]
+
+    def _look_up(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], bool]:
+        """`find`, and whether all are here."""
         n = self.tail - self.head
         if n == 0 or len(ids) == 0:
-            return np.full(len(ids), -1, np.int64)
+            return np.full(len(ids), -1, np.int64), not len(ids)
         mask = self.capacity - 1
         first = int(self.id[self.head & mask])
         if n == self.count and int(self.id[(self.tail - 1) & mask]) - first == n - 1:
@@ -269,15 +273,16 @@ class State:
             offsets = ids - first
             slots = (offsets + self.head) & mask
             if np.maximum.reduce(offsets.view(np.uint64)) < n:
-                return slots
-            return np.where(offsets.view(np.uint64) < n, slots, -1)
+                return slots, True
+            return np.where(offsets.view(np.uint64) < n, slots, -1), False
         slots = (ids + (self.head - first)) & mask
         found = self.id.take(slots) == ids  # `take` and `put` take half the time of brackets
         if not found.all():
             slots = self._bisect(ids)
             found = self.id[slots] == ids
         found &= self.live.take(slots)
-        return slots if found.all() else np.where(found, slots, -1)
+        complete = bool(found.all())
+        return slots if complete else np.where(found, slots, -1), complete
 
     def _bisect(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         mask = self.capacity - 1
@@ -559,8 +564,8 @@ class State:
 
     def _priority(self, *run: LoggedOperation) -> Change:
         ids, priorities = codec.decode_priority(*[operation.body for operation in run])
-        slots = self.find(ids)
-        if np.minimum.reduce(slots, initial=0) < 0:
+        slots, complete = self._look_up(ids)
+        if not complete:
             known = slots >= 0
             slots, priorities = slots[known], priorities[known]
         self.priority.put(slots, priorities)  # of repeated ids the last counts
