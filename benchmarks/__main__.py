@@ -65,7 +65,7 @@ def run(name: str, suite: Suite, arguments: argparse.Namespace) -> str:
     command += ["--box", str(suite.box[which])]
     if arguments.quick:
         command += ["--quick", "--only", suite.quick_groups]
-    if name in ("peers", "scaling"):
+    if name in ("peers", "scaling", "sampling"):
         command += ["--peers-python", str(arguments.peers_python)]
     if name == "scaling":
         command += ["--budget", str(0.8 * limit)]

@@ -2,8 +2,9 @@
 
     python -m benchmarks.sampling --quick
 
-Peers that are installed take part, each with its own prioritized buffer in memory; none of them
-survives a kill. Every row is an embedding of 384 float32 and scalars. Calls are timed one by one,
+Peers that .venv-peers has (make bench-peers) take part, each with its own prioritized buffer in the
+memory of a process of its own; none of them survives a kill. Every row is an embedding of 384
+float32 and scalars. All are measured in turns, one process at a time. Calls are timed one by one,
 and their median counts: what else the machine does falls on single calls. Every update is of other
 rows with other priorities, since some peers do less for a repeated one.
 """
@@ -11,7 +12,6 @@ rows with other priorities, since some peers do less for a repeated one.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,105 +23,42 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import DIM, Report, Row, in_turns, parse, parser, run_groups, scratch
+from benchmarks.common import Report, Row, in_turns, parse, parser, run_groups, scratch
+from benchmarks.replay_peers import (
+    ALPHA,
+    BATCH,
+    BETA,
+    CHUNK,
+    DIM,
+    HERE,
+    PEERS,
+    Changes,
+    Operation,
+    Replayer,
+    Unavailable,
+    priorities_of,
+    typical,
+)
 from expbuf_core import ExperienceBuffer
 from expbuf_core.conditions import LiveColumns
 from expbuf_core.sampling import PrioritySampler, SamplingSettings, importance_weights
 from expbuf_core.state import State
 
-BATCH = 256
-ALPHA, BETA = 0.6, 0.4
-_CHUNK = 4096
-
-Operation = Callable[[], Any]
-Update = Callable[[NDArray[np.int64], NDArray[np.float32]], Any]
-Vectors = NDArray[np.float32]
+# What the peers are asked for, too; the rest of the settings is as it comes.
+_SAMPLING = {"alpha": ALPHA, "beta": BETA}
 
 
-class Contender:
-    """What is measured of one buffer; None where it has no such thing.
-
-    Attributes:
-        sample: Draw a batch with its data and weights.
-        ids: Draw ids and weights alone.
-        update: Set priorities.
-    """
-
-    def __init__(self, sample: Operation, update: Update, ids: Operation | None = None) -> None:
-        self.sample = sample
-        self.ids = ids
-        self.update = update
-
-
-def _blocks(rng: np.random.Generator, n: int) -> Any:
-    """Embeddings of n rows, some at a time."""
-    for start in range(0, n, _CHUNK):
-        size = min(_CHUNK, n - start)
-        yield start, rng.standard_normal((size, DIM), dtype=np.float32)
-
-
-def cpprb(n: int, priorities: NDArray[np.float32], rng: np.random.Generator) -> Contender:
-    module: Any = importlib.import_module("cpprb")
-    buffer = module.PrioritizedReplayBuffer(
-        n, {"obs": {"shape": DIM}, "act": {}, "rew": {}}, alpha=ALPHA
-    )
-    for start, block in _blocks(rng, n):
-        some = np.zeros(len(block))
-        part = priorities[start : start + len(block)]
-        buffer.add(obs=block, act=some, rew=some, priorities=part)
-    return Contender(lambda: buffer.sample(BATCH, beta=BETA), buffer.update_priorities)
-
-
-def torchrl(n: int, priorities: NDArray[np.float32], rng: np.random.Generator) -> Contender:
-    torch: Any = importlib.import_module("torch")
-    data: Any = importlib.import_module("torchrl.data")
-    tensordict: Any = importlib.import_module("tensordict")
-    torch.set_num_threads(1)
-    buffer = data.TensorDictPrioritizedReplayBuffer(
-        alpha=ALPHA, beta=BETA, storage=data.LazyTensorStorage(n), batch_size=BATCH
-    )
-    for _, block in _blocks(rng, n):
-        some = torch.zeros(len(block))
-        columns = {"obs": torch.from_numpy(block), "act": some, "rew": some}
-        buffer.extend(tensordict.TensorDict(columns, batch_size=[len(block)]))
-    buffer.update_priority(torch.arange(n), torch.from_numpy(priorities))
-    return Contender(
-        buffer.sample,
-        lambda ids, p: buffer.update_priority(torch.from_numpy(ids), torch.from_numpy(p)),
-        lambda: buffer.sampler.sample(buffer.storage, BATCH),
-    )
-
-
-def tianshou(n: int, priorities: NDArray[np.float32], rng: np.random.Generator) -> Contender:
-    data: Any = importlib.import_module("tianshou.data")
-    buffer = data.PrioritizedReplayBuffer(n, alpha=ALPHA, beta=BETA, ignore_obs_next=True)
-    row = data.Batch(
-        obs=np.zeros(DIM, np.float32), act=0, rew=0.0, terminated=False, truncated=False, info={}
-    )
-    # It adds one by one, which would take a minute: one for the shapes, the rest into its arrays.
-    buffer.add(row)
-    for start, block in _blocks(rng, n):
-        buffer._meta.obs[start : start + len(block)] = block
-    buffer._size = n
-    buffer.update_weight(np.arange(n), priorities)
-    return Contender(
-        lambda: buffer.sample(BATCH),
-        buffer.update_weight,
-        lambda: buffer.get_weight(buffer.sample_indices(BATCH)),
-    )
-
-
-PEERS = {"cpprb": cpprb, "TorchRL": torchrl, "tianshou": tianshou}
-
-
-def peers(report: Report, n: int, priorities: NDArray[np.float32]) -> dict[str, Contender]:
+def peers(report: Report, folder: Path, n: int, stack: ExitStack) -> dict[str, Replayer]:
     """Those that are installed, filled."""
-    found = {}
-    for name, make in PEERS.items():
+    found, arguments = {}, report.arguments
+    for name in PEERS:
         try:
-            found[name] = make(n, priorities, np.random.default_rng(report.arguments.seed))
-        except Exception as exc:
-            report.skip(name, f"{type(exc).__name__}: {exc}")
+            peer = Replayer(name, arguments.peers_python, folder / f"{name}.log")
+            stack.enter_context(peer)
+            report.extra.setdefault("peers", {})[name] = peer.fill(n, arguments.seed)
+            found[name] = peer
+        except Unavailable as exc:
+            report.skip(name, exc)
     return found
 
 
@@ -138,8 +75,8 @@ def expbuf(
         **settings,
     )
     rng = np.random.default_rng(seed)
-    for start in range(0, n, _CHUNK):
-        part = priorities[start : start + _CHUNK]
+    for start in range(0, n, CHUNK):
+        part = priorities[start : start + CHUNK]
         block = rng.standard_normal((len(part), dim), dtype=np.float32)
         some = np.zeros(len(part))
         columns = {"v_embed": block, "confidence": some, "rewards": some}
@@ -150,47 +87,30 @@ def expbuf(
     return buffer
 
 
-def typical(operation: Operation, calls: int, before: Operation | None = None) -> float:
-    """Median time of a call in microseconds; `before` is called before each, and not timed."""
-    times = []
-    for _ in range(calls):
-        if before is not None:
-            before()
-        started = time.perf_counter()
-        operation()
-        times.append(time.perf_counter() - started)
-    return float(np.median(times)) * 1e6
-
-
-class Changes:
-    """Other rows and other priorities for every update."""
-
-    def __init__(self, rng: np.random.Generator, n: int) -> None:
-        self._rng, self._n = rng, n
-        self.draw()
-
-    def draw(self) -> None:
-        """Prepare the next."""
-        self.ids = self._rng.integers(0, self._n, BATCH)
-        self.priorities = self._rng.random(BATCH).astype(np.float32) + np.float32(0.01)
-
-    def made_by(self, update: Update) -> Operation:
-        """Make the prepared one."""
-        return lambda: update(self.ids, self.priorities)
-
-
 def measured(
-    report: Report, cases: Mapping[str, Operation], calls: int, before: Operation | None = None
+    report: Report,
+    ours: Mapping[str, Operation],
+    beside: Mapping[str, Replayer],
+    what: str,
+    calls: int,
+    before: Operation | None = None,
 ) -> dict[str, list[float]]:
-    """Microseconds a call of each, measured in turns."""
+    """Microseconds a call, of ours and of what the peers have for it, measured in turns."""
+    cases: dict[str, Callable[[], float]] = {
+        name: partial(typical, operation, calls, before) for name, operation in ours.items()
+    }
+    for name, peer in beside.items():
+        if peer.time(what, 50) is None:  # which warms it up as well
+            report.skip(name, "has no such thing")
+        else:
+            cases[name] = partial(_timed, peer, what, calls)
+    for operation in ours.values():
+        typical(operation, 50, before)
+    return in_turns(cases, report.arguments.repetitions)
 
-    def timed(operation: Operation) -> Callable[[], float]:
-        return lambda: typical(operation, calls, before)
 
-    return in_turns(
-        {name: timed(operation) for name, operation in cases.items()},
-        report.arguments.repetitions,
-    )
+def _timed(peer: Replayer, what: str, calls: int) -> float:
+    return peer.time(what, calls) or 0.0
 
 
 def told(
@@ -245,14 +165,18 @@ def replay(report: Report, arguments: argparse.Namespace) -> None:
     n = 50_000 if arguments.quick else 1_000_000
     calls = 200 if arguments.quick else 1000
     rng = np.random.default_rng(arguments.seed)
-    priorities = rng.random(n).astype(np.float32) + np.float32(0.01)
+    priorities = priorities_of(n, rng)
     report.group(f"draw {BATCH} of {n:,}", f"{DIM} float32 and scalars; median of a call")
     with scratch(arguments) as folder, ExitStack() as stack:
-        ours = stack.enter_context(
-            expbuf(folder / "log", n, priorities, DIM, arguments.seed, durability="group")
+        beside = peers(report, folder, n, stack)
+        config = _SAMPLING | {"cache_bytes": n * (4 * DIM + 16)}
+        ours = expbuf(
+            folder / "log", n, priorities, DIM, arguments.seed, durability="group", sampling=config
         )
-        small = stack.enter_context(expbuf(None, n, priorities, 8, arguments.seed))
-        beside = peers(report, n, priorities)
+        stack.callback(ours.close)
+        small = stack.enter_context(
+            expbuf(None, n, priorities, 8, arguments.seed, sampling=_SAMPLING)
+        )
 
         sampler, stream = ours._session.replica.sampler, np.random.default_rng(arguments.seed)
         trees: dict[str, Operation] = {
@@ -261,81 +185,74 @@ def replay(report: Report, arguments: argparse.Namespace) -> None:
             ),
             "expbuf: sample, columns too": lambda: ours.sample(BATCH),
         }
-        trees |= {name: peer.ids for name, peer in beside.items() if peer.ids is not None}
-        report.skip("cpprb", "draws no ids and weights alone")
-        found = measured(report, trees, calls)
         told(
             report,
-            found,
+            measured(report, trees, beside, "ids", calls),
             {
                 "expbuf: draw, weights": (
-                    "2 × tianshou, faster than TorchRL",
-                    lambda ratios: ratios.get("tianshou", 0) <= 2 and ratios.get("TorchRL", 0) <= 1,
+                    "2 × tianshou, faster than TorchRL and cpprb",
+                    lambda ratios: (
+                        ratios.get("tianshou", 0) <= 2
+                        and ratios.get("TorchRL", 0) <= 1
+                        and ratios.get("cpprb", 0) <= 1
+                    ),
                 )
             },
         )
 
         report.group(f"draw {BATCH} of {n:,} with data", "weights and embeddings as arrays")
-        full = {name: peer.sample for name, peer in beside.items()}
-        from_log = measured(
-            report, {"expbuf: read from the log": lambda: ours.sample(BATCH).v_embed, **full}, calls
-        )
-        told(report, from_log, {})
         # As after a while of training: every embedding was read once.
-        ours.close()
-        config = {"cache_bytes": n * (4 * DIM + 16)}
-        ours = stack.enter_context(
-            ExperienceBuffer.open(
-                folder / "log", sampling=config, index={"backend": "exact", "builder": "off"}
-            )
-        )
-        for first in range(0, n, _CHUNK):
+        for first in range(0, n, CHUNK):
             _ = ours.sample(
-                min(_CHUNK, n - first),
-                where=partial(_among, first, first + _CHUNK),
+                min(CHUNK, n - first),
+                where=partial(_among, first, first + CHUNK),
                 replace=False,
                 uniform=True,
             ).v_embed
-        cached = measured(
-            report, {"expbuf: cache_bytes": lambda: ours.sample(BATCH).v_embed, **full}, calls
-        )
         told(
             report,
-            cached,
-            {"expbuf: cache_bytes": ("not slower than the fastest", _at_most(1.0))},
+            measured(
+                report,
+                {"expbuf: cache_bytes for all": lambda: ours.sample(BATCH).v_embed},
+                beside,
+                "sample",
+                calls,
+            ),
+            {"expbuf: cache_bytes for all": ("not slower than the fastest", _at_most(1.0))},
         )
+        ours.close()
+        uncached = stack.enter_context(
+            ExperienceBuffer.open(
+                folder / "log",
+                sampling=_SAMPLING | {"cache_bytes": 0},
+                index={"backend": "exact", "builder": "off"},
+            )
+        )
+        from_log = {
+            "expbuf: cache_bytes 0, read from the log": lambda: uncached.sample(BATCH).v_embed
+        }
+        told(report, measured(report, from_log, beside, "sample", calls), {})
 
         changes = Changes(rng, n)
         report.group(f"update {BATCH} priorities of {n:,}", "median of a call")
         updates = {"expbuf: in memory": changes.made_by(small.update_priorities)}
-        updates |= {name: changes.made_by(peer.update) for name, peer in beside.items()}
         told(
             report,
-            measured(report, updates, calls, changes.draw),
+            measured(report, updates, beside, "update", calls, changes.draw),
             {"expbuf: in memory": ("faster than all", _at_most(1.0))},
         )
         report.group(
             f"update, then draw {BATCH} of {n:,}",
-            "expbuf derives the weights of what was updated at the next draw; without data, but "
-            "for cpprb",
+            "expbuf derives the weights of what was updated at the next draw; ids and weights",
         )
-
-        def both(update: Update, draw: Operation) -> Operation:
-            def cycle() -> None:
-                update(changes.ids, changes.priorities)
-                draw()
-
-            return cycle
-
+        drawn = small._session.replica.sampler
         cycles = {
-            "expbuf: in memory": both(
-                small.update_priorities, lambda: small._session.replica.sampler.draw(BATCH, rng=rng)
+            "expbuf: in memory": changes.then(
+                small.update_priorities,
+                lambda: importance_weights(drawn.draw(BATCH, rng=rng).probabilities, BETA),
             )
         }
-        cycles |= {
-            name: both(peer.update, peer.ids or peer.sample) for name, peer in beside.items()
-        }
-        told(report, measured(report, cycles, calls, changes.draw), {})
+        told(report, measured(report, cycles, beside, "cycle", calls, changes.draw), {})
 
 
 def durable(report: Report, arguments: argparse.Namespace) -> None:
@@ -453,6 +370,7 @@ def _grown(allowed: float, row: Row) -> bool:
 
 def main() -> None:
     made = parser("Prioritized sampling and updates.")
+    made.add_argument("--peers-python", type=Path, default=HERE / ".venv-peers" / "bin" / "python")
     run_groups(Report("sampling", parse(made)), [growth, durable, replay])
 
 

@@ -76,6 +76,7 @@ from expbuf_core.tiers import best, search
 
 _PIN_TRIES = 5
 _SEARCH_TRIES = 3
+_INFINITY = int(np.float32(np.inf).view(np.uint32))
 _CHANGES = 100  # of the representation that a search may meet
 _fork_count = 0
 _open_buffers: weakref.WeakSet[ExperienceBuffer] = weakref.WeakSet()
@@ -489,7 +490,7 @@ class ExperienceBuffer:
         """
         self._writer()
         session, array = self._known_ids(ids)
-        values = checked_priorities(priorities, len(array))
+        values = _priorities(priorities, len(array))
         if not len(array):
             return 0
         return session.commit(Draft(codec.encode_priority(array, values), weight=0))[2]
@@ -643,7 +644,7 @@ class ExperienceBuffer:
 
     def _known_ids(self, ids: Any) -> tuple[Session, NDArray[np.int64]]:
         session = self._live()
-        array = as_ids(ids)
+        array = ids if _is_row(ids, np.int64) else as_ids(ids)
         session.refresh()
         if len(array):
             next_id = session.replica.state.next_id
@@ -945,9 +946,9 @@ class ExperienceBuffer:
         if not budget:
             return None
         settings = session.replica.state.settings
-        dims = int(settings["v_dim"] or 0), int(settings["q_dim"] or 0)
-        if self._cache is None or self._cache.dims != dims:
-            self._cache = EmbeddingCache(budget, *dims)
+        wanted = settings["v_dim"] or 0, settings["q_dim"] or 0, settings["max_size"]
+        if self._cache is None or self._cache.made_for != wanted:
+            self._cache = EmbeddingCache(budget, *wanted)
         return self._cache
 
     def rng_state(self) -> dict[str, Any]:
@@ -1129,6 +1130,26 @@ def _draft_many(intake: Intake, experiences: Any, priorities: Any) -> Draft:
     if isinstance(experiences, Mapping):
         return intake.columns(experiences, priorities)
     return intake.many(experiences, priorities)
+
+
+def _is_row(values: Any, dtype: type[np.generic]) -> bool:
+    """Whether this is a plain one-dimensional array of that type, as a learner hands it back."""
+    return (
+        type(values) is np.ndarray
+        and values.dtype == dtype
+        and values.ndim == 1
+        and values.flags.c_contiguous
+    )
+
+
+def _priorities(values: Any, n: int) -> NDArray[np.float32]:
+    """(n,) float32, finite and not negative."""
+    if _is_row(values, np.float32) and len(values) == n:
+        plain: NDArray[np.float32] = values
+        # As whole numbers, floats are in order: infinity, NaN and what has a sign are the greatest.
+        if np.maximum.reduce(plain.view(np.uint32), initial=0) < _INFINITY:
+            return plain
+    return checked_priorities(values, n)
 
 
 def _never_issued(id_: int, next_id: int) -> UnknownExperienceError:

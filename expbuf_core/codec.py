@@ -180,6 +180,7 @@ _CONTENT = struct.Struct("<HHIIII")
 _ROW_VERSION = 1
 _FIXED = ROW_HEADER_BYTES + _CONTENT.size
 _UNSTAMPED = bytes(ROW_HEADER_BYTES)
+_LITTLE = 256  # bytes behind the embeddings that are copied along sooner than cut off row by row
 
 
 class DecodedRow(NamedTuple):
@@ -365,35 +366,38 @@ def decode_row(row: Buffer) -> DecodedRow:
     return DecodedRow(v, q, {key: unpack_tree(value, attachments) for key, value in tree.items()})
 
 
-def decode_embeddings(rows: Sequence[Buffer], part: str) -> NDArray[np.float32]:
-    """One part of the embeddings of n payloads whose checksums have been verified.
-
-    One copy, from the rows straight into the array.
+def decode_embeddings(rows: Sequence[Buffer], *parts: str) -> list[NDArray[np.float32]]:
+    """Parts of the embeddings of n payloads whose checksums have been verified.
 
     Args:
         rows: n payloads, at least one, of the same dimensions.
-        part: "v_embed" or "q_embed".
+        parts: Each "v_embed" or "q_embed".
 
     Returns:
-        (n, dim) float32.
+        (n, dim) float32 for each of the parts.
 
     Raises:
         ValueError: The content is not what `encode_row` makes, or dimensions differ.
         FormatVersionError: A newer version wrote it.
     """
+    n, size = len(rows), len(rows[0])
     first = decode_row(rows[0])  # finds out a version or dimensions that make no sense
-    begin = _FIXED if part == "v_embed" else _FIXED + first.v_embed.nbytes
-    dim = len(first.v_embed if part == "v_embed" else first.q_embed)
-    end = begin + 4 * dim
-    same = slice(ROW_HEADER_BYTES, _FIXED - 8)  # all but the sizes of what follows
-    head = bytes(rows[0][same])
-    parts = []
-    for row in rows:
-        if row[same] != head:
-            raise ValueError("payloads of different dimensions or versions")
-        parts.append(row[begin:end])
-    # A row that ends too early shows here.
-    return np.frombuffer(bytearray().join(parts), np.float32).reshape(len(rows), dim)
+    middle = _FIXED + first.v_embed.nbytes
+    end = middle + first.q_embed.nbytes
+    if size - end > _LITTLE or set(map(len, rows)) != {size}:
+        rows, size = [row[:end] for row in rows], end
+    joined = b"".join(rows)
+    if len(joined) != n * size:
+        raise ValueError("a row whose embeddings exceed it")
+    table = np.frombuffer(joined, np.uint8).reshape(n, size)
+    # All but the sizes of what follows.
+    if (table[:, ROW_HEADER_BYTES : _FIXED - 8] != table[0, ROW_HEADER_BYTES : _FIXED - 8]).any():
+        raise ValueError("payloads of different dimensions or versions")
+    found = []
+    for part in parts:
+        span = slice(_FIXED, middle) if part == "v_embed" else slice(middle, end)
+        found.append(table[:, span].copy().view(np.float32))
+    return found
 
 
 # ---------------------------------------------------------------- bodies

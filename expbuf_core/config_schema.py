@@ -204,10 +204,11 @@ class SamplingConfig(_Section):
         True, description="One draw from each of batch_size equal parts of the total weight."
     )
     cache_bytes: Bytes = Field(
-        ByteSize(0),
+        ByteSize(256 << 20),
         ge=0,
         description=(
-            "Memory in which each process may keep embeddings that it sampled; 0: always read them."
+            "Memory that embeddings which were sampled may come to take in each process; 0: always "
+            "read them."
         ),
     )
     samples_per_insert: Float | None = Field(

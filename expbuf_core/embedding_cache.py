@@ -25,11 +25,13 @@ class EmbeddingCache:
         budget_bytes: Memory that it may come to take; it takes it as it fills.
         v_dim: Dimension of the visual embeddings.
         q_dim: Dimension of the question embeddings.
+        most: Experiences that there may be: more rows would be of no use.
     """
 
-    def __init__(self, budget_bytes: int, v_dim: int, q_dim: int) -> None:
-        self.dims = (v_dim, q_dim)
-        self.rows = max(1, budget_bytes // (4 * (v_dim + q_dim) + 16))
+    def __init__(self, budget_bytes: int, v_dim: int, q_dim: int, most: int | None = None) -> None:
+        self.made_for = (v_dim, q_dim, most)
+        rows = budget_bytes // (4 * (v_dim + q_dim) + 16)
+        self.rows = max(1, rows if most is None else min(rows, most))
         self._ids = np.full(self.rows, -1, np.int64)
         self._locations = np.zeros(self.rows, np.int64)
         self._parts = {

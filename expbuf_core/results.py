@@ -165,24 +165,31 @@ class PinnedExperiences(Sequence[Experience]):
 
     def _verified(self, which: NDArray[np.int64]) -> list[Buffer]:
         """Payloads as they are stored, checked."""
-        if self._pin is None:
-            raise RuntimeError("payloads that were not pinned")
+        if not self._rows and len(which) == len(self):  # all of them, and none is here yet
+            found = self._read(np.arange(len(self)))
+            self._rows = list(found)
+            return found
         rows = self._rows = self._rows or [None] * len(self)
         missing = [i for i in which.tolist() if rows[i] is None]
         if missing:
-            at = np.array(missing)
-            wanted = self.ids[at].tolist()
-            try:
-                found = self._pin.read_many(at)
-                bad = frames.first_damaged(found, wanted)
-                if bad >= 0:
-                    raise frames.damaged_payload(self._pin, missing[bad], wanted[bad])
-            except CorruptionError as exc:
-                self._tell(exc)
-                raise
-            for i, row in zip(missing, found, strict=True):
+            for i, row in zip(missing, self._read(np.array(missing)), strict=True):
                 rows[i] = row
         return [row for i in which.tolist() if (row := rows[i]) is not None]
+
+    def _read(self, which: NDArray[np.int64]) -> list[Buffer]:
+        """Payloads from the storage, checked."""
+        if self._pin is None:
+            raise RuntimeError("payloads that were not pinned")
+        wanted = self.ids[which].tolist()
+        try:
+            found = self._pin.read_many(which)
+            bad = frames.first_damaged(found, wanted)
+            if bad >= 0:
+                raise frames.damaged_payload(self._pin, int(which[bad]), wanted[bad])
+        except CorruptionError as exc:
+            self._tell(exc)
+            raise
+        return found
 
     def _undecodable(self, id_: int, exc: Exception) -> CorruptionError:
         error = CorruptionError(f"experience {id_} cannot be decoded: {exc}")
@@ -238,19 +245,19 @@ class PinnedExperiences(Sequence[Experience]):
         if n == 0:
             return np.empty((0, 0), np.float32)
         if self._cache is None:
-            return self._stored(part, np.arange(n))
+            return self._stored(np.arange(n), part)[0]
         vectors, held = self._cache.get(part, self.ids, self.locations)
         if np.count_nonzero(held) < n:
             which = np.flatnonzero(~held)
-            parts = {name: self._stored(name, which) for name in ("v_embed", "q_embed")}
-            vectors[which] = parts[part]
-            self._cache.put(self.ids[which], self.locations[which], **parts)
+            v, q = self._stored(which, "v_embed", "q_embed")
+            vectors[which] = v if part == "v_embed" else q
+            self._cache.put(self.ids[which], self.locations[which], v, q)
         return vectors
 
-    def _stored(self, part: str, which: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _stored(self, which: NDArray[np.int64], *parts: str) -> list[NDArray[np.float32]]:
         rows = self._verified(which)
         try:
-            return codec.decode_embeddings(rows, part)
+            return codec.decode_embeddings(rows, *parts)
         except codec.UNDECODABLE as exc:
             raise self._undecodable(int(self.ids[which[0]]), exc) from exc
 

@@ -295,7 +295,9 @@ class PrioritySampler:
         self._n_dirty = 0
         self._head = 0  # of the ring, when the tree was last brought up to date
         self._moves = columns.moves  # likewise
+        self._start: float | None = None  # sum of the weights in the slots before the oldest one's
         self._live_slots: Slots | None = None
+        self._strata = np.empty(0)  # 0, 1, 2, … for a batch
 
     # ------------------------------------------------------------ what changed
 
@@ -337,7 +339,10 @@ class PrioritySampler:
             if fallen:
                 self._dirty.append(np.arange(self._head, columns.head) & (columns.capacity - 1))
             self._apply_dirty()
+        else:
+            return
         self._head, self._moves = columns.head, columns.moves
+        self._start = None
 
     def _apply_dirty(self) -> None:
         if self._dirty_ones:
@@ -404,9 +409,11 @@ class PrioritySampler:
         """Slots and weights under points of the sum, counted from the oldest experience on."""
         head = self._head & (self._tree.capacity - 1)
         if head:
+            if self._start is None:
+                self._start = self._tree.before(head)
             total = self._tree.total
-            u = u + self._tree.before(head)
-            u = np.where(u >= total, u - total, u)
+            u = u + self._start
+            u -= total * (u >= total)
         return self._tree.find_with_weights(u)
 
     # ------------------------------------------------------------ draws
@@ -428,7 +435,9 @@ class PrioritySampler:
             return self.uniform(batch_size, rng=rng)
         u = rng.random(batch_size)
         if self.settings.stratified if stratified is None else stratified:
-            u += np.arange(batch_size)
+            if len(self._strata) != batch_size:
+                self._strata = np.arange(batch_size, dtype=np.float64)
+            u += self._strata
             u *= total / batch_size
         else:
             u *= total

@@ -274,19 +274,34 @@ class State:
 
         Cost O(len(ids)) while no ids are missing, else O(len(ids) * log N).
         """
-        if self.tail == self.head or len(ids) == 0:
-            return np.full(len(ids), -1, np.int64)
+        return self._look_up(ids)[0]
+
+    def _look_up(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], bool]:
+        """`find`, and whether all are here."""
+        n = self.tail - self.head
+        if n == 0 or len(ids) == 0:
+            return np.full(len(ids), -1, np.int64), not len(ids)
         mask = self.capacity - 1
-        slots: NDArray[np.int64] = (ids + (self.head - int(self.id[self.head & mask]))) & mask
+        first = int(self.id[self.head & mask])
+        if n == self.count and int(self.id[(self.tail - 1) & mask]) - first == n - 1:
+            # None is missing, and all are live: nothing need be looked up. A negative offset is
+            # huge as an unsigned number.
+            offsets = ids - first
+            slots = (offsets + self.head) & mask
+            if np.maximum.reduce(offsets.view(np.uint64)) < n:
+                return slots, True
+            return np.where(offsets.view(np.uint64) < n, slots, -1), False
+        slots = (ids + (self.head - first)) & mask
         there = self.id.take(slots)  # `take` and `put` take half the time of brackets
         if there.tobytes() == ids.tobytes() and self.live.take(slots).all():
-            return slots  # as almost always
+            return slots, True  # as almost always
         found = there == ids
         if not found.all():
             slots = self._bisect(ids)
             found = self.id[slots] == ids
         found &= self.live.take(slots)
-        return slots if found.all() else np.where(found, slots, -1)
+        complete = bool(found.all())
+        return slots if complete else np.where(found, slots, -1), complete
 
     def _bisect(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         mask = self.capacity - 1
@@ -607,8 +622,8 @@ class State:
         return self._prioritize(*codec.decode_priority(*[operation.body for operation in run]))
 
     def _prioritize(self, ids: NDArray[np.int64], priorities: NDArray[np.float32]) -> Change:
-        slots = self.find(ids)
-        if np.minimum.reduce(slots, initial=0) < 0:
+        slots, complete = self._look_up(ids)
+        if not complete:
             known = slots >= 0
             slots, priorities = slots[known], priorities[known]
         self.priority.put(slots, priorities)  # of repeated ids the last counts

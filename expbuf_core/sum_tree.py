@@ -9,6 +9,9 @@ processes that hold the same weights therefore draw the same slots from the same
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -16,20 +19,39 @@ FAN_OUT = 16
 _SHIFT = 4  # log2(FAN_OUT)
 _TOP = 4096  # a cumulative sum and a bisection of this many cost less than one more level
 _CHUNK = 1024  # rows a descent: 1024 x 16 x 16 stays below what OpenBLAS hands to several threads
-# Right-multiplied, gives the exclusive prefix sums of each row. `cumsum(axis=1)` takes 10 x longer.
-_EXCLUSIVE = np.triu(np.ones((FAN_OUT, FAN_OUT)), 1)
-# By the bits of 16 comparisons, the last child whose prefix sum is not above the point: one less
-# than the bits that are set. A point that rounding has moved below 0 goes to the first child.
-_LAST_BELOW = np.maximum(
-    np.unpackbits(np.arange(1 << FAN_OUT, dtype=np.uint16).view(np.uint8))
-    .reshape(-1, FAN_OUT)
-    .sum(axis=1, dtype=np.int64)
-    - 1,
-    0,
-)
+# Times 16 children in a column, gives their inclusive prefix sums but for the last, which is the
+# parent. `cumsum` takes 10 times as long.
+_INFINITY = int(np.array(np.inf).view(np.uint64))
+_PREFIXES = np.tril(np.ones((FAN_OUT - 1, FAN_OUT)))
 
 Slots = NDArray[np.int64]
 Weights = NDArray[np.float64]
+
+
+class _Bench(NamedTuple):
+    """Where `find` works on n points: fresh memory for every call would cost it a tenth.
+
+    Attributes:
+        children: (n, 16) weights below the node of each point.
+        before: (16, n) sums before each child; 0 before the first.
+        upto: (15, n) the same memory from the second on: sums up to each child but the last.
+        passed: (15, n) bool: the point lies behind that child.
+        counts: (15, n) the same memory as numbers.
+        columns: (n,) 0, 1, 2, …
+    """
+
+    children: Weights
+    before: Weights
+    upto: Weights
+    passed: NDArray[np.bool_]
+    counts: NDArray[np.int8]
+    columns: Slots
+
+
+def _bench(n: int) -> _Bench:
+    before, passed = np.zeros((FAN_OUT, n)), np.empty((FAN_OUT - 1, n), np.bool_)
+    children = np.empty((n, FAN_OUT))
+    return _Bench(children, before, before[1:], passed, passed.view(np.int8), np.arange(n))
 
 
 class SumTree:
@@ -59,11 +81,9 @@ class SumTree:
         padded = [-(-size // FAN_OUT) * FAN_OUT for size in sizes]
         self._levels: list[Weights] = [np.zeros(size) for size in padded]
         self._rows = [level.reshape(-1, FAN_OUT) for level in self._levels]
+        self._downwards = self._rows[-2::-1]  # all levels but the top
         self._cumulative: Weights | None = None
-        # Where `find` works: fresh memory for every call would cost it a tenth.
-        self._prefix = np.empty((2, _CHUNK, FAN_OUT))
-        self._below = np.empty((_CHUNK, FAN_OUT), np.bool_)
-        self._row_starts = np.arange(0, _CHUNK * FAN_OUT, FAN_OUT)
+        self._work = _bench(1)
 
     def _sum_all(self) -> None:
         for rows, parents in zip(self._rows[:-1], self._levels[1:], strict=True):
@@ -185,7 +205,7 @@ class SumTree:
         for rows in self._rows[:-1]:
             row, child = slot >> _SHIFT, slot & (FAN_OUT - 1)
             if child:
-                total += float(rows[row, :child].sum())
+                total += float(np.add.reduce(rows[row, :child]))
             slot = row
         return total + float(self._top()[slot])
 
@@ -213,7 +233,7 @@ class SumTree:
         top = self._top()
         if not top[-1] > 0.0:
             raise ValueError("all weights are 0")
-        points = np.minimum(np.maximum(points, 0.0), np.nextafter(top[-1], 0.0))
+        points = np.minimum(np.maximum(points, 0.0), math.nextafter(top[-1], 0.0))
         if points.size <= _CHUNK:
             return self._descend(points, top)
         parts = [self._descend(points[i : i + _CHUNK], top) for i in range(0, points.size, _CHUNK)]
@@ -222,19 +242,22 @@ class SumTree:
     def _descend(self, points: Weights, top: Weights) -> tuple[Slots, Weights]:
         # top[node] <= point < top[node + 1], so node has a weight above 0.
         n = points.size
+        if n != len(self._work.columns):
+            self._work = _bench(n)
+        children, before, upto, passed, counts, columns = self._work
         node = top.searchsorted(points, side="right")
         node -= 1
         rest = points - top.take(node)
-        children, prefix = self._prefix[:, :n]
-        below, row_starts = self._below[:n], self._row_starts[:n]
-        for rows in reversed(self._rows[:-1]):
+        for rows in self._downwards:
             rows.take(node, axis=0, out=children, mode="clip")  # else `out` is buffered
-            np.matmul(children, _EXCLUSIVE, out=prefix)
-            np.less_equal(prefix, rest[:, None], out=below)
-            child = _LAST_BELOW.take(np.packbits(below).view(np.uint16))
-            rest -= prefix.ravel().take(row_starts + child)
+            np.matmul(_PREFIXES, children.T, out=upto)
+            np.less_equal(upto, rest, out=passed)
+            child = np.add.reduce(counts, axis=0, dtype=np.int8).astype(np.int64)
             node <<= _SHIFT
             node += child
+            child *= n
+            child += columns
+            rest -= before.take(child)
         weights = self._levels[0].take(node)
         if np.count_nonzero(weights) < n:
             # Rounding has led past the last child of weight above 0, by one ulp of a sum.
@@ -246,7 +269,7 @@ class SumTree:
 
     def _descend_carefully(self, node: int, rest: float) -> int:
         """Descend from a node of weight above 0 by such nodes only."""
-        for rows in reversed(self._rows[:-1]):
+        for rows in self._downwards:
             row = rows[node]
             children = np.flatnonzero(row)
             sums = np.cumsum(row[children])
@@ -257,8 +280,13 @@ class SumTree:
 
 
 def _check_weights(values: Weights) -> None:
-    # Least and greatest hand on NaN, which fails both comparisons.
-    if values.size and not (
+    if not values.size:
+        return
+    # As whole numbers, floats are in order: infinity, NaN and what has a sign are the greatest.
+    if np.maximum.reduce(values.view(np.uint64), axis=None) < _INFINITY:
+        return
+    # Least and greatest hand on NaN, which fails both comparisons. (Minus zero is as good as zero.)
+    if not (
         np.minimum.reduce(values, axis=None) >= 0.0
         and np.maximum.reduce(values, axis=None) < np.inf
     ):

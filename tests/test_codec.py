@@ -269,12 +269,25 @@ def test_embeddings_of_many_are_those_of_each(n: int, texts: bool) -> None:
     v, q = draw.random((n, 6), np.float32), draw.random((n, 3), np.float32)
     fields: list[dict[str, Any]] = [{"answer": "x" * i} if texts else {} for i in range(n)]
     rows = [codec.encode_row(v[i], q[i], fields[i]) for i in range(n)]
-    for part, wanted in (("v_embed", v), ("q_embed", q)):
-        found = codec.decode_embeddings([memoryview(row) for row in rows], part)
-        assert found.flags.c_contiguous
-        assert found.flags.writeable
-        np.testing.assert_array_equal(found, wanted)
-        np.testing.assert_array_equal(codec.decode_embeddings(rows, part), wanted)
+    for payloads in (rows, [memoryview(row) for row in rows]):
+        for found, wanted in zip(
+            codec.decode_embeddings(payloads, "v_embed", "q_embed"), (v, q), strict=True
+        ):
+            assert found.flags.c_contiguous
+            assert found.flags.writeable
+            np.testing.assert_array_equal(found, wanted)
+        (only,) = codec.decode_embeddings(payloads, "q_embed")
+        np.testing.assert_array_equal(only, q)
+
+
+@pytest.mark.parametrize("behind", [0, 100, 1000, 5000])
+def test_embeddings_before_much_text_or_little(behind: int) -> None:
+    draw = np.random.default_rng(0)
+    v, none = draw.random((4, 6), np.float32), np.empty((4, 0), np.float32)
+    rows = [codec.encode_row(v[i], none[i], {"answer": "x" * behind}) for i in range(4)]
+    found, nothing = codec.decode_embeddings(rows, "v_embed", "q_embed")
+    np.testing.assert_array_equal(found, v)
+    assert nothing.shape == (4, 0)
 
 
 def test_embeddings_of_what_does_not_belong_together() -> None:

@@ -36,6 +36,7 @@ def train(
         folder / "memory",
         max_size=20_000,
         durability="os",  # survives every kill; "sync" would survive a power failure, too
+        fusion="weighted_concat",  # the parts differ in length
         index={"backend": "exact", "builder": "off"},  # nobody searches here
         sampling={"alpha": ALPHA},
         seed=seed,
@@ -51,12 +52,11 @@ def train(
                 action = agent.act(observation, max(0.05, 1 - step / 2000))
                 following, reward, terminal, truncated, _ = environment.step(action)
                 memory.add(
+                    # All that learning needs in arrays: nothing is decoded one by one.
                     Experience(
-                        v_embed=observation,
+                        v_embed=np.append(observation, [action, terminal]),
                         q_embed=following,
-                        answer=str(action),
                         rewards={"step": float(reward)},
-                        metadata={"terminal": bool(terminal)},
                     ),
                     priority=highest,  # so that each is looked at soon
                 )
@@ -81,13 +81,13 @@ def train(
 def learn(agent: DQN, memory: ExperienceBuffer, progress: float, prioritized: bool) -> float:
     """One update; the highest new priority."""
     batch = memory.sample(BATCH, beta=0.4 + 0.6 * progress, uniform=not prioritized)
-    drawn = list(batch)
+    now = batch.v_embed
     errors = agent.learn(
-        batch.v_embed,
-        np.array([int(one.answer) for one in drawn]),
+        now[:, :-2],
+        now[:, -2].astype(int),
         batch.total_reward.astype(np.float32),
         batch.q_embed,
-        np.array([one.metadata["terminal"] for one in drawn]),
+        now[:, -1] > 0,
         batch.is_weights,
     )
     if not prioritized:

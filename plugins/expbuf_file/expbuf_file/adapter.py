@@ -467,8 +467,16 @@ class FilePersistenceAdapter(PersistenceAdapter):
     def pin(
         self, ids: NDArray[np.int64], locations: NDArray[np.int64], lengths: NDArray[np.uint32]
     ) -> Pin:
+        numbers = locations >> layout.OFFSET_BITS
+        held = self._logs.held()
+        # Rather all that are open than to look for each one; but then a few payloads must not keep
+        # many files from being deleted.
+        if len(held.files) <= len(numbers) and not self._salvaged:
+            known = held.known.take(numbers, mode="clip")
+            if np.count_nonzero(known) == len(numbers):
+                return FilePin(held.files, locations, lengths)
         files: dict[int, LogFile] = {}
-        for number in set((locations >> layout.OFFSET_BITS).tolist()):
+        for number in set(numbers.tolist()):
             try:
                 files[number] = self._salvaged.get(number) or self._logs.shared(layout.DATA, number)
             except StorageError as exc:

@@ -31,6 +31,7 @@ from expbuf_file.logfile import BadFrame, LogFile
 
 _OFFSET = layout.MAX_FILE_BYTES - 1  # bits of a place that are the offset in its file
 _PROBED = 8  # rows after which it is clear whether one had to come from the disk
+_PROBED_NEXT = 32  # where the first did not
 _COLD_S = 20e-6  # a row that is there takes a few microseconds
 
 
@@ -177,29 +178,41 @@ class FilePin(Pin):
 
     def read_many(self, which: NDArray[np.int64]) -> list[Buffer]:
         rows: list[Buffer] = []
-        places, lengths = self._places[which].tolist(), self._lengths[which].tolist()
-        slow_after, probe = time.perf_counter() + _PROBED * _COLD_S, _PROBED
-        for i, (place, length) in enumerate(zip(places, lengths, strict=True)):
-            if i == probe:
-                now = time.perf_counter()
-                if now > slow_after:
-                    self._announce(places[i:], lengths[i:])
-                else:
-                    slow_after, probe = now + _PROBED * _COLD_S, i + _PROBED
-            file, offset = self._files[place >> layout.OFFSET_BITS], place & _OFFSET
+        wanted = self._places[which]
+        places, lengths = wanted.tolist(), self._lengths[which].tolist()
+        fds = {number: file.fd for number, file in self._files.items()}
+        reads = list(
+            zip(
+                [fds[number] for number in (wanted >> layout.OFFSET_BITS).tolist()],
+                lengths,
+                (wanted & _OFFSET).tolist(),
+                strict=True,
+            )
+        )
+        at, probed, announced = 0, _PROBED, False
+        while at < len(reads):
+            started, some = time.perf_counter(), reads[at : at + probed]
             try:
-                raw = os.pread(file.fd, length, offset)
-            except OSError:
-                with storage_errors("read", file.path):
-                    raise
-            if len(raw) < length:
+                rows += [os.pread(fd, length, offset) for fd, length, offset in some]
+            except OSError:  # once more, one by one, to say which file it is
+                for place, (fd, length, offset) in zip(places[at:], some, strict=False):
+                    with storage_errors("read", self._files[place >> layout.OFFSET_BITS].path):
+                        rows.append(os.pread(fd, length, offset))
+            at += probed
+            if not announced and time.perf_counter() - started > probed * _COLD_S:
+                self._announce(places[at:], lengths[at:])
+                announced = True
+            probed = _PROBED_NEXT
+        for row, length, place in zip(rows, lengths, places, strict=True):
+            if len(row) < length:
+                path = self._files[place >> layout.OFFSET_BITS].path
+                offset = (place & _OFFSET) + len(row)
                 raise CorruptionError(
-                    f"{file.path.name}: the file ends at offset {offset + len(raw)}, inside a "
-                    "payload; run `expbuf verify`",
-                    path=file.path,
-                    offset=offset + len(raw),
+                    f"{path.name}: the file ends at offset {offset}, inside a payload; run "
+                    "`expbuf verify`",
+                    path=path,
+                    offset=offset,
                 )
-            rows.append(raw)
         return rows
 
     def _announce(self, places: list[int], lengths: list[int]) -> None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import secrets
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from expbuf_core.contracts import Appended, Buffer, Stamped
 from expbuf_core.errors import CorruptionError, StorageError
@@ -16,8 +21,21 @@ from expbuf_file import layout
 from expbuf_file.logfile import BadFrame, Begin, Frame, LogFile
 from expbuf_file.writing import begin_frame, lay_out, pages
 
-_MAX_HANDLES = 256
+_MOST_HANDLES = 4096
 INDEX_SLACK = 1 << 16
+_MOST_NUMBERED = 1 << 16  # a file of a higher number is looked for by itself
+
+
+class Held(NamedTuple):
+    """Data logs that are open, and stay so for whoever has this.
+
+    Attributes:
+        files: By number.
+        known: (n,) whether a number is one of these; the last says no, for all beyond.
+    """
+
+    files: dict[int, LogFile]
+    known: NDArray[np.bool_]
 
 
 class LogFolder:
@@ -41,11 +59,16 @@ class LogFolder:
         self.begins: dict[int, Begin] = {}
         self._files: dict[tuple[str, int], LogFile] = {}
         self._files_mutex = threading.Lock()
+        self._held: Held | None = None  # none of `_files`, or as they are
+        # A sample touches nearly all logs. To open one takes longer than to read from it.
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_files = min(allowed // 4, _MOST_HANDLES) if allowed > 0 else _MOST_HANDLES
 
     def forget_all(self) -> None:
         """Close what is open; what others still hold stays readable for them."""
         self._files_mutex = threading.Lock()
         self._files.clear()
+        self._held = None
         self.begins.clear()
 
     def unlink(self, log: str, number: int) -> None:
@@ -143,14 +166,31 @@ class LogFolder:
         if file is None:
             file = self.open(log, number)
             with self._files_mutex:
-                if len(self._files) >= _MAX_HANDLES:
+                if len(self._files) >= self._most_files:
                     del self._files[next(iter(self._files))]
                 self._files[log, number] = file
+                self._held = None
         return file
+
+    def held(self) -> Held:
+        """The data logs that `shared` has opened so far."""
+        held = self._held
+        if held is None:
+            with self._files_mutex:
+                files = {
+                    number: file
+                    for (log, number), file in self._files.items()
+                    if log == layout.DATA and number < _MOST_NUMBERED
+                }
+                known = np.zeros(max(files, default=0) + 2, np.bool_)
+                known[list(files)] = True
+                held = self._held = Held(files, known)
+        return held
 
     def _forget(self, log: str, number: int) -> None:
         with self._files_mutex:
             self._files.pop((log, number), None)
+            self._held = None
 
     def _make(
         self,

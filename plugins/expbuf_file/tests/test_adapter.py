@@ -18,6 +18,7 @@ from expbuf_core.contracts import (
     LoggedOperation,
     LogGone,
     PersistenceContext,
+    Pin,
     Stamped,
     one_by_one,
 )
@@ -131,6 +132,52 @@ def test_many_tiny_files(folder: Folder) -> None:
     folder.check(folder.recover(after=222), 223)
     assert [*adapter.verify(299)] == []
     assert all(folder.file(number).stat().st_size <= 1 << 14 for number in folder.numbers())
+
+
+def pinned(adapter: FilePersistenceAdapter, folder: Folder, *lsns: int) -> tuple[Pin, list[bytes]]:
+    """The first payload of each of these operations."""
+    rows = [rows_of(folder.written[lsn])[0] for lsn in lsns]
+    ids = np.array([ids_of(folder.written[lsn])[0] for lsn in lsns])
+    places = np.array([folder.places[lsn].location for lsn in lsns])
+    return adapter.pin(ids, places, np.array([*map(len, rows)], np.uint32)), rows
+
+
+def test_a_pin_of_many_holds_the_open_logs_and_a_pin_of_few_its_own(folder: Folder) -> None:
+    adapter = folder.new()
+    for lsn in range(1, 9):
+        folder.append(adapter, lsn, rows=2)
+        adapter.switch(lsn + 1, lsn)
+    folder.sync(adapter)
+    everywhere = (1, 8, 3, 4, 5, 6, 7, 2, 1, 1)
+    for _ in range(2):  # the first opens the logs
+        many, rows = pinned(adapter, folder, *everywhere)
+        assert [bytes(row) for row in many.read_many(np.arange(10))] == rows
+    few, few_rows = pinned(adapter, folder, 3, 3)
+    assert len(open_logs(folder)) == 8
+    adapter.drop_below(8, np.array([8]), np.array([folder.places[8].location]))
+    # What both hold is deleted and stays readable; what is deleted is not found again.
+    assert [bytes(row) for row in many.read_many(np.arange(9, -1, -1))] == rows[::-1]
+    with pytest.raises(LogGone):
+        pinned(adapter, folder, *everywhere)
+    again, rows = pinned(adapter, folder, *[8] * 10)
+    assert [bytes(again.read(i)) for i in range(10)] == rows
+    del many
+    assert open_logs(folder) == {3, 8}
+    assert [bytes(few.read(i)) for i in range(2)] == few_rows
+
+
+def open_logs(folder: Folder) -> set[int]:
+    """Numbers of the data logs that this process has open for reading, deleted ones too."""
+    found = set()
+    for fd in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            target = str(fd.readlink())
+            mode = os.O_ACCMODE & int(
+                (Path("/proc/self/fdinfo") / fd.name).read_text().split()[3], 8
+            )
+            if target.startswith(str(folder.path / layout.DATA)) and mode == os.O_RDONLY:
+                found.add(int(target.split(".")[-2]))
+    return found
 
 
 def test_an_operation_larger_than_a_file_gets_one_of_its_own(folder: Folder) -> None:
