@@ -409,10 +409,10 @@ def test_the_suite_finds(
 @pytest.mark.parametrize(
     ("bug", "number", "advice"),
     [
-        (RowsForIds, "x3", r"row numbers: return ids\[rows\]"),
+        (RowsForIds, "x1", r"row numbers: return ids\[rows\]"),
         (Farthest, "x1", r"the least similar: larger is closer"),
         (OffByOne, "x2", r"-?[0-9.e-]+ for id \d+, whose \w+ similarity is"),
-        (WritesTwoFiles, "x30", r"left \['index.tmp', '"),
+        (WritesTwoFiles, "x30", r"left \['index.ids', 'index.tmp'\]"),
     ],
 )
 def test_the_message_says_what_to_look_for(
