@@ -23,6 +23,7 @@ import pytest
 from expbuf_core import Experience, ExperienceBuffer, cli, doctor, transfer
 from expbuf_core import folder as folders
 from expbuf_core.cli import output
+from expbuf_core.filesystem import FileSystem
 from expbuf_core.plugins import default_registry
 from expbuf_core.testing.crash import scratch_folder
 
@@ -584,6 +585,18 @@ def test_doctor_knows_the_folders(buffer: Path, home: Path) -> None:
     assert levels(list(doctor.examine(home / "unfinished")), "folder") == ["warning"]
     (buffer / "expbuf.json").write_text("{}")
     assert levels(list(doctor.examine(buffer)), "folder") == ["problem"]
+
+
+def test_doctor_knows_which_storage_is_missing(
+    run: Run, buffer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = folders.read_identity(buffer)
+    assert identity is not None
+    folders.write_identity(buffer, "granite", identity.uuid, FileSystem())
+    monkeypatch.setattr(doctor, "_sync_times", lambda place: [1e-3] * 5)
+    done = run("doctor", buffer)
+    assert done.code == 3
+    assert "PROBLEM: a buffer stored by 'granite', which cannot be had here" in done.out
 
 
 @pytest.mark.parametrize(

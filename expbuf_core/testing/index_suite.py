@@ -498,6 +498,8 @@ class IndexSuite(Suite):
         off = np.abs(np.take_along_axis(exact, rows, axis=1) - similarities)
         scale = np.maximum(1.0, np.linalg.norm(queries, axis=1).max() ** 2)
         scale = max(scale, float((case.pristine.astype(np.float64) ** 2).sum(axis=1).max()))
+        if not off.size:
+            return
         worst = np.unravel_index(off.argmax(), off.shape)
         assert off[worst] <= self.tolerance * scale, (
             f"a similarity is not that of its id: {similarities[worst]:.6g} for id {ids[worst]}, "
