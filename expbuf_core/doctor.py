@@ -217,7 +217,7 @@ def _choices(settings: BufferConfig, registry: PluginRegistry) -> Iterator[Findi
 
 
 def _folder(path: Path, registry: PluginRegistry) -> Iterator[Finding]:
-    yield from _identity(path)
+    yield from _identity(path, registry)
     place = path.absolute()
     while not place.is_dir() and place != place.parent:
         place = place.parent
@@ -226,7 +226,7 @@ def _folder(path: Path, registry: PluginRegistry) -> Iterator[Finding]:
     yield from _fsync(place)
 
 
-def _identity(path: Path) -> Iterator[Finding]:
+def _identity(path: Path, registry: PluginRegistry) -> Iterator[Finding]:
     if (path / NOTE).exists():
         message = f"{path} is the target of a migration or repair that is not finished"
         yield Finding("folder", "warning", message, "run the same command again to go on")
