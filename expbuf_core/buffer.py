@@ -37,7 +37,6 @@ from expbuf_core.errors import (
     NotEnoughExperiences,
     ReadOnlyBuffer,
     ReceiptExpired,
-    StorageError,
     UnknownExperienceError,
 )
 from expbuf_core.experience import Experience
@@ -187,10 +186,7 @@ class ExperienceBuffer:
         """
         if folder.read_identity(Path(path)) is None:
             folder.check_finished(Path(path))
-            raise StorageError(
-                f"{os.fspath(path)} is no buffer: it has no {folder.IDENTITY}; "
-                "ExperienceBuffer.open creates one"
-            )
+            raise folder.no_buffer(Path(path))
         return cls.open(path, **arguments)
 
     def close(self) -> None:

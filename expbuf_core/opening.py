@@ -287,7 +287,7 @@ def _to_read(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
     identity = folder.read_identity(path)
     if identity is None:
         folder.check_finished(path)
-        raise StorageError(f"{path} is no buffer: it has no {folder.IDENTITY}")
+        raise folder.no_buffer(path)
     session.uuid = identity.uuid
     _check_backend(session, identity.backend)
     session.maintenance = session.builder_lock = ThreadLock(session.config.lock_timeout_s)

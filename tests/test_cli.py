@@ -348,7 +348,11 @@ def test_verify(run: Run, buffer: Path) -> None:
     found = run("verify", buffer)
     assert found.code == 3
     assert "DAMAGE" in found.out
-    assert json.loads(run("verify", buffer, "--json").out)[0]["damage"] is True
+    assert "Run `expbuf verify`" not in found.out
+    damage, rest = json.loads(run("verify", buffer, "--json").out)
+    assert damage["damage"] is True
+    assert rest["damage"] is False
+    assert "reading stops there" in rest["message"]
 
 
 def test_snapshot(run: Run, buffer: Path) -> None:
@@ -401,6 +405,22 @@ def test_migrate(run: Run, buffer: Path, home: Path) -> None:
     wrong = run("migrate", buffer, home / "three", "--persistence", "fiel")
     assert wrong.code == 1
     assert "Did you mean 'file'?" in wrong.err
+
+
+def test_migrate_names_those_who_go_on_with_the_old_one(run: Run, buffer: Path, home: Path) -> None:
+    with ExperienceBuffer.open(buffer, config=CONFIG):
+        done = run("migrate", buffer, home / "copy", "--persistence", "file", "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["experiences"] == 20
+    assert f"process {os.getpid()} still has {buffer} open" in done.err
+
+
+def test_folders_that_hold_no_buffer(run: Run, buffer: Path, home: Path) -> None:
+    assert "nothing is no buffer: there is no such folder" in run("info", home / "nothing").err
+    assert "is no buffer: it has no expbuf.json\n" in run("info", home).err
+    assert run("snapshot", buffer).code == 0
+    (buffer / "expbuf.json").unlink()
+    assert "`expbuf repair` finds the identity again" in run("info", buffer).err
 
 
 @pytest.mark.parametrize("command", ["migrate", "repair", "backup", "restore"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +90,18 @@ def _restore(options: argparse.Namespace) -> int:
 
 
 def _migrate(options: argparse.Namespace) -> int:
+    from expbuf_core.inspection import openers
     from expbuf_core.transfer import migrate
 
-    return _copied(options, migrate)
+    code = _copied(options, migrate)
+    for opener in openers(options.source):
+        if "expbuf_core builder" not in opener.command:
+            print(
+                f"expbuf: process {opener.pid} still has {options.source} open; what it writes "
+                f"from now on is not in {options.target}. End it, and open that one instead",
+                file=sys.stderr,
+            )
+    return code
 
 
 def _export(options: argparse.Namespace) -> int:
