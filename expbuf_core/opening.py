@@ -18,13 +18,20 @@ from expbuf_core import control as c
 from expbuf_core.commit import CommitLog, Draft, Lock
 from expbuf_core.contracts import PersistenceAdapter, PersistenceContext, Words
 from expbuf_core.control import Control
-from expbuf_core.errors import ConfigError, CorruptionError, PluginContractError, StorageError
+from expbuf_core.errors import (
+    ConfigError,
+    CorruptionError,
+    PluginContractError,
+    PluginError,
+    StorageError,
+)
 from expbuf_core.filesystem import storage_errors
 from expbuf_core.locks import OpenLock, ProcessLock, ThreadLock, opener
 from expbuf_core.recovery import Loaded, RecoveryReport
 from expbuf_core.replica import Replica
 
 if TYPE_CHECKING:
+    from expbuf_core.plugins import PluginRegistry
     from expbuf_core.session import Session
 
 _POLL_S = 0.005
@@ -136,12 +143,21 @@ def _corruption_told(session: Session) -> Iterator[None]:
 # ---------------------------------------------------------------- in memory
 
 
+def keeps_nothing(registry: PluginRegistry, backend: str) -> bool:
+    """Whether a backend is known to lose everything with its process: it gets no folder."""
+    try:
+        return "durable" not in registry.get("persistence", backend).capabilities
+    except PluginError:
+        return False  # opening will say why
+
+
 def _in_memory(session: Session) -> Loaded:
     timeout = session.config.lock_timeout_s
     session.uuid = folder.new_uuid()
     session.control = Control.private()
     session.maintenance, session.builder_lock = ThreadLock(timeout), ThreadLock(timeout)
-    _make_replica(session, "memory")
+    chosen = session.config.persistence.backend
+    _make_replica(session, chosen if keeps_nothing(session.registry, chosen) else "memory")
     session.adapter.create(1)
     session.control.words[c.NEXT_LSN] = 1
     _make_commit_log(session, ThreadLock(timeout), ThreadLock(timeout))

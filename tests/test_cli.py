@@ -294,7 +294,7 @@ def test_search(run: Run, buffer: Path, home: Path) -> None:
     assert [hit["id"] for hit in json.loads(done.out)["hits"]] == [far]
     (home / "v.json").write_text("nonsense")
     assert "neither an npy file" in run("search", buffer, "--visual", home / "v.json").err
-    assert run("search", buffer).code == 1
+    assert run("search", buffer).code == 2
     assert "similarity" in run("search", buffer, "--id", far, "--explain").out
 
 
@@ -413,6 +413,44 @@ def test_migrate_names_those_who_go_on_with_the_old_one(run: Run, buffer: Path, 
     assert done.code == 0
     assert json.loads(done.out)["experiences"] == 20
     assert f"process {os.getpid()} still has {buffer} open" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("search", "memory"), "nothing to be similar to"),
+        (("search", "memory", "--id", 0, "--vector", "v.npy"), "too much to be similar to"),
+        (("search", "memory", "--vector", "a.npy", "--question", "q.npy"), "too much"),
+        (("sample", "memory", "--seed", -1), "at least 0"),
+        (("sample", "memory", "-n", "x"), "expected a whole number, found 'x'"),
+        (("builder", "memory", "--idle-s", -1), "at least 0"),
+        (("builder", "memory", "--idle-s", "nan"), "at least 0"),
+        (("builder", "memory", "--config", "{bad"), "expected JSON"),
+        (("init", "new", "--v-dim", -1), "at least 0"),
+        (("export", "memory", "memory.csv"), "no format for .csv"),
+        (("import", "made", "new", "--skip", -1), "at least 0"),
+    ],
+)
+def test_arguments_that_make_no_sense(
+    run: Run, buffer: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...], word: str
+) -> None:
+    monkeypatch.chdir(buffer.parent)
+    before = sorted(path.name for path in buffer.parent.iterdir())
+    done = run(*arguments)
+    assert done.code == 2
+    assert word in done.err
+    assert sorted(path.name for path in buffer.parent.iterdir()) == before
+
+
+def test_what_is_named_must_be_there(run: Run, buffer: Path, home: Path) -> None:
+    """No fallback for an index that was asked for; no folder for what keeps nothing."""
+    assert "no index backend named 'granite'" in run("reindex", buffer, "--index", "granite").err
+    done = run("init", home / "new", "--persistence", "memory")
+    assert (done.code, (home / "new").exists()) == (1, False)
+    assert "keeps nothing" in done.err
+    assert "v.npy: cannot be read" in run("search", buffer, "--vector", home / "v.npy").err
+    (home / "v.npy").write_bytes(b"no numbers")
+    assert "allow_pickle" not in run("search", buffer, "--vector", home / "v.npy").err
 
 
 def test_folders_that_hold_no_buffer(run: Run, buffer: Path, home: Path) -> None:
