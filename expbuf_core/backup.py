@@ -152,7 +152,7 @@ def _storage(
         identity = None if path is None else folder.read_identity(path)
         if path is not None and identity is None:
             folder.check_finished(path)
-            raise StorageError(f"{path} is no buffer: it has no {folder.IDENTITY}")
+            raise folder.no_buffer(path)
         persistence = identity.backend if identity is not None else default
     if config is not None and not isinstance(config, str | os.PathLike | Mapping):
         raise ConfigError(f"config: expected a file or a mapping, found {config!r}")

@@ -37,7 +37,6 @@ from expbuf_core.errors import (
     NotEnoughExperiences,
     ReadOnlyBuffer,
     ReceiptExpired,
-    StorageError,
     UnknownExperienceError,
 )
 from expbuf_core.experience import Experience
@@ -54,6 +53,7 @@ from expbuf_core.intake import (
     rewards,
 )
 from expbuf_core.locks import holder
+from expbuf_core.opening import keeps_nothing
 from expbuf_core.plugins import PluginRegistry, default_registry
 from expbuf_core.recovery import RecoveryReport
 from expbuf_core.reindexing import Embed, Progress, ReindexReport, reembed
@@ -163,7 +163,7 @@ class ExperienceBuffer:
             registry = registry.with_plugins(plugins)
         settings = load_config(config, overrides=overrides or None, registry=registry)
         where = path if path is not None else settings.path
-        in_memory = where is None or settings.persistence.backend == "memory"
+        in_memory = where is None or keeps_nothing(registry, settings.persistence.backend)
         if in_memory and mode == "r":
             raise ConfigError("a buffer in memory cannot be opened in mode 'r'")
         resolved = None if in_memory else Path(os.path.abspath(os.fspath(where)))  # type: ignore[arg-type]
@@ -187,10 +187,7 @@ class ExperienceBuffer:
         """
         if folder.read_identity(Path(path)) is None:
             folder.check_finished(Path(path))
-            raise StorageError(
-                f"{os.fspath(path)} is no buffer: it has no {folder.IDENTITY}; "
-                "ExperienceBuffer.open creates one"
-            )
+            raise folder.no_buffer(Path(path))
         return cls.open(path, **arguments)
 
     def close(self) -> None:

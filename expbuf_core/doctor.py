@@ -73,7 +73,7 @@ def examine(
     if config is not None:
         yield from _configuration(config, registry)
     if folder is not None:
-        yield from _folder(Path(folder))
+        yield from _folder(Path(folder), registry)
 
 
 # ---------------------------------------------------------------- the installation
@@ -95,7 +95,9 @@ def _versions() -> Iterator[Finding]:
 def _plugins(registry: PluginRegistry) -> Iterator[Finding]:
     for plugin in registry.plugins():
         name = f"{plugin.name} ({plugin.distribution} {plugin.version})"
-        offers = ", ".join(f"{p.kind}:{p.name}" for p in plugin.providers) or "nothing"
+        offers = [f"{p.kind}:{p.name}" for p in plugin.providers]
+        if plugin.events:
+            offers.append(f"{len(plugin.events)} events")
         if plugin.status == "disabled":
             advice = "unset EXPBUF_DISABLE_PLUGINS to have it"
             yield Finding("plugin", "note", f"{name} is disabled", advice)
@@ -103,7 +105,7 @@ def _plugins(registry: PluginRegistry) -> Iterator[Finding]:
             advice = "install a version that fits, or remove it"
             yield Finding("plugin", "problem", f"{name} {plugin.status}: {plugin.error}", advice)
         else:
-            yield Finding("plugin", "ok", f"{name}: {offers}")
+            yield Finding("plugin", "ok", f"{name}: {', '.join(offers) or 'nothing'}")
         for provider in plugin.providers:
             if provider.error is not None:
                 message = f"{provider.kind} {provider.name!r} cannot be selected: {provider.error}"
@@ -214,8 +216,8 @@ def _choices(settings: BufferConfig, registry: PluginRegistry) -> Iterator[Findi
 # ---------------------------------------------------------------- a folder
 
 
-def _folder(path: Path) -> Iterator[Finding]:
-    yield from _identity(path)
+def _folder(path: Path, registry: PluginRegistry) -> Iterator[Finding]:
+    yield from _identity(path, registry)
     place = path.absolute()
     while not place.is_dir() and place != place.parent:
         place = place.parent
@@ -224,7 +226,7 @@ def _folder(path: Path) -> Iterator[Finding]:
     yield from _fsync(place)
 
 
-def _identity(path: Path) -> Iterator[Finding]:
+def _identity(path: Path, registry: PluginRegistry) -> Iterator[Finding]:
     if (path / NOTE).exists():
         message = f"{path} is the target of a migration or repair that is not finished"
         yield Finding("folder", "warning", message, "run the same command again to go on")
@@ -237,7 +239,13 @@ def _identity(path: Path) -> Iterator[Finding]:
     if identity is None:
         yield Finding("folder", "note", f"{path} holds no buffer yet")
         return
-    yield Finding("folder", "ok", f"a buffer, stored by {identity.backend!r}")
+    try:
+        registry.get("persistence", identity.backend)
+    except PluginError as exc:
+        message = f"a buffer stored by {identity.backend!r}, which cannot be had here: {exc}"
+        yield Finding("folder", "problem", message)
+    else:
+        yield Finding("folder", "ok", f"a buffer, stored by {identity.backend!r}")
     lock = path / folders.LOCKS / "open"
     pid = opener(lock) if lock.exists() else None
     if pid is not None:

@@ -114,6 +114,16 @@ def check_new(folder: Path) -> None:
         )
 
 
+def no_buffer(folder: Path) -> StorageError:
+    """The error for a folder without an identity: what it is instead."""
+    if not folder.exists():
+        return StorageError(f"{folder} is no buffer: there is no such folder")
+    message = f"{folder} is no buffer: it has no {IDENTITY}"
+    if any((folder / "snapshots").glob("*.snap")):
+        message += ", but the rest of one; `expbuf repair` finds the identity again"
+    return StorageError(message)
+
+
 def check_finished(folder: Path) -> None:
     """See that a folder without an identity is not an unfinished copy of a buffer.
 

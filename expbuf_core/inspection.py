@@ -18,7 +18,7 @@ from expbuf_core import control as c
 from expbuf_core import folder, segments, snapshots
 from expbuf_core.buffer import ExperienceBuffer
 from expbuf_core.config_schema import load_config
-from expbuf_core.errors import CorruptionError, StorageError
+from expbuf_core.errors import CorruptionError
 from expbuf_core.filesystem import FileSystem
 from expbuf_core.locks import holder, opener
 from expbuf_core.plugins import default_registry
@@ -160,7 +160,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         identity = folder.read_identity(where)
         if identity is None:
             folder.check_finished(where)
-            raise StorageError(f"{where} is no buffer: it has no {folder.IDENTITY}")
+            raise folder.no_buffer(where)
         facts |= {"uuid": identity.uuid.hex(), "backend": identity.backend}
         with columns_of(where) as buffer:
             facts |= {"recovery": str(buffer.recovery), **buffer.stats()}

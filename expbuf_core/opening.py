@@ -32,6 +32,7 @@ from expbuf_core.recovery import Loaded, RecoveryReport
 from expbuf_core.replica import Replica
 
 if TYPE_CHECKING:
+    from expbuf_core.plugins import PluginRegistry
     from expbuf_core.session import Session
 
 _POLL_S = 0.005
@@ -144,12 +145,21 @@ def _corruption_told(session: Session) -> Iterator[None]:
 # ---------------------------------------------------------------- in memory
 
 
+def keeps_nothing(registry: PluginRegistry, backend: str) -> bool:
+    """Whether a backend is known to lose everything with its process: it gets no folder."""
+    try:
+        return "durable" not in registry.get("persistence", backend).capabilities
+    except PluginError:
+        return False  # opening will say why
+
+
 def _in_memory(session: Session) -> Loaded:
     timeout = session.config.lock_timeout_s
     session.uuid = folder.new_uuid()
     session.control = Control.private()
     session.maintenance, session.builder_lock = ThreadLock(timeout), ThreadLock(timeout)
-    _make_replica(session, "memory")
+    chosen = session.config.persistence.backend
+    _make_replica(session, chosen if keeps_nothing(session.registry, chosen) else "memory")
     session.adapter.create(1)
     session.control.words[c.NEXT_LSN] = 1
     _make_commit_log(session, ThreadLock(timeout), ThreadLock(timeout))
@@ -325,7 +335,7 @@ def _to_read(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
     identity = folder.read_identity(path)
     if identity is None:
         folder.check_finished(path)
-        raise StorageError(f"{path} is no buffer: it has no {folder.IDENTITY}")
+        raise folder.no_buffer(path)
     session.uuid = identity.uuid
     _check_backend(session, identity.backend)
     session.maintenance = session.builder_lock = ThreadLock(session.config.lock_timeout_s)

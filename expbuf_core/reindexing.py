@@ -109,7 +109,7 @@ def reindex(
     wanted = load_config(config, overrides=overrides or None, env={}, registry=registry)
     place = Path(os.path.abspath(os.fspath(path)))
     if folder.read_identity(place) is None:
-        raise StorageError(f"{place} is no buffer: it has no {folder.IDENTITY}")
+        raise folder.no_buffer(place)
     with _opened(place, wanted, registry, filesystem or FileSystem()) as session:
         settings = _wanted_settings(session, wanted)
         if settings != session.replica.state.settings:

@@ -32,7 +32,10 @@ def verify(
         buffer = columns_of(path)
     except CorruptionError as exc:
         offset = -1 if exc.offset is None else exc.offset
-        yield Problem(exc.path or str(path), offset, str(exc), True)
+        message = str(exc).removesuffix(". Run `expbuf verify`")
+        yield Problem(exc.path or str(path), offset, message, True)
+        rest = "reading stops there, so there may be more; `expbuf repair` goes over it"
+        yield Problem(str(path), -1, rest, False)
         return
     with buffer:
         session = buffer._live()

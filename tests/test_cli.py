@@ -23,6 +23,7 @@ import pytest
 from expbuf_core import Experience, ExperienceBuffer, cli, doctor, transfer
 from expbuf_core import folder as folders
 from expbuf_core.cli import output
+from expbuf_core.filesystem import FileSystem
 from expbuf_core.plugins import default_registry
 from expbuf_core.testing.crash import scratch_folder
 
@@ -293,7 +294,7 @@ def test_search(run: Run, buffer: Path, home: Path) -> None:
     assert [hit["id"] for hit in json.loads(done.out)["hits"]] == [far]
     (home / "v.json").write_text("nonsense")
     assert "neither an npy file" in run("search", buffer, "--visual", home / "v.json").err
-    assert run("search", buffer).code == 1
+    assert run("search", buffer).code == 2
     assert "similarity" in run("search", buffer, "--id", far, "--explain").out
 
 
@@ -347,7 +348,11 @@ def test_verify(run: Run, buffer: Path) -> None:
     found = run("verify", buffer)
     assert found.code == 3
     assert "DAMAGE" in found.out
-    assert json.loads(run("verify", buffer, "--json").out)[0]["damage"] is True
+    assert "Run `expbuf verify`" not in found.out
+    damage, rest = json.loads(run("verify", buffer, "--json").out)
+    assert damage["damage"] is True
+    assert rest["damage"] is False
+    assert "reading stops there" in rest["message"]
 
 
 def test_snapshot(run: Run, buffer: Path) -> None:
@@ -400,6 +405,60 @@ def test_migrate(run: Run, buffer: Path, home: Path) -> None:
     wrong = run("migrate", buffer, home / "three", "--persistence", "fiel")
     assert wrong.code == 1
     assert "Did you mean 'file'?" in wrong.err
+
+
+def test_migrate_names_those_who_go_on_with_the_old_one(run: Run, buffer: Path, home: Path) -> None:
+    with ExperienceBuffer.open(buffer, config=CONFIG):
+        done = run("migrate", buffer, home / "copy", "--persistence", "file", "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["experiences"] == 20
+    assert f"process {os.getpid()} still has {buffer} open" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("search", "memory"), "nothing to be similar to"),
+        (("search", "memory", "--id", 0, "--vector", "v.npy"), "too much to be similar to"),
+        (("search", "memory", "--vector", "a.npy", "--question", "q.npy"), "too much"),
+        (("sample", "memory", "--seed", -1), "at least 0"),
+        (("sample", "memory", "-n", "x"), "expected a whole number, found 'x'"),
+        (("builder", "memory", "--idle-s", -1), "at least 0"),
+        (("builder", "memory", "--idle-s", "nan"), "at least 0"),
+        (("builder", "memory", "--config", "{bad"), "expected JSON"),
+        (("init", "new", "--v-dim", -1), "at least 0"),
+        (("export", "memory", "memory.csv"), "no format for .csv"),
+        (("import", "made", "new", "--skip", -1), "at least 0"),
+    ],
+)
+def test_arguments_that_make_no_sense(
+    run: Run, buffer: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...], word: str
+) -> None:
+    monkeypatch.chdir(buffer.parent)
+    before = sorted(path.name for path in buffer.parent.iterdir())
+    done = run(*arguments)
+    assert done.code == 2
+    assert word in done.err
+    assert sorted(path.name for path in buffer.parent.iterdir()) == before
+
+
+def test_what_is_named_must_be_there(run: Run, buffer: Path, home: Path) -> None:
+    """No fallback for an index that was asked for; no folder for what keeps nothing."""
+    assert "no index backend named 'granite'" in run("reindex", buffer, "--index", "granite").err
+    done = run("init", home / "new", "--persistence", "memory")
+    assert (done.code, (home / "new").exists()) == (1, False)
+    assert "keeps nothing" in done.err
+    assert "v.npy: cannot be read" in run("search", buffer, "--vector", home / "v.npy").err
+    (home / "v.npy").write_bytes(b"no numbers")
+    assert "allow_pickle" not in run("search", buffer, "--vector", home / "v.npy").err
+
+
+def test_folders_that_hold_no_buffer(run: Run, buffer: Path, home: Path) -> None:
+    assert "nothing is no buffer: there is no such folder" in run("info", home / "nothing").err
+    assert "is no buffer: it has no expbuf.json\n" in run("info", home).err
+    assert run("snapshot", buffer).code == 0
+    (buffer / "expbuf.json").unlink()
+    assert "`expbuf repair` finds the identity again" in run("info", buffer).err
 
 
 @pytest.mark.parametrize("command", ["migrate", "repair", "backup", "restore"])
@@ -584,6 +643,18 @@ def test_doctor_knows_the_folders(buffer: Path, home: Path) -> None:
     assert levels(list(doctor.examine(home / "unfinished")), "folder") == ["warning"]
     (buffer / "expbuf.json").write_text("{}")
     assert levels(list(doctor.examine(buffer)), "folder") == ["problem"]
+
+
+def test_doctor_knows_which_storage_is_missing(
+    run: Run, buffer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = folders.read_identity(buffer)
+    assert identity is not None
+    folders.write_identity(buffer, "granite", identity.uuid, FileSystem())
+    monkeypatch.setattr(doctor, "_sync_times", lambda place: [1e-3] * 5)
+    done = run("doctor", buffer)
+    assert done.code == 3
+    assert "PROBLEM: a buffer stored by 'granite', which cannot be had here" in done.out
 
 
 @pytest.mark.parametrize(

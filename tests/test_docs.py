@@ -208,9 +208,15 @@ def test_every_method_of_a_contract_is_documented(name: str) -> None:
     declared = set()
     for method, function in vars(getattr(contracts, name, FileSystem)).items():
         if not method.startswith("_") and inspect.isfunction(function):
-            parameters = list(inspect.signature(function).parameters)[1:]
-            declared.add(f"{method}({', '.join(parameters)})")
+            declared.add(f"{method}{_without_types(inspect.signature(function))}")
     assert documented == declared
+
+
+def _without_types(signature: inspect.Signature) -> str:
+    """What a caller must know of it: names, defaults, and what goes by its name only."""
+    _, *parameters = signature.parameters.values()
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+    return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
 
 
 @pytest.mark.parametrize(

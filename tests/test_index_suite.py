@@ -133,6 +133,12 @@ class IdsIn32Bits(Right):
         return ids.astype(np.int32).astype(np.int64), similarities
 
 
+class Farthest(Right):
+    def search(self, queries: Any, k: int, allowed: Any) -> Any:
+        ids, similarities = super().search(-queries, k, allowed)
+        return ids, -similarities
+
+
 class OffByOne(Right):
     def search(self, queries: Any, k: int, allowed: Any) -> Any:
         ids, similarities = super().search(queries, k, allowed)
@@ -398,6 +404,23 @@ def test_the_suite_finds(
         except (Exception, pytest.fail.Exception) as exc:
             errors.append(exc)
     assert errors, f"{number} passed although {bug.__name__}"
+
+
+@pytest.mark.parametrize(
+    ("bug", "number", "advice"),
+    [
+        (RowsForIds, "x1", r"row numbers: return ids\[rows\]"),
+        (Farthest, "x1", r"the least similar: larger is closer"),
+        (OffByOne, "x2", r"-?[0-9.e-]+ for id \d+, whose \w+ similarity is"),
+        (WritesTwoFiles, "x30", r"left \['index.ids', 'index.tmp'\]"),
+    ],
+)
+def test_the_message_says_what_to_look_for(
+    bug: type[Any], number: str, advice: str, tmp_path: Path
+) -> None:
+    test, arguments = next(calls(suite_for(bug), number, tmp_path))
+    with pytest.raises(AssertionError, match=advice):
+        test(**arguments)
 
 
 def test_every_behaviour_has_a_bug_or_is_known_to_have_none() -> None:

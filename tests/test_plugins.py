@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,24 @@ def info(registry: PluginRegistry, name: str) -> PluginInfo:
 
 
 # ---------------------------------------------------------------- what works
+
+
+def test_storage_that_keeps_nothing_gets_no_folder(tmp_path: Path) -> None:
+    """Whoever wrote it: a folder would be there at the next opening, and hold nothing."""
+    built_in = discover().get("persistence", "memory")
+
+    class Volatile:
+        @hookimpl
+        def expbuf_register_persistence(self) -> list[Any]:
+            return [replace(built_in, name="volatile")]
+
+    for _ in range(2):
+        with ExperienceBuffer.open(
+            tmp_path / "memory", plugins=[Volatile()], persistence="volatile", index="exact"
+        ) as buffer:
+            assert (len(buffer), buffer.path) == (0, None)
+            buffer.add(Experience(v_embed=np.ones(4)))
+    assert not (tmp_path / "memory").exists()
 
 
 def test_builtins_come_through_the_same_hooks(install: Install) -> None:

@@ -24,10 +24,36 @@ else:
 def test_its_tests_pass(kind: str, tmp_path: Path) -> None:
     module, test, project, readme = new_plugin("my_own", kind, tmp_path)
     assert {module.parent, test.parent, project.parent} == {tmp_path / "expbuf_my_own"}
+    run_tests(module.parent)
+    facts = tomllib.loads(project.read_text())
+    assert facts["project"]["entry-points"]["expbuf"] == {"my_own": "expbuf_my_own"}
+    assert "my_own" in readme.read_text()
+    assert sorted(path.name for path in module.parent.iterdir()) == sorted(
+        path.name for path in (module, test, project, readme)
+    )
+
+
+@pytest.mark.parametrize("kind", ["scorer", "fusion"])  # these open a buffer, with all plugins
+def test_they_pass_beside_the_installed_plugin(kind: str, tmp_path: Path) -> None:
+    module, *_ = new_plugin("my_own", kind, tmp_path)
+    metadata = tmp_path / "installed" / "expbuf_my_own-0.1.0.dist-info"
+    metadata.mkdir(parents=True)
+    metadata.joinpath("METADATA").write_text(
+        "Metadata-Version: 2.1\nName: expbuf-my-own\nVersion: 0.1.0\n"
+    )
+    metadata.joinpath("entry_points.txt").write_text("[expbuf]\nmy_own = expbuf_my_own\n")
+    run_tests(module.parent, metadata.parent)
+
+
+def run_tests(folder: Path, *path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", "."],
-        cwd=module.parent,
-        env={**os.environ, "PYTHONPATH": str(module.parent), "PYTHONDONTWRITEBYTECODE": "1"},
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, [folder, *path])),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
         timeout=200,
         capture_output=True,
         text=True,
@@ -35,12 +61,6 @@ def test_its_tests_pass(kind: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
-    facts = tomllib.loads(project.read_text())
-    assert facts["project"]["entry-points"]["expbuf"] == {"my_own": "expbuf_my_own"}
-    assert "my_own" in readme.read_text()
-    assert sorted(path.name for path in module.parent.iterdir()) == sorted(
-        path.name for path in (module, test, project, readme)
-    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

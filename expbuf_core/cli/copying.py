@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from expbuf_core.cli import output
+from expbuf_core.cli.arguments import WrongUsage, natural
 
 if TYPE_CHECKING:
     from expbuf_core.transfer import TransferReport
+
+
+_FILES = {".arrow", ".csv", ".feather", ".json", ".jsonl", ".npy", ".npz", ".pq", ".tsv", ".zip"}
+"""Names that ask for a file, in a format that is not written."""
 
 
 def add_to(commands: Any) -> None:
@@ -44,7 +50,9 @@ def add_to(commands: Any) -> None:
     load.add_argument("source", help="a Parquet file, or a folder with JSON Lines and npy")
     load.add_argument("target", help="the buffer's folder: new, except with --add")
     load.add_argument("--add", action="store_true", help="to what is there, with new ids")
-    load.add_argument("--skip", type=int, default=0, metavar="N", help="with --add: not the first")
+    load.add_argument(
+        "--skip", type=natural, default=0, metavar="N", help="with --add: not the first"
+    )
     _storage(load, "of a new folder; default: the configuration's")
     load.set_defaults(run=_import, interrupted=output.RESUMABLE)
 
@@ -89,14 +97,31 @@ def _restore(options: argparse.Namespace) -> int:
 
 
 def _migrate(options: argparse.Namespace) -> int:
+    from expbuf_core.inspection import openers
     from expbuf_core.transfer import migrate
 
-    return _copied(options, migrate)
+    code = _copied(options, migrate)
+    for opener in openers(options.source):
+        if "expbuf_core builder" not in opener.command:
+            print(
+                f"expbuf: process {opener.pid} still has {options.source} open; what it writes "
+                f"from now on is not in {options.target}. End it, and open that one instead",
+                file=sys.stderr,
+            )
+    return code
 
 
 def _export(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from expbuf_core.exchange import export_experiences
 
+    suffix = Path(options.target).suffix.lower()
+    if options.format is None and suffix in _FILES:
+        raise WrongUsage(
+            f"{options.target}: there is no format for {suffix}; name a file NAME.parquet, or a "
+            "new folder for JSON Lines and npy (--format jsonl, whatever its name)"
+        )
     with output.progress("exporting") as progress:
         report = export_experiences(
             options.source, options.target, file_format=options.format, progress=progress

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expbuf_core.cli import output
-from expbuf_core.cli.arguments import positive
+from expbuf_core.cli.arguments import WrongUsage, natural, positive
 from expbuf_core.errors import InvalidExperience, NotEnoughExperiences
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def add_to(commands: Any) -> None:
     sample = commands.add_parser("sample", help="draw experiences as a learner would")
     sample.add_argument("folder")
     sample.add_argument("-n", type=positive, default=10, help="how many; default: 10")
-    sample.add_argument("--seed", type=int, help="the same draw again")
+    sample.add_argument("--seed", type=natural, help="the same draw again")
     sample.add_argument("--uniform", action="store_true", help="without regard to priorities")
     sample.add_argument("--config", metavar="FILE", help="a YAML file: alpha, beta, ageing")
     sample.add_argument("--json", action="store_true", help="for programs")
@@ -118,11 +118,15 @@ def _vector(path: str | None) -> NDArray[np.float32] | None:
     values: NDArray[np.float32]
     try:
         if Path(path).suffix == ".npy":
-            values = np.load(path, allow_pickle=False)
+            # Not np.load, which takes anything else for a pickle, and advises to trust it.
+            with open(path, "rb") as file:
+                values = np.lib.format.read_array(file, allow_pickle=False)
         else:
             values = np.asarray(json.loads(Path(path).read_text("utf-8")), np.float32)
     except (ValueError, TypeError) as exc:
         raise InvalidExperience(f"{path}: neither an npy file nor numbers in JSON: {exc}") from exc
+    except OSError as exc:
+        raise InvalidExperience(f"{path}: cannot be read: {exc.strerror}") from exc
     return values.reshape(-1) if values.ndim == 2 and len(values) == 1 else values
 
 
@@ -130,6 +134,13 @@ def _search(options: argparse.Namespace) -> int:
     from expbuf_core.buffer import ExperienceBuffer
     from expbuf_core.explanation import explain
 
+    embeddings = [options.visual, options.question]
+    ways = (options.id is not None) + (options.vector is not None) + any(embeddings)
+    if ways != 1:
+        raise WrongUsage(
+            f"{'too much' if ways else 'nothing'} to be similar to: name --id, or --vector, or "
+            "--visual and --question, of which one may be missing"
+        )
     query: dict[str, Any] = {
         "v_embed": _vector(options.visual),
         "q_embed": _vector(options.question),

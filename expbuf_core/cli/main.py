@@ -17,11 +17,12 @@ from expbuf_core.cli import (
     trying,
     upkeep_commands,
 )
+from expbuf_core.cli.arguments import WrongUsage
 from expbuf_core.errors import ExpbufError
 
 GROUPS = (looking, finding, health, upkeep_commands, copying, trying, plugin_commands)
 
-OK, ERROR, NOT_WELL, INTERRUPTED, NO_READER = 0, 1, 3, 130, 141
+OK, ERROR, USAGE, NOT_WELL, INTERRUPTED, NO_READER = 0, 1, 2, 3, 130, 141
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Python flushes stdout once more when it ends: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
+    except WrongUsage as exc:
+        print(f"expbuf {options.command}: error: {exc}", file=sys.stderr)
+        return USAGE
     except (ExpbufError, OSError) as exc:
         print(f"expbuf: {exc}", file=sys.stderr)
         return ERROR

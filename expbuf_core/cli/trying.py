@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from expbuf_core.cli import output
-from expbuf_core.cli.arguments import positive
+from expbuf_core.cli.arguments import natural, positive
 
 
 def add_to(commands: Any) -> None:
@@ -14,7 +14,7 @@ def add_to(commands: Any) -> None:
     demo = commands.add_parser("demo", help="watch an agent learn, get killed, and go on")
     demo.add_argument("folder", nargs="?", help="a new one that is kept; default: none is")
     demo.add_argument("--questions", type=positive, default=1000, metavar="N", help="1000")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=natural, default=0)
     demo.add_argument("--json", action="store_true", help="for programs")
     demo.set_defaults(run=_demo)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from typing import Any
 
 from expbuf_core.cli import output
-from expbuf_core.cli.arguments import positive
+from expbuf_core.cli.arguments import WrongUsage, idle_seconds, natural, positive
 
 
 def add_to(commands: Any) -> None:
@@ -16,8 +17,10 @@ def add_to(commands: Any) -> None:
     init.add_argument("folder", help="new or empty")
     init.add_argument("--config", metavar="FILE", help="a YAML file; options below go before it")
     init.add_argument("--max-size", type=positive, metavar="N", help="most experiences")
-    init.add_argument("--v-dim", type=int, metavar="N", help="of v_embed; default: the first add's")
-    init.add_argument("--q-dim", type=int, metavar="N", help="of q_embed; likewise")
+    init.add_argument(
+        "--v-dim", type=natural, metavar="N", help="of v_embed; default: the first add's"
+    )
+    init.add_argument("--q-dim", type=natural, metavar="N", help="of q_embed; likewise")
     init.add_argument("--metric", choices=["cosine", "inner_product", "l2"])
     init.add_argument("--fusion", metavar="NAME", help="such as weighted_sum, weighted_concat")
     init.add_argument("--persistence", metavar="NAME", help="such as file, lmdb")
@@ -33,7 +36,7 @@ def add_to(commands: Any) -> None:
     builder.add_argument("folder")
     builder.add_argument("--config", metavar="JSON", help="sections of the configuration, as JSON")
     builder.add_argument(
-        "--idle-s", type=float, metavar="S", help="end after so many seconds without work"
+        "--idle-s", type=idle_seconds, metavar="S", help="end after so many seconds without work"
     )
     builder.set_defaults(run=_builder, interrupted="the old index stays in use")
 
@@ -49,6 +52,7 @@ def add_to(commands: Any) -> None:
 
 def _init(options: argparse.Namespace) -> int:
     from expbuf_core.buffer import ExperienceBuffer
+    from expbuf_core.errors import ConfigError
 
     embedding = {
         "visual_dim": options.v_dim,
@@ -65,6 +69,8 @@ def _init(options: argparse.Namespace) -> int:
     with ExperienceBuffer.open(
         options.folder, mode="x", config=options.config, index__builder="off", **given
     ) as buffer:
+        if buffer.path is None:
+            raise ConfigError("persistence: this backend keeps nothing when its process ends")
         facts = {"folder": str(buffer.path), **buffer.stats()["settings"]}
     if options.json:
         output.print_json(facts)
@@ -86,8 +92,11 @@ def _snapshot(options: argparse.Namespace) -> int:
 
 
 def _reindex(options: argparse.Namespace) -> int:
+    from expbuf_core.plugins import default_registry
     from expbuf_core.reindexing import reindex
 
+    if options.index is not None:  # who names one wants that one, and no fallback
+        default_registry().get("index", options.index)
     given = {
         "fusion": options.fusion,
         "embedding__metric": options.metric,
@@ -111,4 +120,8 @@ def _reindex(options: argparse.Namespace) -> int:
 def _builder(options: argparse.Namespace) -> int:
     from expbuf_core.builder import main as build
 
+    try:
+        json.loads(options.config or "{}")
+    except ValueError as exc:
+        raise WrongUsage(f"argument --config: expected JSON: {exc}") from exc
     return build(options.folder, options.config, options.idle_s)

@@ -108,7 +108,9 @@ class IndexSuite(Suite):
         assert share >= self.min_recall, f"only {share:.0%} of stored vectors find themselves"
         own = similarities[ids[:, 0] == case.ids[rows], 0]
         wanted = 0.0 if metric == "l2" else 1.0
-        assert np.allclose(own, wanted, atol=10 * self.tolerance), "a wrong similarity to itself"
+        assert np.allclose(own, wanted, atol=10 * self.tolerance), (
+            f"similarities to itself from {own.min():.6g} to {own.max():.6g}, wanted {wanted}"
+        )
 
     @pytest.mark.parametrize("k", [1, 2, 10, 100])
     def test_x5_returns_k(self, tmp_path: Path, k: int) -> None:
@@ -259,7 +261,8 @@ class IndexSuite(Suite):
         self.backend("cosine").build(
             np.arange(self.rows), self.vectors(self.rows, "cosine"), folder / "index.tmp"
         )
-        assert [entry.name for entry in folder.iterdir()] == ["index.tmp"], "not one file alone"
+        left = sorted(entry.name for entry in folder.iterdir())
+        assert left == ["index.tmp"], f"build was to write index.tmp, and left {left}"
 
     def test_x31_the_file_may_be_renamed(self, tmp_path: Path) -> None:
         """X31: a file opens under another name, in another folder, and with its builder gone."""
@@ -495,7 +498,13 @@ class IndexSuite(Suite):
         off = np.abs(np.take_along_axis(exact, rows, axis=1) - similarities)
         scale = np.maximum(1.0, np.linalg.norm(queries, axis=1).max() ** 2)
         scale = max(scale, float((case.pristine.astype(np.float64) ** 2).sum(axis=1).max()))
-        assert (off <= self.tolerance * scale).all(), "a similarity is not that of its id"
+        if not off.size:
+            return
+        worst = np.unravel_index(off.argmax(), off.shape)
+        assert off[worst] <= self.tolerance * scale, (
+            f"a similarity is not that of its id: {similarities[worst]:.6g} for id {ids[worst]}, "
+            f"whose {case.metric} similarity is {exact[worst[0], rows[worst]]:.6g}"
+        )
 
     def check_recall(
         self, case: Case, ids: Ids, k: int, mask: NDArray[np.bool_] | None = None
@@ -504,10 +513,16 @@ class IndexSuite(Suite):
         exact = _similarities(case.pristine, case.queries, case.metric)
         if mask is not None:
             exact[:, ~mask] = -np.inf
-        nearest = case.ids[np.argsort(-exact, axis=1, kind="stable")[:, :k]]
-        hits = [len(set(a) & set(b)) for a, b in zip(nearest.tolist(), ids.tolist(), strict=True)]
-        recall = sum(hits) / nearest.size
-        assert recall >= self.min_recall, f"recall {recall:.3f}, at least {self.min_recall} wanted"
+        rows = np.argsort(-exact, axis=1, kind="stable")[:, :k]
+        recall = _overlap(case.ids[rows], ids)
+        if recall >= self.min_recall:
+            return
+        why = ""
+        if _overlap(rows, ids) > recall:
+            why = "; these are row numbers: return ids[rows] (X3)"
+        elif _overlap(case.ids[np.argsort(exact, axis=1, kind="stable")[:, :k]], ids) > recall:
+            why = "; these are the least similar: larger is closer under every metric (X2)"
+        raise AssertionError(f"recall {recall:.3f}, at least {self.min_recall} wanted{why}")
 
     def check_same(self, a: Found, b: Found) -> None:
         """Check that two results differ by rounding at most."""
@@ -518,6 +533,12 @@ class IndexSuite(Suite):
         near[:, :-1] |= close
         near[:, -1] = True
         assert ((a[0] == b[0]) | near).all(), "other ids were found"
+
+
+def _overlap(wanted: Ids, found: Ids) -> float:
+    """Share of what is wanted that was found."""
+    pairs = zip(wanted.tolist(), found.tolist(), strict=True)
+    return sum(len(set(a) & set(b)) for a, b in pairs) / wanted.size
 
 
 def _bitmap(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:

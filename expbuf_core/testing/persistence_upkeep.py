@@ -210,7 +210,10 @@ class Upkeep(PersistenceBase):
             core.adapter.close()
             if turn == 1:
                 held = open_descriptors()
-        assert open_descriptors() <= held + 2, "descriptors leak"
+        after = open_descriptors()
+        assert after <= held + 2, (
+            f"{after - held} descriptors more after five openings: `close` must close all"
+        )
 
     def test_p37_facts_are_json(self, tmp_path: Path) -> None:
         """P37: `stats` is JSON-like."""

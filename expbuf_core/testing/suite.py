@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -52,20 +53,35 @@ class Suite:
 
     def choice(self) -> dict[str, Any]:
         """The section of the configuration that selects it."""
-        name = self.chosen().name
+        name = self._offered().name
         return {"backend": name, name: dict(self.settings)}
 
     def plugins(self) -> list[object]:
         """What `ExperienceBuffer.open(plugins=...)` needs for it: nothing where it is installed."""
         if isinstance(self.provider, str):
             return []
-        provider = self.provider
+        provider = self._offered()
 
         def offer() -> list[Provider]:
             return [provider]
 
         hook = offer.__name__ = KINDS[self.kind].hook
         return [type("Offer", (), {hook: staticmethod(hookimpl(offer))})()]
+
+    def _offered(self) -> Provider:
+        """The provider, under a name that is free here: its plugin may well be installed, too."""
+        provider = self.chosen()
+        if isinstance(self.provider, str):
+            return provider
+        taken = {
+            offered.name
+            for plugin in default_registry().plugins()
+            for offered in plugin.providers
+            if offered.kind == self.kind
+        }
+        if provider.name not in taken:
+            return provider
+        return dataclasses.replace(provider, name=f"{provider.name}_under_test")
 
     def needs(self, capability: str) -> None:
         """Skip where the provider does not declare a capability."""
