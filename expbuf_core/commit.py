@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 from zlib import crc32
 
 import numpy as np
@@ -37,16 +37,26 @@ from expbuf_core.control import Control
 from expbuf_core.errors import BufferClosed, StorageError
 
 RESERVATION = 1 << 16
-_TRIES = 50  # before a lock is waited for as one that may be stuck
 _EVERYBODY = 1 << 30
 _RETRY_S = 1.0  # after a failed flush
 _APPEND_PAUSE_S = 1e-3  # a lost wake-up costs so much
 _FLUSH_PAUSE_S = 5e-3
 _NONE: NDArray[np.uint32] = np.empty(0, np.uint32)
 
+Result = TypeVar("Result")
+
 
 class Lock(Protocol):
     """What both `ProcessLock` and `ThreadLock` offer."""
+
+    def run(
+        self,
+        work: Callable[..., Result],
+        *args: Any,
+        pause: Callable[[], bool] | None = None,
+    ) -> Result | None: ...
+
+    def try_run(self, work: Callable[..., object], *args: Any) -> bool: ...
 
     def acquire(self, timeout_s: float | None = None) -> None: ...
 
@@ -186,40 +196,41 @@ class CommitLog:
 
     def _append(self, entries: list[_Entry]) -> None:
         """Write operations one behind the other."""
-        words = self._control.words
-        self._take_append_lock()
+        control = self._control
+        self._seen_appended = control.words[c.APPENDED]
         try:
-            if self._closed:
-                raise BufferClosed("the buffer is closed")
-            self._check()
-            if words[c.APPENDING] or words[c.FLUSH_FAILED]:
-                self._retire()
-            if self._reserves:
-                self._reserve(entries)
-            try:
-                self._write(entries)
-            except LogInterrupted:
-                raise
-            except StorageError:
-                if len(entries) == 1:
-                    raise
-                self._write_singly(entries)
-            if not self._syncs:
-                words[c.PUBLISHED] = words[c.APPENDED]
-            for entry in entries:
-                entry.retirements = words[c.RETIREMENTS]
+            self._append_lock.run(self._append_now, entries, pause=self._await_append)
         finally:
-            self._append_lock.release()
-            self._control.tell(c.APPENDED, c.WAITING_TO_APPEND, 1)
+            control.tell(c.APPENDED, c.WAITING_TO_APPEND, 1)
 
-    def _take_append_lock(self) -> None:
-        control, words = self._control, self._control.words
-        for _ in range(_TRIES):
-            appended = words[c.APPENDED]
-            if self._append_lock.try_acquire():
-                return
-            control.await_change(c.APPENDED, c.WAITING_TO_APPEND, appended, _APPEND_PAUSE_S)
-        self._append_lock.acquire()  # waits for long, and says in the end who has it
+    def _await_append(self) -> bool:
+        """Sleep until another process has appended, or nearly so."""
+        control, seen = self._control, self._seen_appended
+        control.await_change(c.APPENDED, c.WAITING_TO_APPEND, seen, _APPEND_PAUSE_S)
+        self._seen_appended = control.words[c.APPENDED]
+        return True
+
+    def _append_now(self, entries: list[_Entry]) -> None:
+        """`_append` (append lock held)."""
+        words = self._control.words
+        if self._closed:
+            raise BufferClosed("the buffer is closed")
+        self._check()
+        self._retire_if_broken()
+        if self._reserves:
+            self._reserve(entries)
+        try:
+            self._write(entries)
+        except LogInterrupted:
+            raise
+        except StorageError:
+            if len(entries) == 1:
+                raise
+            self._write_singly(entries)
+        if not self._syncs:
+            words[c.PUBLISHED] = words[c.APPENDED]
+        for entry in entries:
+            entry.retirements = words[c.RETIREMENTS]
 
     def _write_singly(self, entries: list[_Entry]) -> None:
         """After a failure: what is too large for the log or the disk must not take others along."""
@@ -307,8 +318,7 @@ class CommitLog:
         limit_id, limit_lsn = next_id + RESERVATION, next_lsn + RESERVATION
         entry = _Entry(Draft(codec.encode_reserve(limit_id, limit_lsn), weight=0))
         self._write([entry])
-        with self._flush_lock:
-            self._sync_to(entry.lsn)
+        self._flush_lock.run(self._sync_to, entry.lsn)
         words[c.RESERVED_ID], words[c.RESERVED_LSN] = limit_id, limit_lsn
 
     # ------------------------------------------------------------ flush
@@ -345,43 +355,42 @@ class CommitLog:
         )
 
     def _lead(self, lsn: int, retirements: int | None) -> None:
-        words = self._control.words
-        if not self._take_flush_lock(lsn):
-            return
-        died = False
+        control, died = self._control, False
+        self._seen_durable = control.words[c.DURABLE]
         try:
-            if words[c.DURABLE] >= lsn or (
-                retirements is not None and words[c.RETIREMENTS] != retirements
-            ):
-                return
-            if words[c.FLUSH_FAILED]:
-                raise StorageError(
-                    f"a sync of the log failed; operation {lsn} was not acknowledged"
+            died = bool(
+                self._flush_lock.run(
+                    self._flush_now, lsn, retirements, pause=lambda: self._await_flush(lsn)
                 )
-            died = words[c.FLUSHING] != 0
-            if not died:
-                self._sync_to(words[c.APPENDED])
+            )
         finally:
-            self._flush_lock.release()
-            self._control.tell(c.DURABLE, c.WAITING_FOR_FLUSH, _EVERYBODY)
+            control.tell(c.DURABLE, c.WAITING_FOR_FLUSH, _EVERYBODY)
         if died:
             # Its error report, if there was one, died with it. All pages are still readable.
-            with self._append_lock:
-                if words[c.FLUSHING] or words[c.FLUSH_FAILED]:
-                    self._retire()
+            self._append_lock.run(self._flush_lock.run, self._retire)
 
-    def _take_flush_lock(self, lsn: int) -> bool:
-        """Take the flush lock; False if another process's flush has covered `lsn` meanwhile."""
-        control, words = self._control, self._control.words
-        for _ in range(_TRIES):
-            durable = words[c.DURABLE]
-            if durable >= lsn:
-                return False
-            if self._flush_lock.try_acquire():
-                return True
-            control.await_change(c.DURABLE, c.WAITING_FOR_FLUSH, durable, _FLUSH_PAUSE_S)
-        self._flush_lock.acquire()  # waits for long, and says in the end who has it
-        return True
+    def _await_flush(self, lsn: int) -> bool:
+        """Sleep until another process has flushed; False if that has covered `lsn`."""
+        control, seen = self._control, self._seen_durable
+        if control.words[c.DURABLE] >= lsn:
+            return False
+        control.await_change(c.DURABLE, c.WAITING_FOR_FLUSH, seen, _FLUSH_PAUSE_S)
+        self._seen_durable = durable = control.words[c.DURABLE]
+        return durable < lsn
+
+    def _flush_now(self, lsn: int, retirements: int | None) -> bool:
+        """Sync, unless that is done (flush lock held); True if a leader died at it."""
+        words = self._control.words
+        if words[c.DURABLE] >= lsn or (
+            retirements is not None and words[c.RETIREMENTS] != retirements
+        ):
+            return False
+        if words[c.FLUSH_FAILED]:
+            raise StorageError(f"a sync of the log failed; operation {lsn} was not acknowledged")
+        if words[c.FLUSHING]:
+            return True
+        self._sync_to(words[c.APPENDED])
+        return False
 
     def _sync_to(self, lsn: int) -> None:
         """Sync, and say that all up to `lsn` is durable (flush lock held)."""
@@ -391,38 +400,46 @@ class CommitLog:
             self._adapter.sync()
         except BaseException as exc:
             # Linux reports a write error once and then calls the pages clean: a second sync
-            # would lie.
-            words[c.FLUSH_FAILED] = 1
+            # would lie. A mere interrupt took no report away with it.
+            if isinstance(exc, Exception) or isinstance(exc.__context__, Exception):
+                words[c.FLUSH_FAILED] = 1
+                self.flush_error = str(exc)
             words[c.FLUSHING] = 0
-            self.flush_error = str(exc)
             raise
         if lsn > words[c.DURABLE]:
             words[c.DURABLE] = lsn
         words[c.FLUSHING] = 0
         self.flush_error = None
 
-    def _retire(self) -> None:
-        """Go on in a new log (append lock held)."""
+    def _retire_if_broken(self) -> None:
+        """Go on in a new log if a flush failed or an appender died half-way (append lock held)."""
         words = self._control.words
-        with self._flush_lock:
-            failed = words[c.FLUSH_FAILED] != 0
-            # After a failed flush only what others may have seen is carried over; after a mere
-            # death, everything that was written whole.
-            keep = self._control.published() if failed else words[c.APPENDED]
-            next_lsn = words[c.NEXT_LSN] + 1
-            self._adapter.retire(words[c.DURABLE], keep, next_lsn)
-            if words[c.APPENDING]:
-                # The dead appender may have stamped ids; skip more than one commit can hold.
-                words[c.NEXT_ID] += frames.MAX_ROWS
-            words[c.KEPT] = keep
-            words[c.RETIREMENTS] += 1
-            words[c.APPENDED] = keep
-            words[c.NEXT_LSN] = next_lsn
-            words[c.DURABLE] = max(words[c.DURABLE], keep)
-            words[c.FLUSHING] = 0
-            words[c.FLUSH_FAILED] = 0
-            words[c.APPENDING] = 0
-            self.flush_error = None
+        if words[c.APPENDING] or words[c.FLUSH_FAILED]:
+            self._flush_lock.run(self._retire)
+
+    def _retire(self) -> None:
+        """Go on in a new log if nobody can tell what the old one holds (both locks held)."""
+        words = self._control.words
+        if not (words[c.APPENDING] or words[c.FLUSH_FAILED] or words[c.FLUSHING]):
+            return  # somebody else has seen to it
+        failed = words[c.FLUSH_FAILED] != 0
+        # After a failed flush only what others may have seen is carried over; after a mere
+        # death, everything that was written whole.
+        keep = self._control.published() if failed else words[c.APPENDED]
+        next_lsn = words[c.NEXT_LSN] + 1
+        self._adapter.retire(words[c.DURABLE], keep, next_lsn)
+        if words[c.APPENDING]:
+            # The dead appender may have stamped ids; skip more than one commit can hold.
+            words[c.NEXT_ID] += frames.MAX_ROWS
+        words[c.KEPT] = keep
+        words[c.RETIREMENTS] += 1
+        words[c.APPENDED] = keep
+        words[c.NEXT_LSN] = next_lsn
+        words[c.DURABLE] = max(words[c.DURABLE], keep)
+        words[c.FLUSHING] = 0
+        words[c.FLUSH_FAILED] = 0
+        words[c.APPENDING] = 0
+        self.flush_error = None
 
     def sync(self) -> int:
         """Make durable all that any process has written so far.
@@ -432,9 +449,7 @@ class CommitLog:
         """
         words = self._control.words
         if words[c.FLUSH_FAILED]:
-            with self._append_lock:
-                if words[c.FLUSH_FAILED]:
-                    self._retire()
+            self._append_lock.run(self._retire_if_broken)
         retirements, target = words[c.RETIREMENTS], words[c.APPENDED]
         if words[c.DURABLE] < target:
             self.flush(target, retirements)
@@ -471,38 +486,38 @@ class CommitLog:
 
     # ------------------------------------------------------------ life
 
-    def switch(self) -> int:
-        """Begin a new log; the LSN of the last operation in the old one (all durable)."""
-        with self._append_lock:
-            words = self._control.words
-            if words[c.APPENDING] or words[c.FLUSH_FAILED]:
-                self._retire()
-            lsn = int(words[c.APPENDED])
-            words[c.APPENDING] = 1
-            try:
-                self._adapter.switch(words[c.NEXT_LSN], words[c.DURABLE])
-            except LogInterrupted:
-                raise
-            except Exception:
-                words[c.APPENDING] = 0
-                raise
+    def switch(self) -> None:
+        """Begin a new log."""
+        self._append_lock.run(self._switch)
+
+    def _switch(self) -> None:
+        words = self._control.words
+        self._retire_if_broken()
+        words[c.APPENDING] = 1
+        try:
+            self._adapter.switch(words[c.NEXT_LSN], words[c.DURABLE])
+        except LogInterrupted:
+            raise
+        except Exception:
             words[c.APPENDING] = 0
-        return lsn
+            raise
+        words[c.APPENDING] = 0
 
     def prepare(self) -> None:
         """Let the adapter prepare its next log (maintenance lock held)."""
         self._adapter.prepare()
-        with self._append_lock:
-            self._adapter.install_prepared()
+        self._append_lock.run(self._adapter.install_prepared)
 
     def close(self) -> None:
         """Stop the flusher; later commits are refused."""
-        with self._append_lock:
-            self._closed = True
+        self._append_lock.run(self._close)
         self._stop.set()
         self._dirty.set()
         if self._flusher is not None and self._flusher is not threading.current_thread():
             self._flusher.join(timeout=10)
+
+    def _close(self) -> None:
+        self._closed = True
 
 
 def draft_rows(

@@ -5,6 +5,10 @@ closing *any* descriptor of such a file drops the lock, so each file is opened o
 through a registry; and they do not exclude threads of one process, so a thread lock goes on top.
 (`flock` would stay held by a forked child of a killed holder; a `multiprocessing.Lock` stays locked
 for ever when its holder dies.)
+
+A signal handler may raise in the main thread (Ctrl-C does): when a function is entered, and when a
+builtin returns. So that no lock stays held then, what a lock protects is handed to `run`, whose
+`finally` blocks call one builtin each, and no function of ours.
 """
 
 from __future__ import annotations
@@ -15,14 +19,18 @@ import os
 import struct
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar
 
-from expbuf_core.errors import LockTimeout
+from expbuf_core.errors import LockTimeout, ReentrantCall
 from expbuf_core.filesystem import storage_errors
 
 # struct flock on 64-bit Linux and (reordered) macOS; only read to name the holder of a lock.
 _FLOCK = struct.Struct("hhqqi4x")
+
+Result = TypeVar("Result")
 
 
 class _LockFile:
@@ -32,7 +40,7 @@ class _LockFile:
         flags = (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY
         self.fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
         self.path = path
-        self.mutex = threading.Lock()
+        self.mutex: Any = threading.RLock()  # knows its owner; never entered twice
         self.sharers = 0
         self.users = 0
         stat = os.fstat(self.fd)
@@ -130,43 +138,118 @@ def _holder(fd: int) -> int | None:
     return pid if kind != fcntl.F_UNLCK and pid > 0 else None
 
 
+def _reentered() -> ReentrantCall:
+    return ReentrantCall(
+        "the buffer was called by a signal handler or finalizer that interrupted a call of the "
+        "same thread; let it set a flag, or call from another thread"
+    )
+
+
+def _kept_by_a_thread(what: object, timeout: float) -> LockTimeout:
+    return LockTimeout(
+        f"{what}: another thread of this process (pid {os.getpid()}) has held the lock for "
+        f"{timeout:g} s",
+        pid=os.getpid(),
+    )
+
+
 class ProcessLock:
     """A lock that excludes the threads of all processes. Not reentrant.
 
     Args:
         path: Its file, in a folder that exists.
-        timeout_s: How long `acquire` waits.
+        timeout_s: How long it is waited for.
     """
 
     def __init__(self, path: Path, timeout_s: float) -> None:
         self._file = _open(path)
         self.timeout_s = timeout_s
 
-    def acquire(self, timeout_s: float | None = None) -> None:
-        """Take the lock.
+    def run(
+        self,
+        work: Callable[..., Result],
+        *args: Any,
+        pause: Callable[[], bool] | None = None,
+    ) -> Result | None:
+        """Do something while the lock is held.
+
+        Args:
+            work: Is called with `args`.
+            *args: Its arguments.
+            pause: Waits a little while another process has the lock; whether to go on waiting.
+
+        Returns:
+            What `work` returned; None where `pause` gave up.
 
         Raises:
             LockTimeout: It was not free in time; `.pid` is the holder's.
+            ReentrantCall: This thread is in here already.
+        """
+        file, timeout = self._file, self.timeout_s
+        mutex = file.mutex
+        if mutex._is_owned():
+            raise _reentered()
+        try:
+            if not mutex.acquire(timeout=timeout):
+                raise _kept_by_a_thread(file.path, timeout)
+            try:
+                if _try_record_lock(file.fd, fcntl.LOCK_EX) or self._wait(file, timeout, pause):
+                    return work(*args)
+                return None
+            finally:
+                fcntl.lockf(file.fd, fcntl.LOCK_UN)
+        finally:
+            try:  # noqa: SIM105  (`suppress` is no builtin)
+                mutex.release()
+            except RuntimeError:  # it was not acquired
+                pass
+
+    def try_run(self, work: Callable[..., object], *args: Any) -> bool:
+        """Do something while the lock is held, if it is free now; whether it was."""
+        file, ran = self._file, False
+        mutex = file.mutex
+        if mutex._is_owned():
+            return False
+        try:
+            if mutex.acquire(blocking=False):
+                try:
+                    ran = _try_record_lock(file.fd, fcntl.LOCK_EX)
+                    if ran:
+                        work(*args)
+                finally:
+                    fcntl.lockf(file.fd, fcntl.LOCK_UN)
+            return ran
+        finally:
+            try:  # noqa: SIM105  (`suppress` is no builtin)
+                mutex.release()
+            except RuntimeError:  # it was not acquired
+                pass
+
+    def acquire(self, timeout_s: float | None = None) -> None:
+        """Take the lock; `run` is to be preferred.
+
+        Raises:
+            LockTimeout: It was not free in time; `.pid` is the holder's.
+            ReentrantCall: This thread has it already.
         """
         timeout = self.timeout_s if timeout_s is None else timeout_s
         file = self._file
-        if not file.mutex.acquire(timeout=timeout):
-            raise LockTimeout(
-                f"{file.path}: another thread of this process (pid {os.getpid()}) has held the "
-                f"lock for {timeout:g} s",
-                pid=os.getpid(),
-            )
+        if file.mutex._is_owned():
+            raise _reentered()
         try:
+            if not file.mutex.acquire(timeout=timeout):
+                raise _kept_by_a_thread(file.path, timeout)
             if not _try_record_lock(file.fd, fcntl.LOCK_EX):
-                self._wait(file, timeout)
+                self._wait(file, timeout, None)
         except BaseException:
-            file.mutex.release()
+            self.release()
             raise
 
-    def _wait(self, file: _LockFile, timeout: float) -> None:
+    def _wait(self, file: _LockFile, timeout: float, pause: Callable[[], bool] | None) -> bool:
+        """Wait for the record lock; False if `pause` gives up."""
         # The kernel's blocking call knows no timeout; holders need some 50 microseconds.
         deadline = time.monotonic() + timeout
-        pause = 2e-5
+        sleep_s = 2e-5
         while not _try_record_lock(file.fd, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 pid = _holder(file.fd)
@@ -176,27 +259,35 @@ class ProcessLock:
                     "hung? The lock is freed when it ends",
                     pid=pid,
                 )
-            time.sleep(pause)
-            pause = min(pause * 1.5, 1e-3)
+            if pause is None:
+                time.sleep(sleep_s)
+                sleep_s = min(sleep_s * 1.5, 1e-3)
+            elif not pause():
+                return False
+        return True
 
     def try_acquire(self) -> bool:
-        """Take the lock if it is free now."""
+        """Take the lock if it is free now; `try_run` is to be preferred."""
         file = self._file
-        if not file.mutex.acquire(blocking=False):
+        if file.mutex._is_owned() or not file.mutex.acquire(blocking=False):
             return False
         try:
             if _try_record_lock(file.fd, fcntl.LOCK_EX):
                 return True
         except BaseException:
-            file.mutex.release()
+            self.release()
             raise
-        file.mutex.release()
+        self.release()
         return False
 
     def release(self) -> None:
-        """Let go."""
-        fcntl.lockf(self._file.fd, fcntl.LOCK_UN)
-        self._file.mutex.release()
+        """Let go; nothing happens where this thread does not hold it."""
+        mutex = self._file.mutex
+        if mutex._is_owned():
+            try:
+                fcntl.lockf(self._file.fd, fcntl.LOCK_UN)
+            finally:
+                mutex.release()
 
     def close(self) -> None:
         """Let go of the file; the lock is not used any more."""
@@ -252,21 +343,61 @@ class ThreadLock:
     """`ProcessLock` for a buffer that only this process can see."""
 
     def __init__(self, timeout_s: float) -> None:
-        self._lock = threading.Lock()
+        self._mutex: Any = threading.RLock()
         self.timeout_s = timeout_s
+
+    def run(
+        self,
+        work: Callable[..., Result],
+        *args: Any,
+        pause: Callable[[], bool] | None = None,
+    ) -> Result | None:
+        """Do something while the lock is held; see `ProcessLock.run`."""
+        mutex = self._mutex
+        if mutex._is_owned():
+            raise _reentered()
+        try:
+            if not mutex.acquire(timeout=self.timeout_s):
+                raise _kept_by_a_thread("the buffer", self.timeout_s)
+            return work(*args)
+        finally:
+            try:  # noqa: SIM105  (`suppress` is no builtin)
+                mutex.release()
+            except RuntimeError:  # it was not acquired
+                pass
+
+    def try_run(self, work: Callable[..., object], *args: Any) -> bool:
+        """Do something while the lock is held, if it is free now; whether it was."""
+        mutex = self._mutex
+        if mutex._is_owned():
+            return False
+        try:
+            if mutex.acquire(blocking=False):
+                work(*args)
+                return True
+            return False
+        finally:
+            try:  # noqa: SIM105  (`suppress` is no builtin)
+                mutex.release()
+            except RuntimeError:  # it was not acquired
+                pass
 
     def acquire(self, timeout_s: float | None = None) -> None:
         """Take the lock, or raise `LockTimeout`."""
-        if not self._lock.acquire(timeout=self.timeout_s if timeout_s is None else timeout_s):
-            raise LockTimeout("another thread has held the lock for too long", pid=os.getpid())
+        timeout = self.timeout_s if timeout_s is None else timeout_s
+        if self._mutex._is_owned():
+            raise _reentered()
+        if not self._mutex.acquire(timeout=timeout):
+            raise _kept_by_a_thread("the buffer", timeout)
 
     def try_acquire(self) -> bool:
         """Take the lock if it is free."""
-        return self._lock.acquire(blocking=False)
+        return not self._mutex._is_owned() and bool(self._mutex.acquire(blocking=False))
 
     def release(self) -> None:
-        """Let go."""
-        self._lock.release()
+        """Let go; nothing happens where this thread does not hold it."""
+        if self._mutex._is_owned():
+            self._mutex.release()
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -132,11 +132,8 @@ class Upkeep:
                 self._dropped_at = replica.state.lsn
                 session.adapter.drop_below(self._dropped_at, ids, locations)
             return
-        if session.adapter.needs_preparation() and session.maintenance.try_acquire():
-            try:
-                session.commit_log.prepare()
-            finally:
-                session.maintenance.release()
+        if session.adapter.needs_preparation():
+            session.maintenance.try_run(session.commit_log.prepare)
         if self._builds_here() and self.build_is_due():
             if session.config.index.builder == "thread":
                 self.build_index()
@@ -184,8 +181,15 @@ class Upkeep:
         session = self._session
         if session.path is None or session.intake() is None or session.choice is None:
             return False
-        if not session.builder_lock.try_acquire():
+        if not session.builder_lock.try_run(self._build, session.choice, anew):
             return False
+        self.adopt_now()
+        return True
+
+    def _build(self, choice: indexing.IndexChoice, anew: bool) -> None:
+        """`build_index` (builder lock held)."""
+        session = self._session
+        assert session.path is not None
         try:
             words = session.control.words
             words[c.BUILT_ROWS] = words[c.ROWS_ADDED]
@@ -196,7 +200,7 @@ class Upkeep:
             indexing.build(
                 session.path,
                 session.replica,
-                session.choice,
+                choice,
                 session.fs,
                 session.uuid,
                 session.config.index.growth,
@@ -210,10 +214,6 @@ class Upkeep:
                 "expbuf_on_builder_failed", path=str(session.path), error=str(exc)
             )
             raise
-        finally:
-            session.builder_lock.release()
-        self.adopt_now()
-        return True
 
     def adopt_later(self) -> None:
         """Open newly published segments aside, in the background, and then change over."""
@@ -281,9 +281,8 @@ class Upkeep:
         session = self._session
         if self._builder is not None and not _ended(self._builder):
             return
-        if not session.builder_lock.try_acquire():
+        if not session.builder_lock.try_run(lambda: None):
             return
-        session.builder_lock.release()
         words = session.control.words
         words[c.BUILT_ROWS] = words[c.ROWS_ADDED]
         self._asked_for = words[c.DAMAGED_INDEX]
@@ -318,23 +317,25 @@ class Upkeep:
         if session.path is None:
             session.refresh()
             return session.replica.state.lsn
-        with session.maintenance:
-            if if_due and not self.snapshot_is_due():
-                return session.control.words[c.SNAPSHOT_LSN]
-            session.commit_log.sync()
-            words = session.control.words
-            lsn = words[c.SNAPSHOT_LSN]
-            if words[c.APPENDED] > lsn:
-                self._move_survivors()
-                # Without room for another log the snapshot is as good; it only frees less.
-                with contextlib.suppress(StorageFull):
-                    session.commit_log.prepare()
-                    session.commit_log.switch()
-                    session.commit_log.sync()
-                session.refresh()
-                lsn = self._write_snapshot()
-            self._drop_logs()
-        return lsn
+        session.maintenance.run(self._snapshot, if_due)
+        return session.control.words[c.SNAPSHOT_LSN]
+
+    def _snapshot(self, if_due: bool) -> None:
+        """`snapshot` (maintenance lock held)."""
+        session, words = self._session, self._session.control.words
+        if if_due and not self.snapshot_is_due():
+            return
+        session.commit_log.sync()
+        if words[c.APPENDED] > words[c.SNAPSHOT_LSN]:
+            self._move_survivors()
+            # Without room for another log the snapshot is as good; it only frees less.
+            with contextlib.suppress(StorageFull):
+                session.commit_log.prepare()
+                session.commit_log.switch()
+                session.commit_log.sync()
+            session.refresh()
+            self._write_snapshot()
+        self._drop_logs()
 
     def closing_snapshot(self) -> None:
         """At a clean close: spare the next opening a long replay (open lock held alone)."""

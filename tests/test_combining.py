@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from expbuf_core.combining import Combiner, _Place
+from expbuf_core.combining import Combiner
+from expbuf_core.errors import ReentrantCall, StorageError
 
 TIMEOUT_S = 30.0
 
@@ -22,8 +23,8 @@ class Item:
 class Scene:
     """A combiner whose work stops at a gate, and threads that use it."""
 
-    def __init__(self, limit: int = 256) -> None:
-        self.combiner: Combiner[Item] = Combiner(self.work, limit)
+    def __init__(self) -> None:
+        self.combiner: Combiner[Item] = Combiner(self.work)
         self.gate = threading.Semaphore(0)
         self.at_work = threading.Semaphore(0)
         self.batches: list[list[int]] = []
@@ -96,14 +97,6 @@ def test_those_who_wait_are_one_batch_in_order() -> None:
     assert len({item.done_by for item in items[1:]}) == 1
 
 
-def test_a_batch_has_its_limit() -> None:
-    scene = Scene(limit=2)
-    for number in range(6):
-        scene.start(number)
-    scene.end(4)
-    assert scene.batches == [[0], [1, 2], [3, 4], [5]]
-
-
 def test_an_error_reaches_all_of_its_batch_and_nobody_else() -> None:
     scene = Scene()
     for number in range(3):
@@ -143,20 +136,27 @@ def test_one_who_is_interrupted_while_waiting_leaves_the_queue() -> None:
     assert scene.batches == [[0], [2]]
 
 
-def test_one_whose_turn_had_come_when_it_was_interrupted_hands_it_on() -> None:
+def test_a_call_from_a_signal_handler_is_told_so() -> None:
+    combiner: Combiner[int] = Combiner(lambda items: combiner.do(items[0] + 1))
+    with pytest.raises(ReentrantCall):
+        combiner.do(0)
+    seen: list[int] = []
+    combiner = Combiner(seen.extend)
+    combiner.do(7)
+    assert seen == [7]
+
+
+def test_those_whose_leader_is_interrupted_are_told() -> None:
     scene = Scene()
-    scene.start(0)
-    mine = _Place(Item(1))
-    mine.wake.acquire()
-    queue = scene.combiner._queue
-    queue.append(mine)
-    scene.start(2)
+    for number in range(3):
+        scene.start(number)
     scene.gate.release()
-    wait_for(lambda: mine.leads)
-    scene.combiner._leave(mine)  # as `do` does when its thread is interrupted there
-    assert scene.at_work.acquire(timeout=TIMEOUT_S)
+    assert scene.at_work.acquire(timeout=TIMEOUT_S)  # 1 works for 1 and 2
+    scene.error = KeyboardInterrupt()
     scene.end(1)
-    assert scene.batches == [[0], [2]]
+    assert isinstance(scene.errors[1], KeyboardInterrupt)
+    assert isinstance(scene.errors[2], StorageError)
+    assert isinstance(scene.errors[2].__cause__, KeyboardInterrupt)
 
 
 def test_a_leader_who_is_interrupted_hands_on() -> None:

@@ -10,12 +10,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from expbuf_core.errors import LockTimeout
+from expbuf_core.errors import LockTimeout, ReentrantCall
 from expbuf_core.locks import OpenLock, ProcessLock, ThreadLock, holder, opener
 
 TIMEOUT_S = 20.0
@@ -283,14 +284,73 @@ def test_a_killed_opener_is_none(path: Path, elsewhere: Any) -> None:
 # ---------------------------------------------------------------- threads alone
 
 
-def test_a_lock_between_threads() -> None:
-    lock = ThreadLock(0.02)
-    with lock:
+def in_thread(work: Callable[[], object]) -> None:
+    """Run it in another thread; its assertions count."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result(TIMEOUT_S)
+
+
+def make_thread_lock(path: Path, timeout_s: float) -> ThreadLock:
+    return ThreadLock(timeout_s)
+
+
+@pytest.mark.parametrize("make", [ProcessLock, make_thread_lock])
+def test_work_under_it_excludes_other_threads(path: Path, make: Any) -> None:
+    lock = make(path, 0.02)
+
+    def other() -> None:
         assert not lock.try_acquire()
+        assert not lock.try_run(pytest.fail)
         with pytest.raises(LockTimeout) as caught:
-            lock.acquire()
+            lock.run(pytest.fail)
         assert caught.value.pid == os.getpid()
         with pytest.raises(LockTimeout):
             lock.acquire(0)
+
+    assert lock.run(in_thread, other) is None
+    assert lock.run(lambda a, b: a + b, 1, 2) == 3
+    in_thread(lambda: lock.run(lambda: None))
+    with lock:
+        in_thread(other)
+    assert lock.try_run(in_thread, other)
+
+
+@pytest.mark.parametrize("make", [ProcessLock, make_thread_lock])
+def test_the_thread_that_has_it_is_told_so(path: Path, make: Any) -> None:
+    """Not: waits for itself."""
+    lock = make(path, TIMEOUT_S)
+
+    def again() -> str:
+        assert not lock.try_acquire()
+        assert not lock.try_run(pytest.fail)
+        for take in (lock.acquire, lambda: lock.run(pytest.fail)):
+            with pytest.raises(ReentrantCall):
+                take()
+        return "told"
+
+    assert lock.run(again) == "told"
+    with lock:
+        again()
+    with pytest.raises(ZeroDivisionError):
+        lock.run(lambda: 1 / 0)
+    in_thread(lambda: lock.acquire(0) or lock.release())
+
+
+def test_who_waits_for_another_process_may_give_up(path: Path, elsewhere: Any) -> None:
+    other = elsewhere(_HOLD)
+    lock = ProcessLock(path, TIMEOUT_S)
+    answers = [True, True, False]
+    assert lock.run(pytest.fail, pause=lambda: answers.pop(0)) is None
+    assert not answers
+    assert not lock.try_run(pytest.fail)
+    with pytest.raises(LockTimeout, match=str(other.pid)):
+        ProcessLock(path, 0.02).run(pytest.fail)
+    other.go_on()
+    assert lock.run(lambda: "mine") == "mine"
+
+
+def test_a_lock_between_threads() -> None:
+    lock = ThreadLock(0.02)
     assert lock.try_acquire()
     lock.release()
+    lock.release()  # of nothing

@@ -8,8 +8,11 @@ and all instants can be tried one by one.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +25,8 @@ from expbuf_core.errors import ReentrantCall
 
 CODE = tuple(f"{Path(__file__).parents[2]}/{name}/" for name in ("expbuf_core", "plugins"))
 DIM = 4
+LONG = os.environ.get("EXPBUF_LONG", "") not in ("", "0")
+SMALL = {"initial_bytes": 1 << 14, "segment_bytes": 1 << 14}  # many logs are given up
 
 # What comes while Python itself calls (a generator that is closed), it prints and drops.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -78,7 +83,7 @@ def experience(n: int) -> Experience:
 
 def options(backend: str) -> dict[str, Any]:
     return {
-        "persistence": backend,
+        "persistence": {"backend": backend, "file": SMALL} if backend == "file" else backend,
         "index": {"backend": "exact", "builder": "off"},
         "durability": "os",
         "max_size": 8,
@@ -173,3 +178,97 @@ def test_a_handler_that_reads_in_the_middle_of_a_read_is_told(folder: Path) -> N
                 break
     assert told
     assert "signal handler" in told[0]
+
+
+OPS = {
+    "add": lambda b, n: b.add(experience(n)),
+    "add_many": lambda b, n: b.add_many([experience(n), experience(n + 1)]),
+    "priorities": lambda b, n: b.update_priorities(b.ids()[:1], [1.0]),
+    "outcome": lambda b, n: b.record_outcome(b.ids()[:1], success=True),
+    "remove": lambda b, n: b.remove(b.ids()[:1]),
+    "sync": lambda b, n: b.sync(),
+    "snapshot": lambda b, n: b.save_snapshot(),
+}
+
+
+def from_another_thread(work: Callable[[], object]) -> None:
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as exc:
+            failed.append(exc)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), "hangs"
+    assert not failed, repr(failed)
+
+
+def instants(op: str, rng: np.random.Generator) -> Iterator[int]:
+    """Which instants to try: all of them in a long run."""
+    if op in ("sync", "snapshot"):  # grow as they are interrupted
+        yield from np.sort(
+            rng.choice(np.arange(1, 900), 600 if LONG else 40, replace=False)
+        ).tolist()
+        return
+    at = 0
+    while True:
+        at += 1 if LONG else int(rng.integers(1, 9))
+        yield at
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("durability", ["sync", "os"])
+@pytest.mark.parametrize("backend", ["file", "lmdb", "memory"])
+@pytest.mark.parametrize("op", OPS)
+def test_writing_goes_on_after_an_interrupt(
+    folder: Path, op: str, backend: str, durability: str, rng: np.random.Generator
+) -> None:
+    """No lock stays held, nobody hangs, and what was acknowledged is there."""
+    if backend == "memory" and durability == "sync":
+        durability = "group"
+    path = None if backend == "memory" else folder
+    with ExperienceBuffer.open(path, **{**options(backend), "durability": durability}) as buffer:
+        buffer.add_many([experience(n) for n in range(8)])
+        for at in instants(op, rng):
+            with contextlib.suppress(Interrupt), signal_at(at, interrupt) as signal:
+                OPS[op](buffer, 10 * at)
+            # Another thread first: it cannot know that what this one holds is stale.
+            from_another_thread(partial(buffer.add, experience(10 * at + 5)))
+            new = buffer.add(experience(10 * at + 6))
+            assert buffer.get(new).answer == str(10 * at + 6)
+            ids = buffer.ids().tolist()
+            assert ids == sorted(set(ids))
+            if not signal.came:
+                break
+        expected = contents(buffer)
+    if path is not None:
+        with ExperienceBuffer.open(path) as again:
+            assert contents(again) == expected
+
+
+def test_a_handler_that_adds_in_the_middle_of_an_add_is_told(folder: Path) -> None:
+    """Not: hangs for ever."""
+    outcomes: list[str] = []
+    with ExperienceBuffer.open(folder, **options("file")) as buffer:
+        buffer.add(experience(0))
+
+        def handler() -> None:
+            def inner() -> None:
+                try:
+                    buffer.add(experience(1))
+                    outcomes.append("added")
+                except ReentrantCall:
+                    outcomes.append("told")
+
+            inner()
+
+        for at in range(1, 3000):
+            with signal_at(at, handler) as signal:
+                buffer.add(experience(10 * at))
+            if not signal.came:
+                break
+    assert set(outcomes) == {"added", "told"}
