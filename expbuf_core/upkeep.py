@@ -324,7 +324,12 @@ class Upkeep:
                 tree, columns = session.replica.state.dump()
             lsn = int(tree["lsn"])
             session.commit_log.flush(lsn)  # a snapshot is never ahead of the disk
-        snapshots.write(session.path, session.uuid, tree, columns, session.fs)
+        try:
+            snapshots.write(session.path, session.uuid, tree, columns, session.fs)
+        except StorageFull:
+            if not snapshots.make_room(session.path, session.uuid, session.fs):
+                raise
+            snapshots.write(session.path, session.uuid, tree, columns, session.fs)
         session.control.words[c.SNAPSHOT_LSN] = lsn
         return lsn
 
