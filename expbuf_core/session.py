@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -98,6 +99,7 @@ class Session:
         self.locks: list[Lock | OpenLock] = []
         self.choice: indexing.IndexChoice | None = None
         self.closed = False
+        self._closing = threading.RLock()
         # Of a reader, which has no share in the open lock: which recovery it follows, and the
         # control page on which it sees that a writer has come.
         self.generation = 0
@@ -487,16 +489,17 @@ class Session:
 
     def close(self) -> None:
         """Let go; the last to leave marks the buffer closed cleanly."""
-        if self.closed:
-            return
-        self.upkeep.stop()
-        try:
-            if self.writable and hasattr(self, "commit_log"):
-                self._close_writable()
-        finally:
-            self.closed = True
-            self.adapter.close()
-            self.let_go()
+        with self._closing:
+            if self.closed:
+                return
+            self.upkeep.stop()
+            try:
+                if self.writable and hasattr(self, "commit_log"):
+                    self._close_writable()
+            finally:
+                self.closed = True
+                self.adapter.close()
+                self.let_go()
 
     def let_go(self) -> None:
         """Close lock files and the control page."""
@@ -522,11 +525,12 @@ class Session:
         with self.opening_lock:
             try:
                 if failed is None and self.open_lock.is_last():
+                    self.check_folder()  # what is there now may be another buffer
                     self.refresh()
                     self.upkeep.closing_snapshot()
                     self.adapter.finish(self.replica.state.lsn)
                     self.control.mark_clean(self.path / folder.CONTROL, self.fs)
-            except OSError as exc:
+            except (OSError, BufferReplaced) as exc:
                 _log.warning(
                     "%s was not closed cleanly; the next opening recovers: %s", self.path, exc
                 )

@@ -140,14 +140,18 @@ def test_failed_sync(buffer: ExperienceBuffer, fs: FaultyFileSystem, drop: bool)
 LARGE_LOGS = {"persistence": {"file": {"initial_bytes": 1 << 17, "segment_bytes": 1 << 17}}}
 
 
+def add_many_times(buffer: ExperienceBuffer, padding: int) -> None:
+    for serial in range(1, 1000):
+        buffer.add(experience(serial, 0.5, padding))
+
+
 def test_a_large_removal_needs_no_large_log(tmp_path: Path, fs: FaultyFileSystem) -> None:
     """The log is full to the last byte, and what is left of the disk is too small for another."""
     arguments = {**LARGE_LOGS, "max_size": 1000}
     with contextlib.closing(open_buffer(tmp_path / "buffer", fs, **arguments)) as buffer:
         fs.limit(60_000)
         with pytest.raises(StorageFull):
-            for serial in range(1, 1000):
-                buffer.add(experience(serial, 0.5, 3))
+            add_many_times(buffer, 3)
         ids = [entry.id for entry in state_of(buffer)]
         assert buffer.remove(ids[5:]) == len(ids) - 5
         with pytest.raises(StorageFull):
@@ -165,10 +169,8 @@ def test_where_a_large_log_has_no_room_a_smaller_one_is_made(
         for serial in range(100):  # the next log would have some hundreds of KiB
             buffer.add(experience(serial, 0.5, 3000))
         fs.limit(150_000)
-        written = 0
         with pytest.raises(StorageFull):
-            for written in range(1000):  # noqa: B007
-                buffer.add(experience(1000 + written, 0.5, 3000))
+            add_many_times(buffer, 3000)
         assert not list((tmp_path / "buffer").glob("*.tmp"))  # half a pair takes no room
         before = state_of(buffer)
         fs.limit(150_000)
