@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import importlib
 import os
 import threading
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -90,6 +91,25 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _explained(
+    method: Callable[Concatenate[ExperienceBuffer, P], T],
+) -> Callable[Concatenate[ExperienceBuffer, P], T]:
+    """Say what an error in a call means where the buffer was closed or replaced meanwhile."""
+
+    @functools.wraps(method)
+    def call(self: ExperienceBuffer, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(self, *args, **kwargs)
+        except (OSError, ValueError, AttributeError, LookupError) as exc:
+            self._explain(exc)
+            raise
+
+    return call
 
 
 class ExperienceBuffer:
@@ -239,6 +259,19 @@ class ExperienceBuffer:
             raise BufferClosed("the buffer is closed; open it again")
         return session
 
+    def _explain(self, exc: Exception) -> None:
+        """Raise what lies behind an error, if it is not that error."""
+        session = self._session
+        if isinstance(exc, ExpbufError) and not isinstance(exc, StorageError):
+            return
+        if session.closed:  # by another thread: what this one worked with went away
+            raise BufferClosed("the buffer was closed during this call; open it again") from exc
+        if isinstance(exc, StorageError) and session.is_replaced():
+            raise BufferReplaced(
+                f"{session.path}: the folder was removed or replaced while it was open; open the "
+                "buffer again"
+            ) from exc
+
     def _writer(self) -> Session:
         """The session of this process, which may write."""
         session = self._live()
@@ -324,6 +357,7 @@ class ExperienceBuffer:
             state = session.replica.state
             return bool(0 <= id_ < state.next_id) and state.find_one(int(id_)) >= 0
 
+    @_explained
     def ids(self) -> NDArray[np.int64]:
         """(n,) int64, oldest first."""
         session = self._live()
@@ -349,6 +383,7 @@ class ExperienceBuffer:
 
     # ------------------------------------------------------------ writing
 
+    @_explained
     def add(self, experience: Experience, *, priority: float | None = None) -> int:
         """Store one experience; it is found by the very next search, in every process.
 
@@ -378,6 +413,7 @@ class ExperienceBuffer:
             except Outdated:
                 continue
 
+    @_explained
     def add_many(
         self,
         experiences: Iterable[Experience] | Mapping[str, Any],
@@ -447,6 +483,7 @@ class ExperienceBuffer:
                 )
             return self._submitter.submit(self.add, experience)
 
+    @_explained
     def sync(self) -> int:
         """Make durable everything written so far, by any process, at any level.
 
@@ -455,6 +492,7 @@ class ExperienceBuffer:
         """
         return self._writer().commit_log.sync()
 
+    @_explained
     def remove(self, ids: ArrayLike | Iterable[int]) -> int:
         """Remove experiences from store and index.
 
@@ -470,10 +508,12 @@ class ExperienceBuffer:
             return 0
         return session.commit(Draft(codec.encode_remove(array), weight=len(array)))[2]
 
+    @_explained
     def clear(self) -> int:
         """Remove everything; ids go on where they were. Returns how many there were."""
         return self._writer().commit(Draft(codec.encode_clear()))[2]
 
+    @_explained
     def update_priorities(self, ids: ArrayLike | Iterable[int], priorities: ArrayLike) -> int:
         """Set priorities; of an id that is given twice, the last counts.
 
@@ -495,6 +535,7 @@ class ExperienceBuffer:
             return 0
         return session.commit(Draft(codec.encode_priority(array, values), weight=0))[2]
 
+    @_explained
     def update_rewards(
         self,
         ids: ArrayLike | Iterable[int],
@@ -562,6 +603,7 @@ class ExperienceBuffer:
             [one.get("metadata") for one in fields],
         )
 
+    @_explained
     def record_outcome(
         self,
         receipt_or_ids: Receipt | str | ArrayLike | Iterable[int],
@@ -620,6 +662,7 @@ class ExperienceBuffer:
         outcome = OutcomeBody(token or bytes(16), lsn, bool(success), array, shares)
         return session.commit(Draft(codec.encode_outcome(outcome), weight=0))[2]
 
+    @_explained
     def add_to_index(self, ids: ArrayLike | Iterable[int]) -> int:
         """See that stored experiences are indexed; they are, so this is idempotent.
 
@@ -656,6 +699,7 @@ class ExperienceBuffer:
 
     # ------------------------------------------------------------ reading
 
+    @_explained
     def get(self, id_: int) -> Experience:
         """One experience by its id.
 
@@ -712,6 +756,7 @@ class ExperienceBuffer:
                     ) from None
         raise AssertionError("unreachable")
 
+    @_explained
     def search_index(
         self,
         *,
@@ -767,6 +812,7 @@ class ExperienceBuffer:
             _tell_search(session, receipt.lsn, k, 1, started)
         return SearchResult(chosen, values, rates, receipt)
 
+    @_explained
     def search_many(
         self,
         *,
@@ -860,6 +906,7 @@ class ExperienceBuffer:
 
     # ------------------------------------------------------------ sampling
 
+    @_explained
     def sample(
         self,
         batch_size: int,
@@ -957,6 +1004,7 @@ class ExperienceBuffer:
 
     # ------------------------------------------------------------ upkeep
 
+    @_explained
     def save_snapshot(self) -> int:
         """Write a snapshot and drop the logs that it replaces; writers go on meanwhile.
 
@@ -965,6 +1013,7 @@ class ExperienceBuffer:
         """
         return self._writer().upkeep.snapshot()
 
+    @_explained
     def rebuild_index(self) -> bool:
         """Build the index now, in this process; searches go on meanwhile.
 
@@ -1010,6 +1059,7 @@ class ExperienceBuffer:
             raise InvalidExperience(f"batch_size must be an integer >= 1, not {batch_size!r}")
         return reembed(self._writer(), embed, batch_size=batch_size, name=name, progress=progress)
 
+    @_explained
     def stats(self) -> dict[str, Any]:
         """Facts worth showing, JSON-like."""
         session = self._live()

@@ -171,6 +171,16 @@ class Session:
                 f"{self.path}: the folder was replaced while it was open; open the buffer again"
             )
 
+    def is_replaced(self) -> bool:
+        """Whether another buffer, or none, is at the path."""
+        if self.path is None:
+            return False
+        try:
+            identity = folder.read_identity(self.path)
+        except StorageError:
+            return False
+        return identity is None or identity.uuid != self.uuid
+
     # ------------------------------------------------------------ reading and writing
 
     def refresh(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expbuf_core import Experience, ExperienceBuffer
+from expbuf_core import Experience, ExperienceBuffer, LiveColumns
 from expbuf_core.errors import BufferClosed, BufferReplaced
 from expbuf_core.verification import verify
 
@@ -115,3 +116,31 @@ def test_nothing_is_written_into_a_folder_that_took_its_place(folder: Path, back
     folder.with_name("moved").rename(folder)
     with ExperienceBuffer.open(folder) as back:
         assert len(back) == 30
+
+
+@pytest.mark.parametrize("mode", ["a", "r"])
+def test_reading_from_a_folder_that_is_gone_says_so(folder: Path, mode: str) -> None:
+    with open_small(folder) as buffer:
+        buffer.add_many([experience(n) for n in range(30)])
+    buffer = ExperienceBuffer.open(folder, mode=mode)
+    shutil.rmtree(folder)
+    with pytest.raises(BufferReplaced, match="removed or replaced"):
+        buffer.get(3)
+    with pytest.raises(BufferReplaced, match="removed or replaced"):
+        buffer.sample(3)
+    buffer.close()
+
+
+@pytest.mark.parametrize("backend", ["file", "lmdb"])
+def test_a_call_that_a_close_overtakes_says_so(folder: Path, backend: str) -> None:
+    buffer = ExperienceBuffer.open(folder, persistence=backend, index="exact")
+    buffer.add_many([experience(n) for n in range(30)])
+
+    def close_meanwhile(columns: LiveColumns) -> Any:
+        buffer.close()
+        return columns.reward == columns.reward
+
+    with contextlib.suppress(BufferClosed):  # if anything, it is that
+        buffer.search_index(v_embed=np.ones(4), where=close_meanwhile)
+    with pytest.raises(BufferClosed):
+        buffer.get(3)
