@@ -42,7 +42,7 @@ from expbuf_core.errors import (
     UnknownExperienceError,
 )
 from expbuf_core.experience import Experience
-from expbuf_core.filesystem import FileSystem
+from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_core.intake import (
     Intake,
     ages,
@@ -77,6 +77,8 @@ from expbuf_core.state import State
 from expbuf_core.tiers import best, search
 
 _PIN_TRIES = 5
+_MOST = 1 << 31  # results of a search, draws of a sample
+_SHOWN = 80  # characters of a value in a message
 _SEARCH_TRIES = 3
 _CHANGES = 100  # of the representation that a search may meet
 _fork_count = 0
@@ -186,7 +188,7 @@ class ExperienceBuffer:
         in_memory = where is None or settings.persistence.backend == "memory"
         if in_memory and mode == "r":
             raise ConfigError("a buffer in memory cannot be opened in mode 'r'")
-        resolved = None if in_memory else Path(os.path.abspath(os.fspath(where)))  # type: ignore[arg-type]
+        resolved = None if in_memory else _resolved(where)
         arguments = {
             "config": settings,
             "mode": mode,
@@ -205,8 +207,9 @@ class ExperienceBuffer:
         Raises:
             StorageError: There is no buffer at this path.
         """
-        if folder.read_identity(Path(path)) is None:
-            folder.check_finished(Path(path))
+        resolved = _resolved(path)
+        if folder.read_identity(resolved) is None:
+            folder.check_finished(resolved)
             raise StorageError(
                 f"{os.fspath(path)} is no buffer: it has no {folder.IDENTITY}; "
                 "ExperienceBuffer.open creates one"
@@ -632,6 +635,8 @@ class ExperienceBuffer:
             InvalidExperience: The receipt is another buffer's, or a credit is out of bounds.
         """
         self._writer()
+        if not isinstance(success, bool | np.bool_ | int):  # a 0 or 1 of a dataset will do
+            raise InvalidExperience(f"success must be True or False, not {_shown(success)}")
         token, lsn = b"", 0
         if isinstance(receipt_or_ids, str):
             receipt_or_ids = Receipt.parse(receipt_or_ids)
@@ -708,7 +713,7 @@ class ExperienceBuffer:
             CorruptionError: Its payload is damaged.
         """
         if isinstance(id_, bool) or not isinstance(id_, int | np.integer):
-            raise InvalidExperience(f"an id is an integer, not {id_!r}")
+            raise InvalidExperience(f"an id is an integer, not {_shown(id_)}")
         session = self._live()
         session.refresh()
         if not 0 <= id_ < session.replica.state.next_id:
@@ -866,8 +871,8 @@ class ExperienceBuffer:
     def _checked_k(self, k: int | None) -> int:
         if k is None:
             return int(self.config.inference.k)
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise InvalidExperience(f"k must be an integer of at least 1, not {k!r}")
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k < _MOST:
+            raise InvalidExperience(f"k must be an integer of at least 1, not {_shown(k)}")
         return int(k)
 
     def _search(
@@ -941,9 +946,9 @@ class ExperienceBuffer:
             InvalidExperience: batch_size < 1, or beta is out of bounds.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
-            raise InvalidExperience(f"batch_size must be an integer, not {batch_size!r}")
-        if batch_size < 1:
-            raise InvalidExperience(f"batch_size must be at least 1, not {batch_size}")
+            raise InvalidExperience(f"batch_size must be an integer, not {_shown(batch_size)}")
+        if not 1 <= batch_size < _MOST:
+            raise InvalidExperience(f"batch_size must be at least 1, not {_shown(batch_size)}")
         session = self._live()
         beta = session.config.sampling.beta if beta is None else number(beta, "beta", 0.0, 1.0)
         session.refresh()
@@ -1000,6 +1005,8 @@ class ExperienceBuffer:
 
     def set_rng_state(self, state: Mapping[str, Any]) -> None:
         """Go on drawing where `rng_state` was taken."""
+        if not isinstance(state, Mapping):
+            raise ConfigError(f"not the state of a random generator: {_shown(state)}")
         self._rng = restore_rng(dict(state))
 
     # ------------------------------------------------------------ upkeep
@@ -1056,7 +1063,11 @@ class ExperienceBuffer:
             LockTimeout: Another change is under way.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InvalidExperience(f"batch_size must be an integer >= 1, not {batch_size!r}")
+            raise InvalidExperience(f"batch_size must be an integer >= 1, not {_shown(batch_size)}")
+        if not callable(embed):
+            raise InvalidExperience(f"embed must be a function, not a {type(embed).__name__}")
+        if not isinstance(name, str):
+            raise InvalidExperience(f"name must be text, not a {type(name).__name__}")
         return reembed(self._writer(), embed, batch_size=batch_size, name=name, progress=progress)
 
     @_explained
@@ -1106,6 +1117,23 @@ class ExperienceBuffer:
         facts["storage"] = session.adapter.stats()
         facts["flush_error"] = session.commit_log.flush_error if session.writable else None
         return facts
+
+
+def _resolved(where: object) -> Path:
+    """The absolute path of a buffer's folder.
+
+    Raises:
+        ConfigError: It is no path.
+        StorageError: The system does not take it.
+    """
+    if not isinstance(where, str | os.PathLike | bytes) or not os.fspath(where):
+        raise ConfigError(f"path = {where!r}: must be the path of a folder", key="path")
+    path = os.path.abspath(os.fsdecode(where))
+    if "\0" in path:
+        raise ConfigError(f"path = {where!r}: must not contain NUL", key="path")
+    with storage_errors("open", Path(path)), contextlib.suppress(FileNotFoundError):
+        os.stat(path)  # a name that is too long, a folder that may not be looked into
+    return Path(path)
 
 
 def _open_session(arguments: Mapping[str, Any], registry: PluginRegistry) -> Session:
@@ -1176,6 +1204,15 @@ def _draft_many(intake: Intake, experiences: Any, priorities: Any) -> Draft:
     if isinstance(experiences, Mapping):
         return intake.columns(experiences, priorities)
     return intake.many(experiences, priorities)
+
+
+def _shown(value: object) -> str:
+    """A value in a message: short, and whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # nested too deep, an integer of thousands of digits, a `__repr__` that fails
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... (a {type(value).__name__})"
 
 
 def _never_issued(id_: int, next_id: int) -> UnknownExperienceError:
