@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import importlib
 import os
 import threading
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -37,10 +38,11 @@ from expbuf_core.errors import (
     NotEnoughExperiences,
     ReadOnlyBuffer,
     ReceiptExpired,
+    StorageError,
     UnknownExperienceError,
 )
 from expbuf_core.experience import Experience
-from expbuf_core.filesystem import FileSystem
+from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_core.intake import (
     Intake,
     ages,
@@ -75,6 +77,8 @@ from expbuf_core.state import State
 from expbuf_core.tiers import best, search
 
 _PIN_TRIES = 5
+_MOST = 1 << 31  # results of a search, draws of a sample
+_SHOWN = 80  # characters of a value in a message
 _SEARCH_TRIES = 3
 _INFINITY = int(np.float32(np.inf).view(np.uint32))
 _CHANGES = 100  # of the representation that a search may meet
@@ -90,6 +94,25 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _explained(
+    method: Callable[Concatenate[ExperienceBuffer, P], T],
+) -> Callable[Concatenate[ExperienceBuffer, P], T]:
+    """Say what an error in a call means where the buffer was closed or replaced meanwhile."""
+
+    @functools.wraps(method)
+    def call(self: ExperienceBuffer, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(self, *args, **kwargs)
+        except (OSError, ValueError, AttributeError, LookupError) as exc:
+            self._explain(exc)
+            raise
+
+    return call
 
 
 class ExperienceBuffer:
@@ -166,7 +189,7 @@ class ExperienceBuffer:
         in_memory = where is None or keeps_nothing(registry, settings.persistence.backend)
         if in_memory and mode == "r":
             raise ConfigError("a buffer in memory cannot be opened in mode 'r'")
-        resolved = None if in_memory else Path(os.path.abspath(os.fspath(where)))  # type: ignore[arg-type]
+        resolved = None if in_memory else _resolved(where)
         arguments = {
             "config": settings,
             "mode": mode,
@@ -185,9 +208,10 @@ class ExperienceBuffer:
         Raises:
             StorageError: There is no buffer at this path.
         """
-        if folder.read_identity(Path(path)) is None:
-            folder.check_finished(Path(path))
-            raise folder.no_buffer(Path(path))
+        resolved = _resolved(path)
+        if folder.read_identity(resolved) is None:
+            folder.check_finished(resolved)
+            raise folder.no_buffer(resolved)
         return cls.open(path, **arguments)
 
     def close(self) -> None:
@@ -235,6 +259,19 @@ class ExperienceBuffer:
         if session.closed:
             raise BufferClosed("the buffer is closed; open it again")
         return session
+
+    def _explain(self, exc: Exception) -> None:
+        """Raise what lies behind an error, if it is not that error."""
+        session = self._session
+        if isinstance(exc, ExpbufError) and not isinstance(exc, StorageError):
+            return
+        if session.closed:  # by another thread: what this one worked with went away
+            raise BufferClosed("the buffer was closed during this call; open it again") from exc
+        if isinstance(exc, StorageError) and session.is_replaced():
+            raise BufferReplaced(
+                f"{session.path}: the folder was removed or replaced while it was open; open the "
+                "buffer again"
+            ) from exc
 
     def _writer(self) -> Session:
         """The session of this process, which may write."""
@@ -321,6 +358,7 @@ class ExperienceBuffer:
             state = session.replica.state
             return bool(0 <= id_ < state.next_id) and state.find_one(int(id_)) >= 0
 
+    @_explained
     def ids(self) -> NDArray[np.int64]:
         """(n,) int64, oldest first."""
         session = self._live()
@@ -346,6 +384,7 @@ class ExperienceBuffer:
 
     # ------------------------------------------------------------ writing
 
+    @_explained
     def add(self, experience: Experience, *, priority: float | None = None) -> int:
         """Store one experience; it is found by the very next search, in every process.
 
@@ -375,6 +414,7 @@ class ExperienceBuffer:
             except Outdated:
                 continue
 
+    @_explained
     def add_many(
         self,
         experiences: Iterable[Experience] | Mapping[str, Any],
@@ -444,6 +484,7 @@ class ExperienceBuffer:
                 )
             return self._submitter.submit(self.add, experience)
 
+    @_explained
     def sync(self) -> int:
         """Make durable everything written so far, by any process, at any level.
 
@@ -452,6 +493,7 @@ class ExperienceBuffer:
         """
         return self._writer().commit_log.sync()
 
+    @_explained
     def remove(self, ids: ArrayLike | Iterable[int]) -> int:
         """Remove experiences from store and index.
 
@@ -467,10 +509,12 @@ class ExperienceBuffer:
             return 0
         return session.commit(Draft(codec.encode_remove(array), weight=len(array)))[2]
 
+    @_explained
     def clear(self) -> int:
         """Remove everything; ids go on where they were. Returns how many there were."""
         return self._writer().commit(Draft(codec.encode_clear()))[2]
 
+    @_explained
     def update_priorities(self, ids: ArrayLike | Iterable[int], priorities: ArrayLike) -> int:
         """Set priorities; of an id that is given twice, the last counts.
 
@@ -492,6 +536,7 @@ class ExperienceBuffer:
             return 0
         return session.commit(Draft(codec.encode_priority(array, values), weight=0))[2]
 
+    @_explained
     def update_rewards(
         self,
         ids: ArrayLike | Iterable[int],
@@ -559,6 +604,7 @@ class ExperienceBuffer:
             [one.get("metadata") for one in fields],
         )
 
+    @_explained
     def record_outcome(
         self,
         receipt_or_ids: Receipt | str | ArrayLike | Iterable[int],
@@ -587,6 +633,8 @@ class ExperienceBuffer:
             InvalidExperience: The receipt is another buffer's, or a credit is out of bounds.
         """
         self._writer()
+        if not isinstance(success, bool | np.bool_ | int):  # a 0 or 1 of a dataset will do
+            raise InvalidExperience(f"success must be True or False, not {_shown(success)}")
         token, lsn = b"", 0
         if isinstance(receipt_or_ids, str):
             receipt_or_ids = Receipt.parse(receipt_or_ids)
@@ -617,6 +665,7 @@ class ExperienceBuffer:
         outcome = OutcomeBody(token or bytes(16), lsn, bool(success), array, shares)
         return session.commit(Draft(codec.encode_outcome(outcome), weight=0))[2]
 
+    @_explained
     def add_to_index(self, ids: ArrayLike | Iterable[int]) -> int:
         """See that stored experiences are indexed; they are, so this is idempotent.
 
@@ -653,6 +702,7 @@ class ExperienceBuffer:
 
     # ------------------------------------------------------------ reading
 
+    @_explained
     def get(self, id_: int) -> Experience:
         """One experience by its id.
 
@@ -661,7 +711,7 @@ class ExperienceBuffer:
             CorruptionError: Its payload is damaged.
         """
         if isinstance(id_, bool) or not isinstance(id_, int | np.integer):
-            raise InvalidExperience(f"an id is an integer, not {id_!r}")
+            raise InvalidExperience(f"an id is an integer, not {_shown(id_)}")
         session = self._live()
         session.refresh()
         if not 0 <= id_ < session.replica.state.next_id:
@@ -714,6 +764,7 @@ class ExperienceBuffer:
                     ) from None
         raise AssertionError("unreachable")
 
+    @_explained
     def search_index(
         self,
         *,
@@ -768,6 +819,7 @@ class ExperienceBuffer:
             lsn=lsn,
         )
 
+    @_explained
     def search_many(
         self,
         *,
@@ -821,8 +873,8 @@ class ExperienceBuffer:
     def _checked_k(self, k: int | None) -> int:
         if k is None:
             return int(self.config.inference.k)
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise InvalidExperience(f"k must be an integer of at least 1, not {k!r}")
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k < _MOST:
+            raise InvalidExperience(f"k must be an integer of at least 1, not {_shown(k)}")
         return int(k)
 
     def _search(
@@ -861,6 +913,7 @@ class ExperienceBuffer:
 
     # ------------------------------------------------------------ sampling
 
+    @_explained
     def sample(
         self,
         batch_size: int,
@@ -895,9 +948,9 @@ class ExperienceBuffer:
             InvalidExperience: batch_size < 1, or beta is out of bounds.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
-            raise InvalidExperience(f"batch_size must be an integer, not {batch_size!r}")
-        if batch_size < 1:
-            raise InvalidExperience(f"batch_size must be at least 1, not {batch_size}")
+            raise InvalidExperience(f"batch_size must be an integer, not {_shown(batch_size)}")
+        if not 1 <= batch_size < _MOST:
+            raise InvalidExperience(f"batch_size must be at least 1, not {_shown(batch_size)}")
         session = self._live()
         beta = session.config.sampling.beta if beta is None else number(beta, "beta", 0.0, 1.0)
         session.refresh()
@@ -954,10 +1007,13 @@ class ExperienceBuffer:
 
     def set_rng_state(self, state: Mapping[str, Any]) -> None:
         """Go on drawing where `rng_state` was taken."""
+        if not isinstance(state, Mapping):
+            raise ConfigError(f"not the state of a random generator: {_shown(state)}")
         self._rng = restore_rng(dict(state))
 
     # ------------------------------------------------------------ upkeep
 
+    @_explained
     def save_snapshot(self) -> int:
         """Write a snapshot and drop the logs that it replaces; writers go on meanwhile.
 
@@ -966,6 +1022,7 @@ class ExperienceBuffer:
         """
         return self._writer().upkeep.snapshot()
 
+    @_explained
     def rebuild_index(self) -> bool:
         """Build the index now, in this process; searches go on meanwhile.
 
@@ -1008,9 +1065,14 @@ class ExperienceBuffer:
             LockTimeout: Another change is under way.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InvalidExperience(f"batch_size must be an integer >= 1, not {batch_size!r}")
+            raise InvalidExperience(f"batch_size must be an integer >= 1, not {_shown(batch_size)}")
+        if not callable(embed):
+            raise InvalidExperience(f"embed must be a function, not a {type(embed).__name__}")
+        if not isinstance(name, str):
+            raise InvalidExperience(f"name must be text, not a {type(name).__name__}")
         return reembed(self._writer(), embed, batch_size=batch_size, name=name, progress=progress)
 
+    @_explained
     def stats(self) -> dict[str, Any]:
         """Facts worth showing, JSON-like."""
         session = self._live()
@@ -1057,6 +1119,23 @@ class ExperienceBuffer:
         facts["storage"] = session.adapter.stats()
         facts["flush_error"] = session.commit_log.flush_error if session.writable else None
         return facts
+
+
+def _resolved(where: object) -> Path:
+    """The absolute path of a buffer's folder.
+
+    Raises:
+        ConfigError: It is no path.
+        StorageError: The system does not take it.
+    """
+    if not isinstance(where, str | os.PathLike | bytes) or not os.fspath(where):
+        raise ConfigError(f"path = {where!r}: must be the path of a folder", key="path")
+    path = os.path.abspath(os.fsdecode(where))
+    if "\0" in path:
+        raise ConfigError(f"path = {where!r}: must not contain NUL", key="path")
+    with storage_errors("open", Path(path)), contextlib.suppress(FileNotFoundError):
+        os.stat(path)  # a name that is too long, a folder that may not be looked into
+    return Path(path)
 
 
 def _open_session(arguments: Mapping[str, Any], registry: PluginRegistry) -> Session:
@@ -1147,6 +1226,15 @@ def _priorities(values: Any, n: int) -> NDArray[np.float32]:
         if np.maximum.reduce(plain.view(np.uint32), initial=0) < _INFINITY:
             return plain
     return checked_priorities(values, n)
+
+
+def _shown(value: object) -> str:
+    """A value in a message: short, and whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # nested too deep, an integer of thousands of digits, a `__repr__` that fails
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... (a {type(value).__name__})"
 
 
 def _never_issued(id_: int, next_id: int) -> UnknownExperienceError:

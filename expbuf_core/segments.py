@@ -233,20 +233,27 @@ def write_segment(
         fs: Writes.
     """
     target = vectors_path(home, name)
-    write_vectors(target, ids, vectors, dim, uuid, fs)
-    stored_ids, stored = map_vectors(target, dim)
     path = index_path(home, name, backend_name)
     temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    with storage_errors("write", path):
-        fs.unlink(temporary)
-        backend.build(stored_ids, stored, temporary)
-        fd = fs.open(temporary)
-        try:
-            fs.fsync(fd)
-        finally:
-            fs.close(fd)
-        fs.replace(temporary, path)
-        fs.sync_folder(path.parent)
+    try:
+        write_vectors(target, ids, vectors, dim, uuid, fs)
+        stored_ids, stored = map_vectors(target, dim)
+        with storage_errors("write", path):
+            fs.unlink(temporary)
+            backend.build(stored_ids, stored, temporary)
+            fd = fs.open(temporary)
+            try:
+                fs.fsync(fd)
+            finally:
+                fs.close(fd)
+            fs.replace(temporary, path)
+            fs.sync_folder(path.parent)
+    except BaseException:
+        # Others may need the room: a full disk is the likeliest reason.
+        for left in (temporary, target):
+            with contextlib.suppress(OSError):
+                fs.unlink(left)
+        raise
     vectors_bytes, vectors_crc = file_crc(target)
     index_bytes, index_crc = file_crc(path)
     return SegmentInfo(

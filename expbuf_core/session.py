@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -99,6 +100,7 @@ class Session:
         self.locks: list[Lock | OpenLock] = []
         self.choice: indexing.IndexChoice | None = None
         self.closed = False
+        self._closing = threading.RLock()
         # Of a reader, which has no share in the open lock: which recovery it follows, and the
         # control page on which it sees that a writer has come.
         self.generation = 0
@@ -175,6 +177,16 @@ class Session:
             raise BufferReplaced(
                 f"{self.path}: the folder was replaced while it was open; open the buffer again"
             )
+
+    def is_replaced(self) -> bool:
+        """Whether another buffer, or none, is at the path."""
+        if self.path is None:
+            return False
+        try:
+            identity = folder.read_identity(self.path)
+        except StorageError:
+            return False
+        return identity is None or identity.uuid != self.uuid
 
     # ------------------------------------------------------------ reading and writing
 
@@ -493,16 +505,17 @@ class Session:
 
     def close(self) -> None:
         """Let go; the last to leave marks the buffer closed cleanly."""
-        if self.closed:
-            return
-        self.upkeep.stop()
-        try:
-            if self.writable and hasattr(self, "commit_log"):
-                self._close_writable()
-        finally:
-            self.closed = True
-            self.adapter.close()
-            self.let_go()
+        with self._closing:
+            if self.closed:
+                return
+            self.upkeep.stop()
+            try:
+                if self.writable and hasattr(self, "commit_log"):
+                    self._close_writable()
+            finally:
+                self.closed = True
+                self.adapter.close()
+                self.let_go()
 
     def let_go(self) -> None:
         """Close lock files and the control page."""
@@ -528,11 +541,12 @@ class Session:
         with self.opening_lock:
             try:
                 if failed is None and self.open_lock.is_last():
+                    self.check_folder()  # what is there now may be another buffer
                     self.refresh()
                     self.upkeep.closing_snapshot()
                     self.adapter.finish(self.replica.state.lsn)
                     self.control.mark_clean(self.path / folder.CONTROL, self.fs)
-            except OSError as exc:
+            except (OSError, BufferReplaced) as exc:
                 _log.warning(
                     "%s was not closed cleanly; the next opening recovers: %s", self.path, exc
                 )

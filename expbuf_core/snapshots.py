@@ -163,6 +163,19 @@ def newest(folder: Path, uuid: bytes) -> tuple[State | None, list[CorruptionErro
     return None, list(errors.values())
 
 
+def make_room(folder: Path, uuid: bytes, fs: FileSystem) -> bool:
+    """On a full disk: drop all but the newest snapshot; False if that is not intact, or all."""
+    lsns = available(folder)
+    if len(lsns) < 2:
+        return False
+    try:
+        read(folder, lsns[0], uuid)
+    except StorageError:
+        return False
+    drop_old(folder, fs, keep=1)
+    return True
+
+
 def drop_old(folder: Path, fs: FileSystem, keep: int = KEPT) -> int:
     """Remove all but the newest snapshots; the LSN of the oldest that is left (0: none)."""
     lsns = available(folder)

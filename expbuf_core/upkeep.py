@@ -13,6 +13,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from expbuf_core import control as c
 from expbuf_core import folder, indexing, segments, snapshots
 from expbuf_core.config_schema import BufferConfig
 from expbuf_core.contracts import LogGone
-from expbuf_core.errors import ExpbufError, StorageFull
+from expbuf_core.errors import BufferClosed, ExpbufError, StorageFull
 from expbuf_core.locks import holder
 from expbuf_core.relog import relog_draft
 from expbuf_core.replica import end_of
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from expbuf_core.session import Session
 
 _log = logging.getLogger("expbuf")
+_STOP_S = 60.0
 _RETRY_S = 1.0  # pause after a failure, so that a full disk is not met at every commit
 _RELOG_ROWS = 256  # moved in one commit
 _MEMORY_OPERATIONS = 10_000  # kept of a buffer in memory before the dead ones are dropped
@@ -51,6 +53,10 @@ class Upkeep:
         self._builder: int | None = None  # pid
         self._asked_for = 0  # what the hint of a damaged index was when a build began last
         self._adopting = threading.Lock()
+        # Held by whoever changes files of the folder outside the write path, so that `stop` can
+        # wait for threads of the caller's, too.
+        self._working = threading.RLock()
+        self._stopped = False
         self._dropped_at = 0
         self._base: tuple[dict[str, Any], dict[str, NDArray[Any]]] | None = None  # as of then
         self._snapshot_lsn = 0  # of the snapshot behind which experiences are counted, and
@@ -105,10 +111,23 @@ class Upkeep:
                 self._busy = False
 
     def stop(self) -> None:
-        """Let the task under way end, and no other begin."""
+        """Let the tasks under way end, and no other begin."""
         if self._thread is not None and self._thread is not threading.current_thread():
             self._wanted.put(False)
-            self._thread.join(timeout=60)
+            self._thread.join(timeout=_STOP_S)
+        free = self._working.acquire(timeout=_STOP_S)
+        self._stopped = True
+        if free:
+            self._working.release()
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Keep `close` waiting, and see that this is still the buffer's folder."""
+        with self._working:
+            if self._stopped:
+                raise BufferClosed("the buffer is closed; open it again")
+            self._session.check_folder()
+            yield
 
     def _is_due(self) -> bool:
         session = self._session
@@ -178,6 +197,10 @@ class Upkeep:
 
         `anew`: keep none that is there, as after a change of the index backend.
         """
+        with self._at_work():
+            return self._build_index(anew)
+
+    def _build_index(self, anew: bool) -> bool:
         session = self._session
         if session.path is None or session.intake() is None or session.choice is None:
             return False
@@ -317,7 +340,8 @@ class Upkeep:
         if session.path is None:
             session.refresh()
             return session.replica.state.lsn
-        session.maintenance.run(self._snapshot, if_due)
+        with self._at_work():
+            session.maintenance.run(self._snapshot, if_due)
         return session.control.words[c.SNAPSHOT_LSN]
 
     def _snapshot(self, if_due: bool) -> None:
@@ -353,7 +377,12 @@ class Upkeep:
                 tree, columns = session.replica.state.dump()
             lsn = int(tree["lsn"])
             session.commit_log.flush(lsn)  # a snapshot is never ahead of the disk
-        snapshots.write(session.path, session.uuid, tree, columns, session.fs)
+        try:
+            snapshots.write(session.path, session.uuid, tree, columns, session.fs)
+        except StorageFull:
+            if not snapshots.make_room(session.path, session.uuid, session.fs):
+                raise
+            snapshots.write(session.path, session.uuid, tree, columns, session.fs)
         session.control.words[c.SNAPSHOT_LSN] = lsn
         return lsn
 
@@ -361,6 +390,7 @@ class Upkeep:
         """Delete logs that neither of the kept snapshots needs (maintenance lock held)."""
         session = self._session
         assert session.path is not None
+        session.check_folder()
         oldest = snapshots.drop_old(session.path, session.fs)
         if len(snapshots.available(session.path)) < snapshots.KEPT:
             return  # one snapshot alone is no reason to trust it with everything

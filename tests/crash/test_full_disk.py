@@ -135,3 +135,73 @@ def test_failed_sync(buffer: ExperienceBuffer, fs: FaultyFileSystem, drop: bool)
     assert state_of(buffer) == before
     buffer.add(experience(3, None, 0))
     assert [entry.answer for entry in state_of(buffer)] == ["answer 1", "answer 3"]
+
+
+LARGE_LOGS = {"persistence": {"file": {"initial_bytes": 1 << 17, "segment_bytes": 1 << 17}}}
+
+
+def add_many_times(buffer: ExperienceBuffer, padding: int) -> None:
+    for serial in range(1, 1000):
+        buffer.add(experience(serial, 0.5, padding))
+
+
+def test_a_large_removal_needs_no_large_log(tmp_path: Path, fs: FaultyFileSystem) -> None:
+    """The log is full to the last byte, and what is left of the disk is too small for another."""
+    arguments = {**LARGE_LOGS, "max_size": 1000}
+    with contextlib.closing(open_buffer(tmp_path / "buffer", fs, **arguments)) as buffer:
+        fs.limit(60_000)
+        with pytest.raises(StorageFull):
+            add_many_times(buffer, 3)
+        ids = [entry.id for entry in state_of(buffer)]
+        assert buffer.remove(ids[5:]) == len(ids) - 5
+        with pytest.raises(StorageFull):
+            buffer.add(experience(2000, 0.5, 50_000))
+        buffer.save_snapshot()
+        fs.limit(None)
+        assert [entry.id for entry in state_of(buffer)] == ids[:5]
+
+
+def test_where_a_large_log_has_no_room_a_smaller_one_is_made(
+    tmp_path: Path, fs: FaultyFileSystem
+) -> None:
+    arguments = {"persistence": {"file": {"initial_bytes": 1 << 15, "segment_bytes": 1 << 24}}}
+    with contextlib.closing(open_buffer(tmp_path / "buffer", fs, **arguments)) as buffer:
+        for serial in range(100):  # the next log would have some hundreds of KiB
+            buffer.add(experience(serial, 0.5, 3000))
+        fs.limit(150_000)
+        with pytest.raises(StorageFull):
+            add_many_times(buffer, 3000)
+        assert not list((tmp_path / "buffer").glob("*.tmp"))  # half a pair takes no room
+        before = state_of(buffer)
+        fs.limit(150_000)
+        for serial in range(10):
+            buffer.add(experience(2000 + serial, 0.5, 3000))
+        assert len(state_of(buffer)) >= min(len(before), MAX_SIZE)
+
+
+def test_a_snapshot_takes_the_place_of_an_older_one(
+    buffer: ExperienceBuffer, fs: FaultyFileSystem, tmp_path: Path
+) -> None:
+    for serial in range(1, 4):
+        buffer.add(experience(serial, 0.5, 3))
+        buffer.save_snapshot()
+    snapshots = tmp_path / "buffer" / "snapshots"
+    before = {path.name for path in snapshots.iterdir()}
+    assert len(before) == 2
+    buffer.update_priorities(buffer.ids()[:1], [3.0])
+    fs.limit(500)  # less than a snapshot
+    buffer.save_snapshot()
+    fs.limit(None)
+    after = {path.name for path in snapshots.iterdir()}
+    assert after - before
+    assert max(before) in after
+
+
+def test_an_index_that_could_not_be_written_takes_no_room(
+    buffer: ExperienceBuffer, fs: FaultyFileSystem, tmp_path: Path
+) -> None:
+    buffer.add_many([experience(serial, 0.5, 3) for serial in range(20)])
+    fs.fail("replace", error=28, path="*.exact")
+    with pytest.raises(StorageFull):
+        buffer.rebuild_index()
+    assert not list((tmp_path / "buffer" / "index").glob("00*"))

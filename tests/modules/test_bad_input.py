@@ -662,3 +662,64 @@ def test_every_error_is_an_expbuf_error() -> None:
         value = getattr(expbuf_core, name)
         if isinstance(value, type) and issubclass(value, Exception):
             assert issubclass(value, ExpbufError), name
+
+
+NESTED: list[Any] = []
+for _ in range(100_000):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [10**5000, [10**5000], NESTED, "x" * 10_000, 1 << 70],
+    ids=["digits", "digits in a list", "nested", "long", "large"],
+)
+def test_a_message_is_short_whatever_the_value(buffer: ExperienceBuffer, bad: Any) -> None:
+    add_all(buffer, range(1))
+    for work in (
+        lambda: buffer.search_index(v_embed=vector(0), k=bad),
+        lambda: buffer.search_many(v_embed=vector(0)[None], k=bad),
+        lambda: buffer.sample(bad),
+    ):
+        with pytest.raises(InvalidExperience) as caught:
+            work()
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("bad", [None, "yes", [True], np.zeros(2), 0.5])
+def test_success_is_true_or_false(buffer: ExperienceBuffer, bad: Any) -> None:
+    add_all(buffer, range(1))
+    with unchanged(buffer), pytest.raises(InvalidExperience, match="success must be"):
+        buffer.record_outcome([0], success=bad)
+
+
+def test_reembed_needs_a_function_and_a_name(buffer: ExperienceBuffer) -> None:
+    add_all(buffer, range(1))
+    with unchanged(buffer), pytest.raises(InvalidExperience, match="a function"):
+        buffer.reembed(None)  # type: ignore[arg-type]
+    with unchanged(buffer), pytest.raises(InvalidExperience, match="name must be"):
+        buffer.reembed(lambda _: {}, name=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [None, 3, "state", [1, 2], {}])
+def test_what_is_no_state_of_a_random_stream(buffer: ExperienceBuffer, bad: Any) -> None:
+    with pytest.raises(ConfigError, match="not the state"):
+        buffer.set_rng_state(bad)
+
+
+@pytest.mark.parametrize("bad", ["", b"", 3, 1.5, ["a"], "a\0b"])
+def test_what_is_no_path(bad: Any) -> None:
+    with pytest.raises(ConfigError, match="path"):
+        ExperienceBuffer.open(bad)
+
+
+def test_a_path_that_the_system_refuses(tmp_path: Path) -> None:
+    for bad in (tmp_path / ("n" * 300), Path(os.devnull) / "buffer"):
+        for work in (ExperienceBuffer.open, ExperienceBuffer.load_from_disk):
+            with pytest.raises(StorageError):
+                work(bad)
+
+
+def test_a_path_of_bytes(tmp_path: Path) -> None:
+    with ExperienceBuffer.open(os.fsencode(tmp_path / "b"), config=CONFIG) as buffer:  # type: ignore[arg-type]
+        assert buffer.path == tmp_path / "b"

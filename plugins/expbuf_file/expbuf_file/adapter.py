@@ -27,7 +27,7 @@ from expbuf_core.contracts import (
     Problem,
     Stamped,
 )
-from expbuf_core.errors import CorruptionError, StorageError
+from expbuf_core.errors import CorruptionError, StorageError, StorageFull
 from expbuf_core.filesystem import storage_errors
 from expbuf_file import layout
 from expbuf_file.follower import FileFollower, FilePin, Part
@@ -44,6 +44,7 @@ _FILE, _DATA_END, _INDEX_END, _SYNCED, _WRITTEN = 0, 1, 2, 3, 4
 
 _ZEROS = bytes(1 << 20)
 _LARGE = 1 << 16  # a commit that pays for its own changes of metadata
+_SMALL = 1 << 14  # a log file on a full disk, for what makes room
 _SPARSE = 0.25  # a sealed file with a smaller live share is emptied
 _MOVED_BYTES = 64 << 20  # at a time
 
@@ -127,7 +128,12 @@ class FilePersistenceAdapter(PersistenceAdapter):
         index_numbers = layout.numbers(self._folder, layout.INDEX)
         number = max([*numbers, *index_numbers, 0]) + 1
         previous = (state.number, state.end, recovered_lsn)
-        *ends, _ = self._logs.begin_file(number, lsn, previous=previous, durable=recovered_lsn)
+        try:
+            *ends, _ = self._logs.begin_file(number, lsn, previous=previous, durable=recovered_lsn)
+        except StorageFull:  # a small one will do until there is room
+            *ends, _ = self._logs.begin_file(
+                number, lsn, previous=previous, durable=recovered_lsn, small=True
+            )
         # From here on the new file rules. What it leaves out goes: torn tails, unused files; and
         # index logs that may be torn (followers read the recovered data logs instead).
         for old in numbers:
@@ -297,10 +303,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
         number = current.number + 1
         first = layout.HEADER_BYTES
         if not self._has_room(number, data_room, index_room):
-            size = self._next_size(data_room)
-            index_size = pages(max(size // 2, index_room + 2 * first) + INDEX_SLACK)
-            pair = self._logs.make_pair(number, size, index_size, str(os.getpid()))
-            self._logs.publish(number, *pair)
+            self._logs.publish(number, *self._next_pair(number, data_room, index_room))
         salt = self._logs.open(layout.DATA, number).header.salt
         data_at, index_at = self._words[_DATA_END], self._words[_INDEX_END]
         previous = (current.number, data_at, next_lsn - 1)
@@ -334,6 +337,22 @@ class FilePersistenceAdapter(PersistenceAdapter):
             raise LogInterrupted(str(exc)) from exc
         self._set_end(number, data_begin, index_begin)
         self._current()
+
+    def _next_pair(self, number: int, data_room: int, index_room: int) -> tuple[Path, Path]:
+        """Make the next files; smaller ones where the disk has no room for large ones."""
+        spare = 2 * layout.HEADER_BYTES
+        size = self._next_size(data_room)
+        # Operations without rows are how room is made: they may have the last of it.
+        least = min(size, self._settings.initial_bytes) if data_room > index_room else _SMALL
+        while True:
+            index_size = pages(max(size // 2, index_room + spare) + min(INDEX_SLACK, size // 8))
+            try:
+                return self._logs.make_pair(number, size, index_size, str(os.getpid()))
+            except StorageFull:
+                smaller = pages(max(size // 2, least, data_room + spare))
+                if smaller >= size:
+                    raise
+                size = smaller
 
     def _has_room(self, number: int, data_room: int, index_room: int) -> bool:
         """Whether a next pair is prepared, and large enough."""

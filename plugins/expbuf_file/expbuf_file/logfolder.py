@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import secrets
@@ -231,9 +232,37 @@ class LogFolder:
         return temporary
 
     def make_pair(self, number: int, size: int, index_size: int, suffix: str) -> tuple[Path, Path]:
-        salt = secrets.token_bytes(16)
-        index_tmp = self._make(layout.INDEX, number, index_size, salt, (), suffix)
-        return index_tmp, self._make(layout.DATA, number, size, salt, (), suffix)
+        return self._make_both(number, size, index_size, ((), ()), secrets.token_bytes(16), suffix)
+
+    def _make_both(
+        self,
+        number: int,
+        size: int,
+        index_size: int,
+        first: tuple[Sequence[Buffer], Sequence[Buffer]],
+        salt: bytes,
+        suffix: str,
+    ) -> tuple[Path, Path]:
+        """Make the index log and the data log of a number, or neither."""
+        self._check_room(size + index_size, layout.path_of(self.path, layout.DATA, number))
+        index_tmp = self._make(layout.INDEX, number, index_size, salt, first[1], suffix)
+        try:
+            return index_tmp, self._make(layout.DATA, number, size, salt, first[0], suffix)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.fs.unlink(index_tmp)  # its room is what the data log lacked
+            raise
+
+    def _check_room(self, size: int, path: Path) -> None:
+        """Fail before half of a large file is written, where it cannot be but in vain."""
+        try:
+            room = os.statvfs(self.path)
+        except OSError:
+            return
+        free = room.f_bfree * room.f_frsize
+        if 0 < room.f_blocks and free < size:
+            with storage_errors("create", path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def begin_file(
         self,
@@ -268,9 +297,8 @@ class LogFolder:
         size = max(0 if small else self.initial_bytes, data_end + layout.HEADER_BYTES)
         index_size = max(size // 2, index_end) + (layout.HEADER_BYTES if small else INDEX_SLACK)
         suffix = str(os.getpid())
-        index_tmp = self._make(layout.INDEX, number, pages(index_size), salt, index, suffix)
-        data_tmp = self._make(layout.DATA, number, pages(size), salt, data, suffix)
-        self.publish(number, index_tmp, data_tmp)
+        pair = self._make_both(number, pages(size), pages(index_size), (data, index), salt, suffix)
+        self.publish(number, *pair)
         return data_end, index_end, places[1 : 1 + len(again)]
 
     def publish(self, number: int, index_tmp: Path, data_tmp: Path) -> None:

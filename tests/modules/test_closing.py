@@ -1,0 +1,146 @@
+"""What other threads are in the middle of while the buffer is closed, and folders that changed."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expbuf_core import Experience, ExperienceBuffer, LiveColumns
+from expbuf_core.errors import BufferClosed, BufferReplaced
+from expbuf_core.verification import verify
+
+SMALL = {"file": {"initial_bytes": 1 << 14, "segment_bytes": 1 << 14}}
+DEADLINE_S = 30
+
+
+def experience(n: int) -> Experience:
+    return Experience(v_embed=np.full(4, n + 1.0), q_embed=np.full(4, 1.0), answer=str(n))
+
+
+def open_small(folder: Path) -> ExperienceBuffer:
+    return ExperienceBuffer.open(
+        folder, config={"persistence": SMALL, "index": {"backend": "exact", "builder": "off"}}
+    )
+
+
+class Held:
+    """A lock that tells when somebody wants it, and lets go only then."""
+
+    def __init__(self, lock: Any) -> None:
+        self._lock = lock
+        self.wanted, self.free = threading.Event(), threading.Event()
+
+    def __enter__(self) -> None:
+        self.wanted.set()
+        assert self.free.wait(DEADLINE_S)
+        self._lock.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lock, name)
+
+
+def test_closing_waits_for_a_snapshot_under_way(folder: Path) -> None:
+    buffer = open_small(folder)
+    for n in range(10):
+        buffer.add(experience(n))
+    held = Held(buffer._session.maintenance)
+    buffer._session.maintenance = held
+    failed: list[BaseException] = []
+
+    def snapshot() -> None:
+        try:
+            buffer.save_snapshot()
+        except BaseException as exc:
+            failed.append(exc)
+
+    snapshotter = threading.Thread(target=snapshot, daemon=True)
+    snapshotter.start()
+    assert held.wanted.wait(DEADLINE_S)
+    closer = threading.Thread(target=buffer.close, daemon=True)
+    closer.start()
+    closer.join(0.5)  # it would be done by then, if it did not wait for the snapshot
+    held.free.set()
+    for thread in (snapshotter, closer):
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
+    assert not failed
+    with pytest.raises(BufferClosed):
+        buffer.save_snapshot()
+    with open_small(folder) as again:
+        assert [e.answer for e in again] == [str(n) for n in range(10)]
+        assert again.recovery.snapshot_lsn > 0
+    assert not [problem for problem in verify(folder) if problem.damage]
+
+
+def test_several_threads_may_close(folder: Path) -> None:
+    buffer = open_small(folder)
+    other = open_small(folder)
+    other.add(experience(1))
+    threads = [threading.Thread(target=buffer.close) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    other.add(experience(2))  # it is still open for the others
+    other.close()
+    with open_small(folder) as again:
+        assert again.recovery.clean
+        assert len(again) == 2
+
+
+@pytest.mark.parametrize("backend", ["file", "lmdb"])
+def test_nothing_is_written_into_a_folder_that_took_its_place(folder: Path, backend: str) -> None:
+    old = ExperienceBuffer.open(folder, persistence=backend, index="exact")
+    old.add_many([experience(n) for n in range(30)])
+    folder.rename(folder.with_name("moved"))
+    with ExperienceBuffer.open(folder, persistence=backend, index="exact") as new:
+        new.add(experience(99))
+        new.save_snapshot()
+        before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+        for work in (old.save_snapshot, old.rebuild_index, lambda: old.add(experience(1))):
+            with pytest.raises(BufferReplaced, match="open the buffer again"):
+                work()
+        assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+    old.close()
+    assert not [problem for problem in verify(folder) if problem.damage]
+    shutil.rmtree(folder)
+    folder.with_name("moved").rename(folder)
+    with ExperienceBuffer.open(folder) as back:
+        assert len(back) == 30
+
+
+@pytest.mark.parametrize("mode", ["a", "r"])
+def test_reading_from_a_folder_that_is_gone_says_so(folder: Path, mode: str) -> None:
+    with open_small(folder) as buffer:
+        buffer.add_many([experience(n) for n in range(30)])
+    buffer = ExperienceBuffer.open(folder, mode=mode)
+    shutil.rmtree(folder)
+    with pytest.raises(BufferReplaced, match="removed or replaced"):
+        buffer.get(3)
+    with pytest.raises(BufferReplaced, match="removed or replaced"):
+        buffer.sample(3)
+    buffer.close()
+
+
+@pytest.mark.parametrize("backend", ["file", "lmdb"])
+def test_a_call_that_a_close_overtakes_says_so(folder: Path, backend: str) -> None:
+    buffer = ExperienceBuffer.open(folder, persistence=backend, index="exact")
+    buffer.add_many([experience(n) for n in range(30)])
+
+    def close_meanwhile(columns: LiveColumns) -> Any:
+        buffer.close()
+        return columns.reward == columns.reward
+
+    with contextlib.suppress(BufferClosed):  # if anything, it is that
+        buffer.search_index(v_embed=np.ones(4), where=close_meanwhile)
+    with pytest.raises(BufferClosed):
+        buffer.get(3)
