@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core.exact_search import exact_best, exact_search, squared_norms
-from expbuf_core.segments import OpenSegment
+from expbuf_core.segments import OpenSegment, rows_of
 
 _FIRST_BYTES = 32 << 20  # of address space: memory is taken as rows are written
 _FIRST_ROWS = 1 << 15  # at most
@@ -308,7 +308,7 @@ class IndexTiers:
             found = np.zeros(len(ids), bool)
             for here in places:
                 if len(here):
-                    found |= here[_rows_of(here, ids)] == ids
+                    found |= here[rows_of(here, ids)] == ids
             return found
 
         return holds
@@ -322,19 +322,12 @@ class IndexTiers:
             vectors = np.empty((len(ids), dim), np.float32)
             for here, values in places:
                 if len(here):
-                    rows = _rows_of(here, ids)
+                    rows = rows_of(here, ids)
                     hit = here[rows] == ids
                     vectors[hit] = values[rows[hit]]
             return vectors
 
         return gather
-
-
-def _rows_of(here: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.intp]:
-    """Row of each id in rising `here`; any row for an id that is not there."""
-    rows = np.searchsorted(here, ids)
-    rows[rows == len(here)] = 0
-    return rows
 
 
 def search(
