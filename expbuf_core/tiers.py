@@ -272,15 +272,17 @@ class IndexTiers:
             generation: Of the manifest that lists them.
             tail: What `copied_tail(end_id)` has copied: what came since is added.
         """
-        # A copy: a search under way has a view that lacks these segments.
-        tail = self.copied_tail(end_id)() if tail is None else tail
-        since = end_id if not tail.rows else int(tail.ids[-1]) + 1
-        ids, vectors = self._tail.behind(since)
-        if len(ids):
-            tail.append(ids, vectors)
-        tail.keep_only(self._tail)
+        current = self._tail
+        if current.rows and (tail is not None or current.ids[0] < end_id):
+            # A copy: a search under way has a view that lacks these segments.
+            tail = self.copied_tail(end_id)() if tail is None else tail
+            since = end_id if not tail.rows else int(tail.ids[-1]) + 1
+            ids, vectors = current.behind(since)
+            if len(ids):
+                tail.append(ids, vectors)
+            tail.keep_only(current)
+            self._tail = tail
         self._view = None
-        self._tail = tail
         self.segments = segments
         self.lsn, self.end_id, self.generation = lsn, end_id, generation
 
