@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from expbuf_core.exact_search import exact_best, exact_search, squared_norms
 from expbuf_core.segments import OpenSegment, rows_of
 
-_FIRST_BYTES = 32 << 20  # of address space: memory is taken as rows are written
-_FIRST_ROWS = 1 << 15  # at most
+_FIRST_BYTES = 128 << 20  # of address space: memory is taken as rows are written
+_FIRST_ROWS = 1 << 17  # at most
 _GROWTH = 4  # likewise: what is reserved costs nothing, what is copied does
 _WIDEN = 4
 _DENSE = 8
