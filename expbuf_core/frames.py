@@ -19,7 +19,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core.contracts import Buffer, Pin, Stamped
+from expbuf_core.contracts import Buffer, LoggedOperation, LoggedRun, Pin, Stamped
 from expbuf_core.errors import CorruptionError
 
 MAGIC = 0x46505845  # "EXPF"
@@ -30,6 +30,7 @@ _MAGIC_BYTES = struct.pack("<I", MAGIC)
 HEADER = struct.Struct("<IIQQQQIHHIIIIQ")
 _COVERED = struct.Struct("<QQQQIHHIIIIQ")  # HEADER behind its checksum
 _START = struct.Struct("<II")
+TABLE_ROW = struct.Struct("<II")  # length and seal, in the row table
 HEADER_BYTES = HEADER.size
 TABLE_ENTRY = np.dtype([("length", "<u4"), ("crc", "<u4")])
 
@@ -196,7 +197,7 @@ def check_rows(
     """
     view = memoryview(data)
     end, at = len(view), start
-    unpack, pack, header = _ROW.unpack_from, ID.pack, ROW_HEADER_BYTES
+    unpack, pack, header = ROW.unpack_from, ID.pack, ROW_HEADER_BYTES
     # `check_row` spelled out: a call takes longer than what it does.
     for i, (length, seal) in enumerate(table.tolist()):
         following = at + length
@@ -214,13 +215,81 @@ def check_rows(
     return None
 
 
+# ---------------------------------------------------------------- frames that are alike
+
+_LEAST_RUN = 16
+_NO_LENGTHS = np.empty(0, np.uint32)
+
+
+class Alike:
+    """Frames with successive LSNs, as they are read, to be taken together.
+
+    Whoever reads fills the lists, which takes less than to make an object of each.
+
+    Attributes:
+        shapes: Number of the first of those of a kind, body length and number of rows; these.
+        bodies: Of each; may be views of what is overwritten after `taken_together`.
+        ids: First id of each.
+        places: Where each one's rows are, behind `location`.
+        sizes: Bytes of each one's rows.
+        tables: Lengths of the rows, of those that have several.
+    """
+
+    def __init__(self, location: int = 0) -> None:
+        self._location = location
+        self.shapes: list[tuple[int, tuple[int, int, int]]] = []
+        self.bodies: list[Buffer] = []
+        self.ids: list[int] = []
+        self.places: list[int] = []
+        self.sizes: list[int] = []
+        self.tables: dict[int, NDArray[np.uint32]] = {}
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def taken_together(self, first_lsn: int) -> list[LoggedOperation | LoggedRun]:
+        """As operations, or as runs where many are alike; a copy."""
+        items: list[LoggedOperation | LoggedRun] = []
+        starts = [start for start, _ in self.shapes] + [len(self)]
+        for i, (_, (kind, size, n)) in enumerate(self.shapes):
+            start, end = starts[i : i + 2]
+            if n <= 1 and end - start >= _LEAST_RUN:
+                items.append(self._run(first_lsn + start, kind, size, n, slice(start, end)))
+            else:
+                for number in range(start, end):
+                    items.append(self._operation(first_lsn + number, kind, n, number))
+        return items
+
+    def _operation(self, lsn: int, kind: int, n: int, i: int) -> LoggedOperation:
+        lengths = _NO_LENGTHS
+        if n:
+            lengths = self.tables[i] if n > 1 else np.array([self.sizes[i]], np.uint32)
+        location = self._location | self.places[i]
+        return LoggedOperation(lsn, kind, self.ids[i], bytes(self.bodies[i]), location, lengths)
+
+    def _run(self, first_lsn: int, kind: int, size: int, n: int, which: slice) -> LoggedRun:
+        joined = bytearray().join(self.bodies[which])
+        return LoggedRun(
+            first_lsn,
+            kind,
+            np.frombuffer(joined, np.uint8).reshape(-1, size) if size else _empty(which),
+            np.array(self.ids[which], np.int64),
+            np.array(self.places[which], np.int64) | self._location,
+            np.array(self.sizes[which], np.uint32) if n else None,
+        )
+
+
+def _empty(which: slice) -> NDArray[np.uint8]:
+    return np.empty((which.stop - which.start, 0), np.uint8)
+
+
 # ---------------------------------------------------------------- rows
 
 # id, content_crc, seal | content. The seal binds the content to its id. It is stamped under the
 # append lock, once the id is known; the content, with the long checksum, is made before.
-_ROW = struct.Struct("<qII")
+ROW = struct.Struct("<qII")
 _ROW_HEAD = np.dtype([("id", "<i8"), ("crc", "<u4"), ("seal", "<u4")])
-ROW_HEADER_BYTES = _ROW.size
+ROW_HEADER_BYTES = ROW.size
 ID = struct.Struct("<q")
 SIZE = struct.Struct("<I")
 SINGLE_ROW = struct.Struct("<IIqII")  # table entry and header of a row that is the only one
@@ -236,7 +305,7 @@ def stamp_rows(
     if n == 1:
         crc = content_crcs[0]
         seal = crc32(ID.pack(first_id), crc)
-        _ROW.pack_into(rows, 0, first_id, crc, seal)
+        ROW.pack_into(rows, 0, first_id, crc, seal)
         return np.array((seal,), np.uint32)
     heads = np.empty(n, _ROW_HEAD)
     heads["id"] = np.arange(first_id, first_id + n)
@@ -261,7 +330,7 @@ def check_row(row: Buffer) -> tuple[int, int] | None:
     """(id, seal) of an intact row, else None."""
     if len(row) < ROW_HEADER_BYTES:
         return None
-    id_, crc, seal = _ROW.unpack_from(row)
+    id_, crc, seal = ROW.unpack_from(row)
     if crc32(memoryview(row)[ROW_HEADER_BYTES:]) != crc or crc32(ID.pack(id_), crc) != seal:
         return None
     return id_, seal
@@ -269,7 +338,7 @@ def check_row(row: Buffer) -> tuple[int, int] | None:
 
 def first_damaged(rows: Sequence[Buffer], ids: Sequence[int]) -> int:
     """Number of the first row that is not the intact payload of its id; -1 where all are."""
-    unpack, pack = _ROW.unpack_from, ID.pack
+    unpack, pack = ROW.unpack_from, ID.pack
     for i, (row, wanted) in enumerate(zip(rows, ids, strict=True)):
         if len(row) < ROW_HEADER_BYTES:
             return i

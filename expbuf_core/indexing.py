@@ -196,6 +196,8 @@ def load(
     replica: Replica,
     choice: IndexChoice,
     settings: Mapping[str, object] | None = None,
+    *,
+    hurry: bool = False,
 ) -> tuple[Manifest | None, tuple[OpenSegment, ...]]:
     """Open the published segments; none where they are missing, damaged, or not of this buffer.
 
@@ -206,10 +208,11 @@ def load(
         replica: Whose live experiences are searched.
         choice: Opens them; it and the settings are of one representation.
         settings: Of the buffer; default: those that the replica has.
+        hurry: See `segments.open_segment`.
     """
     for _ in range(_TRIES):
         choice.unopened = choice.damaged = False
-        manifest, opened = _load_once(folder, replica, choice, settings)
+        manifest, opened = _load_once(folder, replica, choice, settings, hurry)
         if manifest is None or len(opened) == len(manifest.segments):
             return manifest, opened
     choice.unopened = choice.damaged = True
@@ -222,6 +225,7 @@ def _load_once(
     replica: Replica,
     choice: IndexChoice,
     settings: Mapping[str, object] | None,
+    hurry: bool,
 ) -> tuple[Manifest | None, tuple[OpenSegment, ...]]:
     home = segments.home(folder, choice.representation)
     manifest = None
@@ -261,6 +265,7 @@ def _load_once(
                 filters=choice.can(info.backend, "filter"),
                 verifies=choice.can(info.backend, "verifies"),
                 watch=watch,
+                hurry=hurry,
             )
             for info in manifest.segments
         )

@@ -26,7 +26,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core import codec, folder, frames, indexing, segments
+from expbuf_core import checksums, codec, folder, frames, indexing, segments
 from expbuf_core import control as c
 from expbuf_core.codec import ReembedBody
 from expbuf_core.commit import Draft, Lock
@@ -555,7 +555,7 @@ class _Change:
                 segments.write_vectors(
                     path, found, iter([vectors]), self.dim, self.session.uuid, fs
                 )
-                final = home / f"part-{len(parts):06d}-{segments.file_crc(path)[1]:08x}.vectors"
+                final = home / f"part-{len(parts):06d}-{checksums.file_crc(path)[1]:08x}.vectors"
                 fs.replace(path, final)
                 fs.sync_folder(home)
             parts.append(segments.map_vectors(final, self.dim))
@@ -640,7 +640,7 @@ def _parts_of(home: Path) -> list[Path]:
     for i, name in enumerate(names):
         match = _PART.fullmatch(name)
         assert match is not None
-        if int(match[1]) != i or segments.file_crc(home / name)[1] != int(match[2], 16):
+        if int(match[1]) != i or checksums.file_crc(home / name)[1] != int(match[2], 16):
             break
         intact.append(home / name)
     return intact

@@ -16,6 +16,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -23,6 +24,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
+from expbuf_core.checksums import file_crc
 from expbuf_core.contracts import IndexBackend, IndexSegment
 from expbuf_core.errors import CorruptionError
 from expbuf_core.filesystem import FileSystem, storage_errors
@@ -32,7 +34,6 @@ MANIFEST = "manifest.json"
 _MAGIC = b"EXPBUFV1"
 _HEADER = struct.Struct("<8sQQ16s")  # magic, rows, dim, uuid
 _PAGE = 4096
-_CHUNK = 1 << 18  # stays in the processor's cache between reading and checking
 VERSION = 1
 
 
@@ -76,19 +77,8 @@ def index_path(home: Path, info_name: str, backend: str) -> Path:
     return home / f"{info_name}.{backend}"
 
 
-def file_crc(path: Path) -> tuple[int, int]:
-    """(bytes, CRC-32) of a file; reads it through once, which also warms the page cache."""
-    crc = size = 0
-    chunk = memoryview(bytearray(_CHUNK))
-    with storage_errors("read", path), open(path, "rb", buffering=0) as file:
-        while n := file.readinto(chunk):
-            crc = crc32(chunk[:n], crc)
-            size += n
-    return size, crc
-
-
-def _verify(path: Path, size: int, crc: int) -> None:
-    found_size, found = file_crc(path)
+def _verify(path: Path, size: int, crc: int, *, hurry: bool = False) -> None:
+    found_size, found = file_crc(path, hurry=hurry)
     if (found_size, found) != (size, crc):
         raise CorruptionError(
             f"{FOLDER}/{path.name}: {found_size} bytes with checksum {found:08x}, expected {size} "
@@ -307,6 +297,7 @@ def open_segment(
     filters: bool,
     verifies: bool = False,
     watch: object = None,
+    hurry: bool = False,
 ) -> OpenSegment:
     """Verify, map and open a segment.
 
@@ -321,24 +312,45 @@ def open_segment(
         filters: The backend has the capability "filter".
         verifies: The backend has the capability "verifies".
         watch: Of the tiers, begun when they had these live ids.
+        hurry: Use two cores: somebody waits who can do nothing else meanwhile.
 
     Raises:
         CorruptionError: Its files are not what was written.
     """
     vectors_file = vectors_path(home, info.name)
     index_file = index_path(home, info.name, info.backend)
-    _verify(vectors_file, info.vectors_bytes, info.vectors_crc)
-    if not verifies:
-        _verify(index_file, info.index_bytes, info.index_crc)
-    ids, vectors = map_vectors(vectors_file, dim)
-    index = backend.open(index_file, ids, vectors)
-    at = np.searchsorted(live_ids, ids)
+    expected = info.vectors_bytes, info.vectors_crc
+    if hurry and verifies:
+        # Each reads as much as the other.
+        with ThreadPoolExecutor(1, "expbuf-verify") as other:
+            verifying = other.submit(_verify, vectors_file, *expected)
+            try:
+                ids, vectors = map_vectors(vectors_file, dim)
+                index = backend.open(index_file, ids, vectors)
+            finally:
+                verifying.result()
+    else:
+        _verify(vectors_file, *expected, hurry=hurry)
+        if not verifies:
+            _verify(index_file, info.index_bytes, info.index_crc, hurry=hurry)
+        ids, vectors = map_vectors(vectors_file, dim)
+        index = backend.open(index_file, ids, vectors)
     live = np.zeros(len(ids), bool)
-    inside = at < len(live_ids)
-    live[inside] = live_ids[at[inside]] == ids[inside]
+    if len(live_ids):
+        live = live_ids[rows_of(live_ids, ids)] == ids
     if next_id is not None:
         live |= ids >= next_id
     return OpenSegment(info, ids, vectors, index, live, filters, watch)
+
+
+def rows_of(here: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Row of each id in rising `here`, which is not empty; any row for an id that is not there."""
+    n, first = len(here), int(here[0])
+    if int(here[-1]) - first == n - 1:  # none is missing, as nearly always: no need to search
+        return np.clip(ids - first, 0, n - 1)
+    rows = np.searchsorted(here, ids)
+    rows[rows == n] = 0
+    return rows
 
 
 def drop_unlisted(home: Path, manifest: Manifest | None, fs: FileSystem) -> None:

@@ -457,7 +457,7 @@ class Session:
                 return
             for _ in range(_TRIES):
                 manifest, opened = self._next_index() or indexing.load(
-                    self.path, replica, self.choice
+                    self.path, replica, self.choice, hurry=True
                 )
                 if manifest is not None and self.writable:
                     words[c.INDEX_GENERATION] = max(words[c.INDEX_GENERATION], manifest.generation)

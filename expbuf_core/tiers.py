@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core.exact_search import exact_best, exact_search, squared_norms
-from expbuf_core.segments import OpenSegment
+from expbuf_core.segments import OpenSegment, rows_of
 
-_FIRST_BYTES = 32 << 20  # of address space: memory is taken as rows are written
-_FIRST_ROWS = 1 << 15  # at most
+_FIRST_BYTES = 128 << 20  # of address space: memory is taken as rows are written
+_FIRST_ROWS = 1 << 17  # at most
 _GROWTH = 4  # likewise: what is reserved costs nothing, what is copied does
 _WIDEN = 4
 _DENSE = 8
@@ -272,15 +272,17 @@ class IndexTiers:
             generation: Of the manifest that lists them.
             tail: What `copied_tail(end_id)` has copied: what came since is added.
         """
-        # A copy: a search under way has a view that lacks these segments.
-        tail = self.copied_tail(end_id)() if tail is None else tail
-        since = end_id if not tail.rows else int(tail.ids[-1]) + 1
-        ids, vectors = self._tail.behind(since)
-        if len(ids):
-            tail.append(ids, vectors)
-        tail.keep_only(self._tail)
+        current = self._tail
+        if current.rows and (tail is not None or current.ids[0] < end_id):
+            # A copy: a search under way has a view that lacks these segments.
+            tail = self.copied_tail(end_id)() if tail is None else tail
+            since = end_id if not tail.rows else int(tail.ids[-1]) + 1
+            ids, vectors = current.behind(since)
+            if len(ids):
+                tail.append(ids, vectors)
+            tail.keep_only(current)
+            self._tail = tail
         self._view = None
-        self._tail = tail
         self.segments = segments
         self.lsn, self.end_id, self.generation = lsn, end_id, generation
 
@@ -308,7 +310,7 @@ class IndexTiers:
             found = np.zeros(len(ids), bool)
             for here in places:
                 if len(here):
-                    found |= here[_rows_of(here, ids)] == ids
+                    found |= here[rows_of(here, ids)] == ids
             return found
 
         return holds
@@ -322,19 +324,12 @@ class IndexTiers:
             vectors = np.empty((len(ids), dim), np.float32)
             for here, values in places:
                 if len(here):
-                    rows = _rows_of(here, ids)
+                    rows = rows_of(here, ids)
                     hit = here[rows] == ids
                     vectors[hit] = values[rows[hit]]
             return vectors
 
         return gather
-
-
-def _rows_of(here: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.intp]:
-    """Row of each id in rising `here`; any row for an id that is not there."""
-    rows = np.searchsorted(here, ids)
-    rows[rows == len(here)] = 0
-    return rows
 
 
 def search(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from expbuf_core import frames, segments, snapshots
+from expbuf_core import checksums, frames, segments, snapshots
 from expbuf_core.buffer import ExperienceBuffer
 from expbuf_core.contracts import LogGone, Problem
 from expbuf_core.errors import CorruptionError, ExpbufError
@@ -99,7 +99,7 @@ def _index(home: Path) -> Iterator[Problem]:
         )
         for file, size, crc in wanted:
             try:
-                if segments.file_crc(file) != (size, crc):
+                if checksums.file_crc(file) != (size, crc):
                     message = f"{file.name}: damaged; the index will be built again"
                     yield Problem(str(file), -1, message, False)
             except ExpbufError:

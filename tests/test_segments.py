@@ -39,9 +39,9 @@ def write(folder: Path, name: str = "000001", fs: FileSystem | None = None) -> S
     )
 
 
-def open_it(folder: Path, info: SegmentInfo, live: Any = None) -> OpenSegment:
+def open_it(folder: Path, info: SegmentInfo, live: Any = None, **how: Any) -> OpenSegment:
     wanted = IDS if live is None else live
-    return segments.open_segment(folder, info, DIM, BACKEND, wanted, filters=True)
+    return segments.open_segment(folder, info, DIM, BACKEND, wanted, filters=True, **how)
 
 
 def manifest(*infos: SegmentInfo, generation: int = 1) -> Manifest:
@@ -106,17 +106,40 @@ def test_large_files_are_synced_as_they_grow(
     assert (tmp_path / "file").read_bytes() == b"x" * 300
 
 
+@pytest.mark.parametrize("hurry", [False, True])
 def test_an_index_that_is_verified_by_its_backend_is_read_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hurry: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info, read = write(tmp_path), []
-    monkeypatch.setattr(segments, "_verify", lambda path, size, crc: read.append(path.name))
-    segments.open_segment(tmp_path, info, DIM, BACKEND, IDS, filters=True, verifies=True)
+    monkeypatch.setattr(segments, "_verify", lambda path, *_, **__: read.append(path.name))
+    open_it(tmp_path, info, verifies=True, hurry=hurry)
     assert read == ["000001.vectors"]
 
 
+@pytest.mark.parametrize("hurry", [False, True])
+def test_damaged_vectors_are_noticed_beside_an_index_that_verifies_itself(
+    hurry: bool, tmp_path: Path
+) -> None:
+    info, path = write(tmp_path), tmp_path / "000001.vectors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CorruptionError, match="built again"):
+        open_it(tmp_path, info, verifies=True, hurry=hurry)
+
+
+@pytest.mark.parametrize("ids", [np.arange(5, 40), np.arange(5, 40, 3), np.array([7])])
+def test_rows_of_ids_with_and_without_gaps(ids: Any) -> None:
+    wanted = np.arange(60)
+    rows = segments.rows_of(ids, wanted)
+    found = ids[rows] == wanted
+    np.testing.assert_array_equal(wanted[found], ids)
+    np.testing.assert_array_equal(rows[found], np.arange(len(ids)))
+
+
+@pytest.mark.parametrize("hurry", [False, True])
 @pytest.mark.parametrize("kind", ["vectors", "exact"])
-def test_damage_is_noticed_before_it_is_used(tmp_path: Path, kind: str) -> None:
+def test_damage_is_noticed_before_it_is_used(tmp_path: Path, kind: str, hurry: bool) -> None:
     info = write(tmp_path)
     path = tmp_path / f"000001.{kind}"
     good = path.read_bytes()
@@ -125,17 +148,17 @@ def test_damage_is_noticed_before_it_is_used(tmp_path: Path, kind: str) -> None:
         raw[at] ^= 1
         path.write_bytes(raw)
         with pytest.raises(CorruptionError, match="built again") as caught:
-            open_it(tmp_path, info)
+            open_it(tmp_path, info, hurry=hurry)
         assert caught.value.path == str(path)
     for other in (good[:-1], good + b"\0", good[:10], b""):
         path.write_bytes(other)
         with pytest.raises(CorruptionError):
-            open_it(tmp_path, info)
+            open_it(tmp_path, info, hurry=hurry)
     path.unlink()
     with pytest.raises(StorageError):
-        open_it(tmp_path, info)
+        open_it(tmp_path, info, hurry=hurry)
     path.write_bytes(good)
-    open_it(tmp_path, info)
+    open_it(tmp_path, info, hurry=hurry)
 
 
 def test_vectors_of_another_dimension(tmp_path: Path) -> None:

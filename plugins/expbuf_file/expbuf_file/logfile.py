@@ -21,7 +21,6 @@ _FIRST_WINDOW = 1 << 14
 _LAST_WINDOW = 1 << 22
 _NO_LENGTHS: NDArray[np.uint32] = np.empty(0, np.uint32)
 NO_BOUND = 1 << 64  # above every LSN
-_LEAST_RUN = 16
 
 
 class Begin(NamedTuple):
@@ -51,64 +50,6 @@ class BadFrame(NamedTuple):
     offset: int
     at: int
     reason: str
-
-
-class _Found:
-    """Intact frames that stand one behind the other in a window.
-
-    Attributes:
-        shapes: Number of the first of some with one kind, body length and number of rows; these.
-        body_ats: Where in the window each body begins.
-        ids: First id of each.
-        places: Offset of each one's rows in the data log.
-        sizes: Bytes of each one's rows.
-        tables: Lengths of the rows, of those that have several.
-    """
-
-    def __init__(self, window: memoryview, location: int) -> None:
-        self._window = window
-        self._location = location
-        self.shapes: list[tuple[int, tuple[int, int, int]]] = []
-        self.body_ats: list[int] = []
-        self.ids: list[int] = []
-        self.places: list[int] = []
-        self.sizes: list[int] = []
-        self.tables: dict[int, NDArray[np.uint32]] = {}
-
-    def taken_together(self, first_lsn: int) -> list[LoggedOperation | LoggedRun]:
-        """As operations, or as runs where many are alike."""
-        items: list[LoggedOperation | LoggedRun] = []
-        ends = [start for start, _ in self.shapes[1:]] + [len(self.places)]
-        for (start, (kind, size, n)), end in zip(self.shapes, ends, strict=False):
-            ats = self.body_ats[start:end]
-            if n <= 1 and end - start >= _LEAST_RUN:
-                items.append(self._run(first_lsn + start, kind, size, n, slice(start, end)))
-                continue
-            for i, at in enumerate(ats, start):
-                lengths = np.array([self.sizes[i]], np.uint32) if n == 1 else self.tables.get(i)
-                items.append(
-                    LoggedOperation(
-                        first_lsn + i,
-                        kind,
-                        self.ids[i],
-                        bytes(self._window[at : at + size]),
-                        self._location | self.places[i],
-                        _NO_LENGTHS if lengths is None else lengths,
-                    )
-                )
-        return items
-
-    def _run(self, first_lsn: int, kind: int, size: int, n: int, which: slice) -> LoggedRun:
-        window, ats = self._window, self.body_ats[which]
-        bodies = bytearray().join([window[at : at + size] for at in ats])
-        return LoggedRun(
-            first_lsn,
-            kind,
-            np.frombuffer(bodies, np.uint8).reshape(len(ats), size),
-            np.array(self.ids[which], np.int64),
-            np.array(self.places[which], np.int64) | self._location,
-            np.array(self.sizes[which], np.uint32) if n else None,
-        )
 
 
 class LogFile:
@@ -288,9 +229,9 @@ class LogFile:
         # Spelled out, not called: a call takes longer than what it does.
         decode, decode_row = frames.HEADER.unpack_from, frames.SINGLE_ROW.unpack_from
         pack_id, row_header = frames.ID.pack, frames.ROW_HEADER_BYTES
-        found = _Found(window, epoch << layout.OFFSET_BITS)
+        found = frames.Alike(epoch << layout.OFFSET_BITS)
         shape: tuple[int, int, int] | None = None
-        body_ats, ids, places, sizes = found.body_ats, found.ids, found.places, found.sizes
+        bodies, ids, places, sizes = found.bodies, found.ids, found.places, found.sizes
         while (body_at := at + header_bytes) <= end:
             (
                 magic,
@@ -325,9 +266,8 @@ class LogFile:
             following = behind + (at - behind) % 8
             if (following if rows else rows_at) > end or window_at + following > limit:
                 break
-            if (data_log and place != window_at + at) or (
-                crc32(window[body_at:table_at]) != body_crc
-            ):
+            body = window[body_at:table_at]
+            if (data_log and place != window_at + at) or crc32(body) != body_crc:
                 break
             if n == 1:
                 if crc32(window[table_at:rows_at]) != table_crc:
@@ -361,7 +301,7 @@ class LogFile:
             if (kind, body_len, n) != shape:
                 shape = (kind, body_len, n)
                 found.shapes.append((len(places), shape))
-            body_ats.append(body_at)
+            bodies.append(body)
             ids.append(first_id)
             places.append(place + rows_at - at)
             sizes.append(rows_len)

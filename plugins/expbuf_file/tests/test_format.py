@@ -64,7 +64,7 @@ def test_every_structure_is_there() -> None:
         "expbuf_file.layout.BEGIN_BODY",
         "expbuf_file.layout.END_BODY",
         "expbuf_core.frames.HEADER",
-        "expbuf_core.frames._ROW",
+        "expbuf_core.frames.ROW",
         "expbuf_core.codec._CONTENT",
         "expbuf_core.codec._ADD",
         "expbuf_core.codec._OUTCOME",

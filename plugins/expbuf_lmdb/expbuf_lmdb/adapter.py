@@ -31,6 +31,7 @@ from expbuf_core.contracts import (
     Damage,
     LogFollower,
     LoggedOperation,
+    LoggedRun,
     LogGone,
     LogInterrupted,
     PersistenceAdapter,
@@ -39,6 +40,7 @@ from expbuf_core.contracts import (
     Problem,
     Stamped,
     Words,
+    one_by_one,
 )
 from expbuf_core.errors import StorageError, StorageFull
 from expbuf_core.filesystem import storage_errors
@@ -277,6 +279,11 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         words[GENERATION] = header.generation
 
     def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
+        return one_by_one(self.recover_alike(after_lsn, durable_lsn))
+
+    def recover_alike(
+        self, after_lsn: int, durable_lsn: int
+    ) -> Iterator[LoggedOperation | LoggedRun]:
         if self._private_words is None:
             # Until `start`, or for as long as this is a reader that nobody else is beside.
             self._private_words = [0] * 8

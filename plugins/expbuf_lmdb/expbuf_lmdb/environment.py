@@ -30,8 +30,10 @@ _log = logging.getLogger("expbuf")
 T = TypeVar("T")
 if TYPE_CHECKING:
     Txn = lmdb.Transaction[bytes]
+    Cursor = lmdb.Cursor[bytes]
 else:  # generic in its stubs only
     Txn = lmdb.Transaction
+    Cursor = lmdb.Cursor
 
 # How a file is open; a higher number can do all that a lower one can.
 PRIVATE = 0  # reading, without LMDB's locks: nobody writes, or each read is checked

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from expbuf_core.contracts import LoggedOperation
+from expbuf_core.contracts import LoggedOperation, LoggedRun, last_of
 from expbuf_lmdb import layout
 from expbuf_lmdb.environment import Tables, Txn
 from expbuf_lmdb.layout import STAGE_HEADER_BYTES, StageHeader, State
@@ -15,7 +15,7 @@ from expbuf_lmdb.pages import check_trees
 if TYPE_CHECKING:
     from expbuf_lmdb.adapter import LMDBPersistenceAdapter
 
-_AT_ONCE = 1024
+_AT_ONCE = 4096
 _BYTES_AT_ONCE = 4 << 20
 
 
@@ -44,8 +44,8 @@ class Recovered:
 
 def recover(
     adapter: LMDBPersistenceAdapter, recovered: Recovered, after_lsn: int, durable_lsn: int
-) -> Iterator[LoggedOperation]:
-    """See `PersistenceAdapter.recover`; fills in `recovered`."""
+) -> Iterator[LoggedOperation | LoggedRun]:
+    """See `PersistenceAdapter.recover_alike`; fills in `recovered`."""
     adapter.last_transaction()  # opens the file, and says what is wrong with it as a whole
     check_trees(adapter.path)
     state, stored, address = adapter.read(_situation, adapter)
@@ -63,12 +63,12 @@ def recover(
     recovered.generation = state.generation
     last = max(after_lsn, state.floor)
     while last < stored:
-        operations = adapter.read(_chunk, adapter, last, stored)
-        if not operations:
+        items = adapter.read(adapter.store.together, last, stored, _AT_ONCE, _BYTES_AT_ONCE)
+        if not items:
             raise layout.corrupt(adapter.path, f"operation {last + 1} is missing", lsn=last + 1)
-        for operation in operations:
-            recovered.last_lsn = last = operation.lsn
-            yield operation
+        for item in items:
+            recovered.last_lsn = last = last_of(item)
+            yield item
     recovered.last_lsn = last = stored
     for operation in _staged(adapter, recovered, state):
         if operation.lsn > after_lsn:
@@ -85,18 +85,6 @@ def _situation(txn: Txn, tables: Tables, adapter: LMDBPersistenceAdapter) -> tup
     store = adapter.store
     state = store.state(txn, tables)
     return state, store.last_lsn(txn, tables), store.end_address(txn, tables, state)
-
-
-def _chunk(
-    txn: Txn, tables: Tables, adapter: LMDBPersistenceAdapter, after_lsn: int, until_lsn: int
-) -> list[LoggedOperation]:
-    """Some operations, every byte of them verified."""
-    store, room = adapter.store, _BYTES_AT_ONCE
-    found = []
-    for checked in store.operations(txn, tables, after_lsn, until_lsn, _AT_ONCE, room):
-        store.check_rows(txn, tables, checked)
-        found.append(checked.operation)
-    return found
 
 
 def _staged(

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import frames
-from expbuf_core.contracts import Buffer, LoggedOperation
+from expbuf_core.contracts import Buffer, LoggedOperation, LoggedRun
 from expbuf_lmdb import layout
-from expbuf_lmdb.environment import Tables, Txn
+from expbuf_lmdb.environment import Cursor, Tables, Txn
 from expbuf_lmdb.layout import State, key, number
 
 _NO_LENGTHS: NDArray[np.uint32] = np.empty(0, np.uint32)
@@ -163,6 +163,94 @@ class Store:
                 limit -= 1
                 room -= len(value)
                 found = cursor.next()
+
+    def together(
+        self, txn: Txn, tables: Tables, after_lsn: int, until_lsn: int, limit: int, room: int
+    ) -> list[LoggedOperation | LoggedRun]:
+        """`operations`, checked with their rows, and those that are alike taken together.
+
+        What is not plainly the next one, intact, is left to `checked` and `check_rows`, which say
+        what is wrong with it: they take several times as long.
+        """
+        items: list[LoggedOperation | LoggedRun] = []
+        found, first, previous = frames.Alike(), after_lsn + 1, after_lsn
+        shape: tuple[int, int, int] | None = None
+        with txn.cursor(db=tables.operations) as cursor, txn.cursor(db=tables.rows) as rows:
+            at = cursor.set_range(key(after_lsn + 1))
+            following = cursor.iternext() if at else iter(())
+            for raw, value in following:
+                lsn = self.number_of(raw)
+                if lsn > until_lsn or limit <= 0 or room <= 0:
+                    break
+                if not self.follows(txn, tables, lsn, previous):
+                    raise layout.corrupt(
+                        self.path, f"operation {previous + 1} is missing", lsn=previous + 1
+                    )
+                header = self._plain(rows, lsn, value)
+                if lsn != previous + 1 or header is None:
+                    items += found.taken_together(first)
+                    found, first, shape = frames.Alike(), lsn, None
+                if header is None:
+                    checked = self.checked(lsn, value)
+                    self.check_rows(txn, tables, checked)
+                    items.append(checked.operation)
+                    first = lsn + 1
+                else:
+                    start, size, n = frames.HEADER_BYTES, header.body_len, header.row_count
+                    if (header.kind, size, n) != shape:
+                        shape = (header.kind, size, n)
+                        found.shapes.append((len(found), shape))
+                    if n > 1:
+                        table = np.frombuffer(value, frames.TABLE_ENTRY, n, start + size)
+                        found.tables[len(found)] = table["length"].copy()
+                    found.bodies.append(value[start : start + size])
+                    found.ids.append(header.first_id)
+                    found.places.append(header.data_offset + start + size + 8 * n)
+                    found.sizes.append(header.rows_len)
+                previous = lsn
+                limit -= 1
+                room -= len(value)
+        return items + found.taken_together(first)
+
+    def _plain(self, rows: Cursor, lsn: int, value: bytes) -> frames.Header | None:
+        """The header of an operation that is intact with its rows; None where it may not be."""
+        header = frames.decode_header(value, 0, self._salt_crc)
+        if header is None or header.lsn != lsn:
+            return None
+        start = frames.HEADER_BYTES
+        table_at = start + header.body_len
+        n = header.row_count
+        if len(value) != table_at + 8 * n or crc32(value[start:table_at]) != header.body_crc:
+            return None
+        if not n:
+            return None if header.rows_len else header
+        raw = value[table_at:]
+        if crc32(raw) != header.table_crc:
+            return None
+        place, id_ = header.data_offset + len(value), header.first_id
+        if n > 1 and not id_:
+            return None  # rows of any ids
+        unpack, pack, row_header = frames.ROW.unpack_from, frames.ID.pack, frames.ROW_HEADER_BYTES
+        end = place + header.rows_len
+        # They stand one behind the other, as do those of the next operation.
+        if rows.key() != key(place) and not rows.set_key(key(place)):
+            return None
+        for length, seal in frames.TABLE_ROW.iter_unpack(raw):
+            stored, row = rows.item()
+            if stored != key(place) or len(row) != length or length < row_header:
+                return None
+            own, crc, own_seal = unpack(row)
+            if (
+                own != id_
+                or own_seal != seal
+                or crc32(row[row_header:]) != crc
+                or crc32(pack(id_), crc) != seal
+            ):
+                return None
+            place += length
+            id_ += 1
+            rows.next()
+        return header if place == end else None
 
     def next_lsn(self, txn: Txn, tables: Tables, after_lsn: int) -> int | None:
         """LSN of the first operation behind `after_lsn`."""
