@@ -27,12 +27,17 @@ _Float = NDArray[np.float32]
 _Rows = NDArray[np.int64]
 
 
-def _einsum_dot(a: _Float, b: _Float) -> _Float:
-    return cast(_Float, np.einsum("...i,...i->...", a, b))
+def _einsum_dot(a: _Float, b: _Float, out: _Float | None = None) -> _Float:
+    return cast(_Float, np.einsum("...i,...i->...", a, b, out=out))
 
 
 # Since numpy 2.0; per row one BLAS dot product, which never starts a thread at these lengths.
-_dot: Callable[[_Float, _Float], _Float] = getattr(np, "vecdot", _einsum_dot)
+_dot: Callable[..., _Float] = getattr(np, "vecdot", _einsum_dot)
+
+
+def dot(a: _Float, b: _Float, out: _Float | None = None) -> _Float:
+    """Inner products along the last axis, by this thread alone."""
+    return _dot(a, b, out=out)
 
 
 def squared_norms(vectors: _Float) -> _Float:
@@ -173,6 +178,14 @@ def exact_best(
     return rows + offset if offset else rows, values
 
 
+def exact_among(
+    vectors: _Float, rows: _Rows, query: _Float, k: int, metric: str
+) -> tuple[_Rows, _Float]:
+    """Find the k most similar among some rows, rising; otherwise as `exact_best`."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _first(rows, exact_similarities(vectors, rows, query, metric), k)
+
+
 def exact_rerank(
     vectors: _Float, candidates: _Rows, queries: _Float, k: int, metric: str
 ) -> tuple[_Rows, _Float]:
@@ -246,8 +259,8 @@ def _blocks(n: int, m: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def _products(vectors: _Float, queries: _Float) -> _Float:
-    """(m, n) inner products, in the calling thread alone."""
+def inner_products(vectors: _Float, queries: _Float) -> _Float:
+    """(m, n) inner products of (n, dim) vectors and (m, dim) queries, by this thread alone."""
     if len(queries) == 1:
         return _dot(vectors, queries[0])[np.newaxis]
     n, dim = vectors.shape
@@ -274,7 +287,7 @@ def _search_block(
     offset: int,
 ) -> list[tuple[_Rows, _Float]]:
     """For each query up to k rows (shifted by `offset`) with their similarities, best first."""
-    products = _products(vectors, queries)
+    products = inner_products(vectors, queries)
     found = []
     for query, scores in zip(queries, products, strict=True):
         if metric == "l2":

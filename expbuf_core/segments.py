@@ -28,6 +28,7 @@ from expbuf_core.checksums import file_crc
 from expbuf_core.contracts import IndexBackend, IndexSegment
 from expbuf_core.errors import CorruptionError
 from expbuf_core.filesystem import FileSystem, storage_errors
+from expbuf_core.sketch import directions
 
 FOLDER = "index"
 MANIFEST = "manifest.json"
@@ -101,6 +102,7 @@ class OpenSegment:
         filters: bool,
         watch: object = None,
     ) -> None:
+        self.directions = directions(vectors)
         self.watch = watch  # knows what went out since `live` was made
         self.filters = filters  # the index leaves rows out by itself
         self.info = info

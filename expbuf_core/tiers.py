@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core.exact_search import exact_best, exact_search, squared_norms
+from expbuf_core.exact_search import exact_among, exact_best, exact_search, squared_norms
 from expbuf_core.segments import OpenSegment, rows_of
+from expbuf_core.sketch import LEAST_ROWS, Directions, Sketch
 
 _FIRST_BYTES = 128 << 20  # of address space: memory is taken as rows are written
 _FIRST_ROWS = 1 << 17  # at most
@@ -32,6 +33,7 @@ class View(NamedTuple):
     tail_ids: NDArray[np.int64]
     tail_vectors: NDArray[np.float32]
     tail_squared: NDArray[np.float32] | None
+    tail_sketch: Sketch | None
     tail_live: NDArray[np.bool_]
     tail_dead: int
 
@@ -51,6 +53,8 @@ class Tail:
         self._vectors = np.empty((0, 0), np.float32)
         self._squared: NDArray[np.float32] | None = None
         self._live = np.empty(0, bool)
+        self._sketch: Sketch | None = None
+        self.directions: Directions | None = None  # in which most of what comes is long
 
     @property
     def ids(self) -> NDArray[np.int64]:
@@ -71,6 +75,15 @@ class Tail:
     def live(self) -> NDArray[np.bool_]:
         """(rows,) bool."""
         return self._live[: self.rows]
+
+    def sketch(self) -> Sketch | None:
+        """Bounds for these vectors, where they may be of use."""
+        if self.directions is None or self.rows < LEAST_ROWS:
+            return None
+        sketch = self._sketch
+        if sketch is None or sketch.vectors is not self._vectors:
+            sketch = self._sketch = Sketch(self.directions, self._vectors)
+        return sketch
 
     def append(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
         """Append vectors of rising ids, all above those that are here."""
@@ -200,8 +213,10 @@ class IndexTiers:
     def replace_tail(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
         """Have these in the tail instead."""
         self._view = None
-        self._tail = Tail(self.metric)
-        self._tail.append(ids, vectors)
+        tail = Tail(self.metric)
+        tail.directions = self._tail.directions
+        tail.append(ids, vectors)
+        self._tail = tail
 
     def remove(self, ids: NDArray[np.int64]) -> None:
         """Take ids out of tail and segments; others are skipped."""
@@ -282,6 +297,8 @@ class IndexTiers:
                 tail.append(ids, vectors)
             tail.keep_only(current)
             self._tail = tail
+        known = (segment.directions for segment in segments)
+        self._tail.directions = next((one for one in known if one is not None), None)
         self._view = None
         self.segments = segments
         self.lsn, self.end_id, self.generation = lsn, end_id, generation
@@ -294,7 +311,13 @@ class IndexTiers:
         if view is None:
             tail = self._tail
             view = self._view = View(
-                self.segments, tail.ids, tail.vectors, tail.squared, tail.live, tail.dead
+                self.segments,
+                tail.ids,
+                tail.vectors,
+                tail.squared,
+                tail.sketch(),
+                tail.live,
+                tail.dead,
             )
         return view
 
@@ -388,9 +411,16 @@ def _search_one(
     if allowed is not None:
         mask = view.tail_live & _member(view.tail_ids, allowed)
     floor = max([float(similarities[0, -1]) for _, similarities in parts], default=-np.inf)
-    rows, similarities = exact_best(
-        view.tail_vectors, view.tail_squared, query[0], k, metric, mask, floor
-    )
+    rows = None
+    if view.tail_sketch is not None and floor > -np.inf:
+        rows = view.tail_sketch.candidates(len(view.tail_ids), query[0], floor, view.tail_squared)
+    if rows is None:
+        rows, similarities = exact_best(
+            view.tail_vectors, view.tail_squared, query[0], k, metric, mask, floor
+        )
+    else:
+        rows = rows if mask is None else rows[mask[rows]]
+        rows, similarities = exact_among(view.tail_vectors, rows, query[0], k, metric)
     if not len(rows) and parts:
         return _merged(parts, k)
     ids = view.tail_ids.take(rows)

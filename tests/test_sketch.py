@@ -1,0 +1,161 @@
+"""Bounds that spare looking at rows: no row that counts is ever left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from expbuf_core import segments
+from expbuf_core.builtin.exact import ExactIndexBackend, ExactSettings
+from expbuf_core.contracts import IndexContext
+from expbuf_core.exact_search import METRICS, exact_search
+from expbuf_core.filesystem import FileSystem
+from expbuf_core.sketch import LEAST_ROWS, Directions, Sketch, directions
+from expbuf_core.tiers import IndexTiers, search
+
+DIM = 128
+each_metric = pytest.mark.parametrize("metric", METRICS)
+
+
+def embeddings(rng: np.random.Generator, n: int, rank: int = 20, noise: float = 0.1) -> Any:
+    """Long in few directions, as embeddings are."""
+    basis = np.random.default_rng(5).standard_normal((rank, DIM))
+    points = rng.standard_normal((n, rank)) @ basis + noise * rng.standard_normal((n, DIM))
+    return points.astype(np.float32)
+
+
+def shaped(vectors: Any, metric: str) -> NDArray[np.float32]:
+    if metric == "cosine":
+        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.ascontiguousarray(vectors, np.float32)
+
+
+def similarities(vectors: Any, query: Any, metric: str) -> Any:
+    wide, q = vectors.astype(np.float64), query.astype(np.float64)
+    return -((wide - q) ** 2).sum(axis=1) if metric == "l2" else wide @ q
+
+
+@each_metric
+@pytest.mark.parametrize("kind", ["embeddings", "noise", "one direction", "lengths", "zeros"])
+def test_no_row_that_counts_is_out(rng: np.random.Generator, metric: str, kind: str) -> None:
+    vectors = embeddings(rng, 3000, noise=3.0 if kind == "noise" else 0.1)
+    if kind == "one direction":
+        vectors = vectors[:1] * rng.standard_normal((3000, 1)).astype(np.float32)
+        vectors += 1e-3 * embeddings(rng, 3000)
+    elif kind == "lengths":
+        vectors *= np.exp(4 * rng.standard_normal((3000, 1))).astype(np.float32)
+    vectors = shaped(vectors, metric)
+    if kind == "zeros":
+        vectors[::7] = 0
+    sketch = Sketch(Directions(vectors[:500]), vectors)
+    kept = 0
+    for query in vectors[-200:]:
+        truth = similarities(vectors[:2800], query, metric)
+        for rank in (1, 10, 60):
+            floor = float(np.float32(np.sort(truth)[-rank]))
+            squared = (vectors[:2800] ** 2).sum(axis=1) if metric == "l2" else None
+            rows = sketch.candidates(2800, query, floor, squared)
+            if rows is not None:
+                kept += 1
+                assert (np.diff(rows) > 0).all()
+                assert np.isin(np.flatnonzero(truth >= floor), rows).all()
+    assert kept or kind in ("noise", "one direction")
+
+
+def test_hardly_any_row_is_left(rng: np.random.Generator) -> None:
+    vectors = shaped(embeddings(rng, 9000), "cosine")
+    known = directions(vectors[:8400])
+    assert known is not None
+    np.testing.assert_allclose(known.basis @ known.basis.T, np.eye(len(known.basis)), atol=1e-5)
+    tail = np.ascontiguousarray(vectors[8400:])
+    sketch = Sketch(known, tail)
+    sketch.candidates(len(tail), vectors[0], 0.9)  # the first one makes 512 of them
+    left = [sketch.candidates(len(tail), query, 0.9) for query in vectors[:100]]
+    assert np.mean([len(tail) if rows is None else len(rows) for rows in left]) < 10
+
+
+def test_what_is_not_sketched_yet_is_looked_at(rng: np.random.Generator) -> None:
+    vectors = shaped(embeddings(rng, 2000), "cosine")
+    sketch = Sketch(Directions(vectors[:500]), vectors)
+    assert sketch.candidates(LEAST_ROWS - 1, vectors[0], 0.9) is None, "as fast without"
+    for rows, sketched in ((1900, 512), (1900, 1024), (1900, 1536), (1900, 1900), (2000, 2000)):
+        found = sketch.candidates(rows, vectors[0], 0.95)
+        assert found is not None
+        assert np.isin(np.arange(sketched, rows), found).all()
+        assert len(found) < rows - sketched + 60
+
+
+def test_gives_up_where_it_is_of_no_use(rng: np.random.Generator) -> None:
+    vectors = shaped(rng.standard_normal((2000, DIM)), "cosine")
+    sketch = Sketch(Directions(vectors[:1000]), vectors)
+    assert all(sketch.candidates(2000, query, 0.2) is None for query in vectors[:40])
+    assert sketch.candidates(2000, vectors[0], 0.999) is None, "it is not tried again"
+
+
+def test_where_there_are_none(rng: np.random.Generator) -> None:
+    assert directions(embeddings(rng, 500)) is None, "too few to know"
+    assert directions(np.zeros((9000, 64), np.float32)) is None, "too short to save anything"
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-25, 1e18, 1e25])
+def test_numbers_at_the_limits(rng: np.random.Generator, scale: float) -> None:
+    vectors = (embeddings(rng, 1000) * np.float32(scale)).astype(np.float32)
+    sketch = Sketch(Directions(vectors), vectors)
+    for query in vectors[:20]:
+        with np.errstate(all="ignore"):
+            truth = vectors @ query
+        floor = float(np.nan_to_num(np.sort(truth)[-10]))
+        rows = sketch.candidates(1000, query, floor)
+        if rows is not None:
+            assert np.isin(np.flatnonzero(~(truth < floor)), rows).all()
+
+
+@each_metric
+def test_a_tail_beside_a_segment(tmp_path: Path, rng: np.random.Generator, metric: str) -> None:
+    """One by one, in a batch, and by comparing all vectors: the same."""
+    vectors = shaped(embeddings(rng, 10_500), metric)
+    queries, vectors = vectors[10_400:], vectors[:10_400]
+    backend = ExactIndexBackend(ExactSettings(), IndexContext(DIM, metric))
+    ids = np.arange(len(vectors), dtype=np.int64)
+    info = segments.write_segment(
+        tmp_path,
+        "000001",
+        uuid=bytes(16),
+        ids=ids[:9000],
+        vectors=iter([vectors[:9000]]),
+        dim=DIM,
+        end_id=9000,
+        backend_name="exact",
+        backend=backend,
+        fs=FileSystem(),
+    )
+    opened = segments.open_segment(tmp_path, info, DIM, backend, ids[:9000], filters=True)
+    assert opened.directions is not None
+    tiers = IndexTiers(metric)
+    tiers.adopt((opened,), lsn=1, end_id=9000, generation=1)
+    live = np.ones(len(vectors), bool)
+    for first, n in ((9000, 9500), (9500, 10_000), (10_000, 10_400)):
+        tiers.add(ids[first:n], vectors[first:n])
+        gone = rng.choice(n, 200)
+        tiers.remove(gone)
+        live[gone] = False
+        view = tiers.view()
+        assert view.tail_sketch is not None
+        mask = live[:n]
+        truth = exact_search(vectors[:n], None, queries, 10, metric, mask)
+        batch = search(view, metric, queries, 10)
+        np.testing.assert_array_equal(batch[0], truth[0])
+        for i, query in enumerate(queries):
+            found = search(view, metric, query[np.newaxis], 10)
+            np.testing.assert_array_equal(found[0][0], truth[0][i])
+            np.testing.assert_allclose(found[1][0], truth[1][i], rtol=1e-4, atol=1e-4)
+        allowed = ids[:n:3]
+        mask = live[:n] & (np.arange(n) % 3 == 0)
+        truth = exact_search(vectors[:n], None, queries, 10, metric, mask)
+        for i, query in enumerate(queries):
+            found = search(view, metric, query[np.newaxis], 10, allowed)
+            np.testing.assert_array_equal(found[0][0], truth[0][i])
