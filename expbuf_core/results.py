@@ -249,9 +249,13 @@ class PinnedExperiences(Sequence[Experience]):
         vectors, held = self._cache.get(part, self.ids, self.locations)
         if np.count_nonzero(held) < n:
             which = np.flatnonzero(~held)
+            ids = self.ids[which]
+            if not self._cache.has_room(ids):
+                (vectors[which],) = self._stored(which, part)
+                return vectors
             v, q = self._stored(which, "v_embed", "q_embed")
             vectors[which] = v if part == "v_embed" else q
-            self._cache.put(self.ids[which], self.locations[which], v, q)
+            self._cache.put(ids, self.locations[which], v, q)
         return vectors
 
     def _stored(self, which: NDArray[np.int64], *parts: str) -> list[NDArray[np.float32]]:
