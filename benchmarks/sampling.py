@@ -162,7 +162,7 @@ def _at_most(factor: float, *names: str) -> Callable[[Mapping[str, float]], bool
 
 
 def replay(report: Report, arguments: argparse.Namespace) -> None:
-    n = 50_000 if arguments.quick else 1_000_000
+    n = arguments.experiences or (50_000 if arguments.quick else 1_000_000)
     calls = 200 if arguments.quick else 1000
     rng = np.random.default_rng(arguments.seed)
     priorities = priorities_of(n, rng)
@@ -256,7 +256,7 @@ def replay(report: Report, arguments: argparse.Namespace) -> None:
 
 
 def durable(report: Report, arguments: argparse.Namespace) -> None:
-    n = 50_000 if arguments.quick else 1_000_000
+    n = arguments.experiences or (50_000 if arguments.quick else 1_000_000)
     calls = 300 if arguments.quick else 2000
     rng = np.random.default_rng(arguments.seed)
     priorities = rng.random(n).astype(np.float32) + np.float32(0.01)
@@ -370,6 +370,7 @@ def _grown(allowed: float, row: Row) -> bool:
 
 def main() -> None:
     made = parser("Prioritized sampling and updates.")
+    made.add_argument("--experiences", type=int, help="default: 1,000,000, or 50,000 if quick")
     made.add_argument("--peers-python", type=Path, default=HERE / ".venv-peers" / "bin" / "python")
     run_groups(Report("sampling", parse(made)), [growth, durable, replay])
 

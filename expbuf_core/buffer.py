@@ -557,24 +557,16 @@ class ExperienceBuffer:
         """
         self._writer()
         session, array = self._known_ids(ids)
-        as_array = codec.to_numpy(values)
-        items = listed(values if as_array is None else as_array.tolist(), "rewards")
-        if len(items) != len(array):
-            raise InvalidExperience(f"{len(items)} rewards for {len(array)} ids")
+        totals, named = _rewards(values)
+        if len(totals) != len(array):
+            raise InvalidExperience(f"{len(totals)} rewards for {len(array)} ids")
         if not len(array):
             return 0
         last = {id_: i for i, id_ in enumerate(array.tolist())}
         if len(last) != len(array):  # of an id that is given twice, the last counts
-            array, items = array[list(last.values())], [items[i] for i in last.values()]
-        parsed = [rewards(item) for item in items]
-        totals = np.array([total for total, _ in parsed], np.float64)
-        if np.isnan(totals).any():
-            raise InvalidExperience("rewards: None is not a reward; nothing was written")
-        components = {
-            str(id_): named
-            for id_, item, (_, named) in zip(array.tolist(), items, parsed, strict=True)
-            if isinstance(item, Mapping) and named is not None
-        }
+            chosen = list(last.values())
+            array, totals = array[chosen], totals[chosen]
+        components = {str(id_): named[i] for id_, i in last.items() if i in named}
         priorities = self._rescored(session, array, totals)
         operation = codec.encode_reward(array, totals, priorities, components or None)
         return session.commit(Draft(operation, weight=0))[2]
@@ -594,7 +586,8 @@ class ExperienceBuffer:
             confidence = np.where(live, state.confidence[slots], 0.0).astype(np.float32)
             age = np.where(live, ages(now, state.timestamp[slots]), np.float32(0))
         experiences = self._pinned(ids[live], missing="skip")
-        stored = {id_: experiences.row(i).fields for i, id_ in enumerate(experiences.ids.tolist())}
+        found = experiences.fields("probabilities", "metadata")
+        stored = dict(zip(experiences.ids.tolist(), found, strict=True))
         fields = [stored.get(id_, {}) for id_ in ids.tolist()]
         return intake.score(
             confidence,
@@ -1235,6 +1228,25 @@ def _shown(value: object) -> str:
     except Exception:  # nested too deep, an integer of thousands of digits, a `__repr__` that fails
         return f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... (a {type(value).__name__})"
+
+
+def _rewards(values: Any) -> tuple[NDArray[np.float64], dict[int, dict[str, float]]]:
+    """(n,) totals, and the components of those that are given by components, by their place."""
+    array = codec.to_numpy(values)
+    if array is not None and array.ndim == 1 and array.dtype.kind in "fiu":
+        totals = array.astype(np.float64)
+        if np.isfinite(totals).all():
+            return totals, {}
+    items = listed(values if array is None else array.tolist(), "rewards")
+    parsed = [rewards(item) for item in items]
+    totals = np.array([total for total, _ in parsed], np.float64)
+    if np.isnan(totals).any():
+        raise InvalidExperience("rewards: None is not a reward; nothing was written")
+    return totals, {
+        i: named
+        for i, (item, (_, named)) in enumerate(zip(items, parsed, strict=True))
+        if isinstance(item, Mapping) and named is not None
+    }
 
 
 def _never_issued(id_: int, next_id: int) -> UnknownExperienceError:

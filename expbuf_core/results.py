@@ -159,6 +159,22 @@ class PinnedExperiences(Sequence[Experience]):
                 raise self._undecodable(int(self.ids[i]), exc) from exc
         return found
 
+    def fields(self, *names: str) -> list[dict[str, Any]]:
+        """Fields of all the payloads; at least those of these names, where there are any.
+
+        Read all at once, and decoded only where such a name stands.
+
+        Raises:
+            CorruptionError: A payload is not what was written.
+        """
+        marks = [f'"{name}"'.encode() for name in names]
+        found: list[dict[str, Any]] = []
+        for i, raw in enumerate(self._verified(np.arange(len(self)))):
+            text = bytes(raw)
+            mentioned = any(mark in text for mark in marks)
+            found.append(self.row(i).fields if mentioned else {})
+        return found
+
     def raw(self, i: int) -> Buffer:
         """Payload of the i-th as it is stored, checked; raises like `row`."""
         return self._verified(np.array([i]))[0]
@@ -249,9 +265,13 @@ class PinnedExperiences(Sequence[Experience]):
         vectors, held = self._cache.get(part, self.ids, self.locations)
         if np.count_nonzero(held) < n:
             which = np.flatnonzero(~held)
+            ids = self.ids[which]
+            if not self._cache.has_room(ids):
+                (vectors[which],) = self._stored(which, part)
+                return vectors
             v, q = self._stored(which, "v_embed", "q_embed")
             vectors[which] = v if part == "v_embed" else q
-            self._cache.put(self.ids[which], self.locations[which], v, q)
+            self._cache.put(ids, self.locations[which], v, q)
         return vectors
 
     def _stored(self, which: NDArray[np.int64], *parts: str) -> list[NDArray[np.float32]]:

@@ -634,6 +634,12 @@ class State:
         slots, known = self._live_of(ids)
         self.reward[slots] = rewards[known]
         self.priority[slots] = priorities[known]
+        if not components:
+            self.flags[slots] |= SCALAR_REWARD
+            if self.rewards:
+                for id_ in ids[known].tolist():
+                    self.rewards.pop(id_, None)
+            return Change(len(slots), touched=slots)
         for id_, slot in zip(ids[known].tolist(), slots.tolist(), strict=True):
             named = components.get(str(id_))
             if named is None:

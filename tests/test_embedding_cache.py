@@ -30,7 +30,7 @@ def embeddings(ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.
 
 
 def test_what_was_put_is_got() -> None:
-    cache = EmbeddingCache(100 * ROW_BYTES, 3, 2)
+    cache = EmbeddingCache(100 * ROW_BYTES, 3, 2, 1000)
     assert cache.rows == 100
     ids = np.arange(250, 300)
     assert not cache.get("v_embed", ids, ids)[1].any()
@@ -45,7 +45,7 @@ def test_what_was_put_is_got() -> None:
 
 
 def test_another_id_or_another_place_is_something_else() -> None:
-    cache = EmbeddingCache(100 * ROW_BYTES, 3, 2)
+    cache = EmbeddingCache(100 * ROW_BYTES, 3, 2, 1000)
     ids = np.arange(10)
     cache.put(ids, ids + 7, *embeddings(ids))
     assert not cache.get("v_embed", ids + 100, ids + 7)[1].any()
@@ -54,7 +54,7 @@ def test_another_id_or_another_place_is_something_else() -> None:
 
 
 def test_of_those_that_share_a_row_the_last_stays_whole() -> None:
-    cache = EmbeddingCache(10 * ROW_BYTES, 3, 2)
+    cache = EmbeddingCache(10 * ROW_BYTES, 3, 2, 20)
     ids = np.array([3, 13, 3, 23, 4, 4])
     cache.put(ids, ids, *embeddings(ids))
     found, held = cache.get("v_embed", ids, ids)
@@ -63,8 +63,31 @@ def test_of_those_that_share_a_row_the_last_stays_whole() -> None:
     assert cache.get("q_embed", ids, ids)[0][held][:, 0].tolist() == [-23, -4, -4]
 
 
+def test_who_may_be_live_is_not_pushed_out() -> None:
+    cache = EmbeddingCache(10 * ROW_BYTES, 3, 2, 25)
+
+    def put(*numbers: int) -> list[int]:
+        """Put these; which of all are here then."""
+        ids = np.array(numbers)
+        cache.put(ids, ids, *embeddings(ids))
+        every = np.arange(100)
+        found, held = cache.get("v_embed", every, every)
+        np.testing.assert_array_equal(found[held], embeddings(every[held])[0])
+        return every[held].tolist()
+
+    assert put(3, 4) == [3, 4]
+    assert not cache.has_room(np.array([13, 24]))
+    assert put(13, 24, 5) == [3, 4, 5]
+    assert cache.has_room(np.array([13, 28, 34]))
+    assert put(24, 33) == [4, 5, 33], "3 is gone once 28 was added"
+    moved = np.array([33])
+    cache.put(moved, moved + 1000, *embeddings(moved))
+    assert cache.get("v_embed", moved, moved + 1000)[1].all()
+    assert EmbeddingCache(1 << 20, 3, 2, 25).rows == 25, "more are of no use"
+
+
 def test_there_is_room_for_one() -> None:
-    cache = EmbeddingCache(1, 3, 0)
+    cache = EmbeddingCache(1, 3, 0, 1)
     assert cache.rows == 1
     ids = np.arange(5)
     cache.put(ids, ids, embeddings(ids)[0], np.empty((5, 0), np.float32))
@@ -72,7 +95,7 @@ def test_there_is_room_for_one() -> None:
 
 
 def test_threads_never_see_half_an_entry() -> None:
-    cache = EmbeddingCache(50 * ROW_BYTES, 3, 2)
+    cache = EmbeddingCache(50 * ROW_BYTES, 3, 2, 50)
     wrong: list[int] = []
     done = threading.Event()
 

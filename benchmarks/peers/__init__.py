@@ -30,7 +30,7 @@ PEERS: dict[str, Entry] = {
     "expbuf + builder": Entry("expbuf", "ExpbufBuilder", ours=True),
     "expbuf, LMDB": Entry("expbuf", "ExpbufLmdb", ours=True),
     "expbuf, os": Entry("expbuf", "ExpbufOs", ours=True),
-    "expbuf, cached": Entry("expbuf", "ExpbufCached", ours=True),
+    "expbuf, uncached": Entry("expbuf", "ExpbufUncached", ours=True),
     "raw log": Entry("raw", "RawLog"),
     "raw memory": Entry("raw", "RawMemory"),
     "SQLite": Entry("sqlite", "Sqlite"),

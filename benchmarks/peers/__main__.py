@@ -50,7 +50,7 @@ INDEXES = (
     "Qdrant local",
     "usearch",
 )
-REPLAY = ("raw memory", "expbuf", "expbuf, os", "expbuf, cached", "cpprb", "TorchRL", "tianshou")
+REPLAY = ("raw memory", "expbuf", "expbuf, os", "expbuf, uncached", "cpprb", "TorchRL", "tianshou")
 SAVERS = ("expbuf", "usearch", "FAISS HNSW", "cpprb", "TorchRL", "tianshou")
 WRITERS = 8
 ROOM = 1 << 16  # experiences that may be added while measuring

@@ -111,11 +111,8 @@ class ExpbufOs(Expbuf):
     settings: ClassVar[dict[str, Any]] = {"durability": "os"}
 
 
-class ExpbufCached(ExpbufOs):
-    """The same, with the embeddings that samples read kept in memory."""
+class ExpbufUncached(ExpbufOs):
+    """The same, with the embeddings of every sample read from the log and verified."""
 
-    advice = "`durability: os`, `sampling: {cache_bytes: 1GiB}`"
-    settings: ClassVar[dict[str, Any]] = {
-        "durability": "os",
-        "sampling": {"cache_bytes": "1GiB"},
-    }
+    advice = "`durability: os`, `sampling: {cache_bytes: 0}`"
+    settings: ClassVar[dict[str, Any]] = {"durability": "os", "sampling": {"cache_bytes": 0}}

@@ -53,6 +53,37 @@ def test_update_rewards_recomputes_the_priority(buffer: ExperienceBuffer) -> Non
     assert buffer.update_rewards(ids[:1], [1.0]) == 0
 
 
+def test_rewards_as_an_array_are_those_of_a_list(buffer: ExperienceBuffer) -> None:
+    ids = add_all(buffer, range(4))
+    named: list[Any] = [{"right": 0.25}, {"right": 0.5}, 0.5, 0.75]
+    assert buffer.update_rewards(ids, named) == 4
+    twice = np.array([ids[0], ids[3], ids[0]])
+    assert buffer.update_rewards(twice, np.array([9.0, 1.5, -2.0], np.float32)) == 2
+    assert [buffer.get(i).rewards for i in ids] == [
+        {"reward": -2.0},
+        {"right": 0.5},
+        {"reward": 0.5},
+        {"reward": 1.5},
+    ]
+    mixed: list[Any] = [3.0, {"right": 4.0}, {"brief": 5.0}]
+    buffer.update_rewards([ids[2], ids[2], ids[1]], mixed)
+    assert [buffer.get(i).rewards for i in ids[1:3]] == [{"brief": 5.0}, {"right": 4.0}]
+
+
+def test_rewards_are_scored_by_what_is_stored(open_buffer: OpenBuffer) -> None:
+    """Probabilities and metadata of the payload, whatever else its texts say."""
+    told = '"probabilities" and "metadata"'
+    with open_buffer(priority="td_error") as buffer:
+        ids = [
+            buffer.add(experience(0, question=told)),
+            buffer.add(experience(1, question=told, metadata={"value": 0.25, told: told})),
+            buffer.add(experience(2, metadata={"value": 0.5})),
+        ]
+        assert buffer.update_rewards(ids, np.ones(3)) == 3
+        assert [buffer.get(i).priority for i in ids[1:]] == [0.75, 0.5]
+        assert buffer.get(ids[1]).question == told
+
+
 def test_updates_survive_reopening_and_snapshots(open_buffer: OpenBuffer) -> None:
     with open_buffer() as buffer:
         ids = add_all(buffer, range(4))
