@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = Path(__file__).resolve().parent
 OUTSIDE = "repository"  # where on the site files from outside docs/ lie
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
+_CODE = re.compile(r"<code>[^<]*</code>")
 _FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 
 
@@ -55,6 +56,15 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     parts = _FENCE.split(markdown)
     parts[::2] = [_LINK.sub(moved, prose) for prose in parts[::2]]
     return "".join(parts)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """In a cell's code a bar is written with a backslash, which the repository does not show."""
+    tables = re.split(r"(<table>.*?</table>)", html, flags=re.DOTALL)
+    tables[1::2] = [
+        _CODE.sub(lambda code: code[0].replace("\\|", "|"), table) for table in tables[1::2]
+    ]
+    return "".join(tables)
 
 
 def _targets(page: Path) -> list[Path]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from expbuf_core import ExperienceBuffer
+
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 
 
@@ -41,6 +43,10 @@ def test_memory_helps_and_survives_the_kill(tmp_path: Path) -> None:
     assert len(stream["memory_on"]) == len(stream["memory_off"]) == 600  # it went on to the end
     assert figures["memory_on"] > figures["memory_off"] + 0.1
     assert "by SIGKILL" in printed
+    (command,) = (line for line in printed.splitlines() if "A memory:" in line)
+    folder = Path(command.split()[-1])
+    with ExperienceBuffer.open(folder, mode="r") as memory:
+        assert memory.get(7).metadata["thumbnail"].shape == (8, 8)
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -119,7 +119,7 @@ def test_the_readme_program_is_killed_and_comes_back(tmp_path: Path) -> None:
     assert "successes: 5" in second.stdout, "outcomes came back, too"
 
 
-PLUGINS_OF_THE_GUIDE = ["fresh", "projected", "json_files"]
+PLUGINS_OF_THE_GUIDE = ["fresh", "interaction", "projected", "json_files"]
 # With EXPBUF_LONG=1 they run, too.
 SLOW = "p14 or p15 or p33 or p50"
 

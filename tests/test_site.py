@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -103,3 +103,15 @@ def test_every_example_says_what_it_is(page: Path) -> None:
     for opening, closing in zip(fences[::2], fences[1::2], strict=True):
         assert opening in ("python", "text", "console", "toml", "yaml", "json"), opening
         assert closing == ""
+
+
+def test_a_bar_in_a_cell_shows_no_backslash() -> None:
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location("mkdocs_hooks", DOCS / "mkdocs_hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    cell = r"<td><code>a \| b</code> \| c</td>"
+    html = rf"<pre><code>x \| y</code></pre><table>{cell}</table>"
+    assert hooks.on_page_content(html) == html.replace(r"a \| b", "a | b")

@@ -200,7 +200,11 @@ class Agent:
             prediction=ANSWERS[best],
             confidence=min(1.0, float(p[best])),
             probabilities=dict(zip(ANSWERS, p.tolist(), strict=True)),
-            metadata={"position": question.position, "scan": question.scan},
+            metadata={
+                "position": question.position,
+                "scan": question.scan,
+                "thumbnail": (question.pixels * 255).astype(np.uint8),  # for `expbuf report`
+            },
         )
         return Reply(consensus.answer, consensus, v, q)
 

@@ -251,6 +251,8 @@ def main() -> int:
         picture = arguments.output / "demo.png"
         draw(figures, scans.images, picture)
         say(f"  The picture: {bold(str(picture))}")
+    command = os.path.relpath(Path(sys.executable).with_name("expbuf"))
+    say(f"  A memory:    {bold(f'{command} report {memories}/stream-{FIRST_SEED}')}")
     say(dim(f"  {time.monotonic() - began:.0f} s"))
     say()
     return 0 if kept else 1
