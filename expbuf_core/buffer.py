@@ -53,6 +53,7 @@ from expbuf_core.intake import (
     listed,
     number,
     rewards,
+    shown,
 )
 from expbuf_core.locks import holder
 from expbuf_core.opening import keeps_nothing
@@ -78,7 +79,6 @@ from expbuf_core.tiers import best, search
 
 _PIN_TRIES = 5
 _MOST = 1 << 31  # results of a search, draws of a sample
-_SHOWN = 80  # characters of a value in a message
 _SEARCH_TRIES = 3
 _INFINITY = int(np.float32(np.inf).view(np.uint32))
 _CHANGES = 100  # of the representation that a search may meet
@@ -627,7 +627,7 @@ class ExperienceBuffer:
         """
         self._writer()
         if not isinstance(success, bool | np.bool_ | int):  # a 0 or 1 of a dataset will do
-            raise InvalidExperience(f"success must be True or False, not {_shown(success)}")
+            raise InvalidExperience(f"success must be True or False, not {shown(success)}")
         token, lsn = b"", 0
         if isinstance(receipt_or_ids, str):
             receipt_or_ids = Receipt.parse(receipt_or_ids)
@@ -704,7 +704,7 @@ class ExperienceBuffer:
             CorruptionError: Its payload is damaged.
         """
         if isinstance(id_, bool) or not isinstance(id_, int | np.integer):
-            raise InvalidExperience(f"an id is an integer, not {_shown(id_)}")
+            raise InvalidExperience(f"an id is an integer, not {shown(id_)}")
         session = self._live()
         session.refresh()
         if not 0 <= id_ < session.replica.state.next_id:
@@ -867,7 +867,7 @@ class ExperienceBuffer:
         if k is None:
             return int(self.config.inference.k)
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k < _MOST:
-            raise InvalidExperience(f"k must be an integer of at least 1, not {_shown(k)}")
+            raise InvalidExperience(f"k must be an integer of at least 1, not {shown(k)}")
         return int(k)
 
     def _search(
@@ -941,9 +941,9 @@ class ExperienceBuffer:
             InvalidExperience: batch_size < 1, or beta is out of bounds.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
-            raise InvalidExperience(f"batch_size must be an integer, not {_shown(batch_size)}")
+            raise InvalidExperience(f"batch_size must be an integer, not {shown(batch_size)}")
         if not 1 <= batch_size < _MOST:
-            raise InvalidExperience(f"batch_size must be at least 1, not {_shown(batch_size)}")
+            raise InvalidExperience(f"batch_size must be at least 1, not {shown(batch_size)}")
         session = self._live()
         beta = session.config.sampling.beta if beta is None else number(beta, "beta", 0.0, 1.0)
         session.refresh()
@@ -1001,7 +1001,7 @@ class ExperienceBuffer:
     def set_rng_state(self, state: Mapping[str, Any]) -> None:
         """Go on drawing where `rng_state` was taken."""
         if not isinstance(state, Mapping):
-            raise ConfigError(f"not the state of a random generator: {_shown(state)}")
+            raise ConfigError(f"not the state of a random generator: {shown(state)}")
         self._rng = restore_rng(dict(state))
 
     # ------------------------------------------------------------ upkeep
@@ -1058,7 +1058,7 @@ class ExperienceBuffer:
             LockTimeout: Another change is under way.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InvalidExperience(f"batch_size must be an integer >= 1, not {_shown(batch_size)}")
+            raise InvalidExperience(f"batch_size must be an integer >= 1, not {shown(batch_size)}")
         if not callable(embed):
             raise InvalidExperience(f"embed must be a function, not a {type(embed).__name__}")
         if not isinstance(name, str):
@@ -1219,15 +1219,6 @@ def _priorities(values: Any, n: int) -> NDArray[np.float32]:
         if np.maximum.reduce(plain.view(np.uint32), initial=0) < _INFINITY:
             return plain
     return checked_priorities(values, n)
-
-
-def _shown(value: object) -> str:
-    """A value in a message: short, and whatever it is."""
-    try:
-        text = repr(value)
-    except Exception:  # nested too deep, an integer of thousands of digits, a `__repr__` that fails
-        return f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... (a {type(value).__name__})"
 
 
 def _rewards(values: Any) -> tuple[NDArray[np.float64], dict[int, dict[str, float]]]:

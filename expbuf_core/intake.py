@@ -22,6 +22,7 @@ Vectors = NDArray[np.float32]
 
 _OLDEST = 1e30  # seconds; finite in float32
 _FLOAT32 = np.dtype(np.float32)
+_SHOWN = 80  # characters of a value in a message
 _LARGEST = float(np.finfo(np.float32).max)
 
 COLUMNS = (
@@ -72,6 +73,10 @@ def as_vectors(value: Any, name: str, *, rank: int, dim: int | None) -> Vectors:
             return value
     else:
         array = codec.to_numpy(value)
+        if isinstance(array, np.ma.MaskedArray):  # what is masked is no number
+            array = np.ma.filled(array.astype(np.float64), np.nan)
+        elif array is not None:
+            array = np.asarray(array)  # no subclass with multiplication of its own
     if array is None:
         if not isinstance(value, list | tuple):
             raise InvalidExperience(
@@ -79,7 +84,7 @@ def as_vectors(value: Any, name: str, *, rank: int, dim: int | None) -> Vectors:
             )
         try:
             array = np.asarray(value, np.float64)
-        except (TypeError, ValueError) as exc:
+        except (TypeError, ValueError, OverflowError) as exc:
             raise InvalidExperience(f"{name}: not an array of numbers: {exc}") from exc
     if array.ndim != rank:
         raise _rank_error(array, name, rank)
@@ -101,9 +106,9 @@ def as_vectors(value: Any, name: str, *, rank: int, dim: int | None) -> Vectors:
             array = array.astype(np.float32)
     if not array.flags.c_contiguous:
         array = np.ascontiguousarray(array)
-    flat = array if rank == 1 else array.reshape(-1)
     # A dot product is the fastest pass over the data; only its overflow needs a second look.
-    if not math.isfinite(float(flat @ flat)) and not np.isfinite(array).all():
+    # (Unlike `@`, `vdot` overflows without a warning.)
+    if not math.isfinite(np.vdot(array, array)) and not np.isfinite(array).all():
         at = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         raise InvalidExperience(
             f"{name}: {array[at]} at position {at if rank > 1 else at[0]}; embeddings must be "
@@ -163,6 +168,15 @@ def fuse(fusion: EmbeddingFusion, metric: str, v: Vectors, q: Vectors, dim: int)
 # ---------------------------------------------------------------- single values
 
 
+def shown(value: object) -> str:
+    """A value in a message: short, and whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # nested too deep, an integer of thousands of digits, a `__repr__` that fails
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... (a {type(value).__name__})"
+
+
 def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number within bounds.
 
@@ -171,14 +185,14 @@ def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf
     """
     if type(value) is not float:
         if isinstance(value, str | bytes | bool | np.bool_) or value is None:
-            raise InvalidExperience(f"{name}: expected a number, found {value!r}")
+            raise InvalidExperience(f"{name}: expected a number, found {shown(value)}")
         try:
             value = float(value)
         except (TypeError, ValueError, OverflowError) as exc:
-            raise InvalidExperience(f"{name}: expected a number, found {value!r}") from exc
+            raise InvalidExperience(f"{name}: expected a number, found {shown(value)}") from exc
     if not low <= value <= high or math.isinf(value):
         bounds = "" if math.isinf(low) else f" in [{low:g}, {high:g}]"
-        raise InvalidExperience(f"{name}: expected a finite number{bounds}, found {value!r}")
+        raise InvalidExperience(f"{name}: expected a finite number{bounds}, found {shown(value)}")
     return float(value)
 
 
@@ -190,7 +204,9 @@ def rewards(value: Any, where: str = "rewards") -> tuple[float, dict[str, float]
         components = {}
         for name, part in value.items():
             if not isinstance(name, str):
-                raise InvalidExperience(f"{where}: component names must be strings, found {name!r}")
+                raise InvalidExperience(
+                    f"{where}: component names must be strings, found {shown(name)}"
+                )
             components[name] = number(part, f"{where}[{name!r}]")
         try:
             total = math.fsum(components.values())
@@ -218,7 +234,7 @@ def _image(value: Any) -> str | bytes:
 
 def _tags(value: Any, name: str = "tags") -> list[str]:
     if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
-        raise InvalidExperience(f"{name}: expected a sequence of strings, found {value!r}")
+        raise InvalidExperience(f"{name}: expected a sequence of strings, found {shown(value)}")
     return [_text(tag, name) for tag in value]
 
 
@@ -244,6 +260,13 @@ def listed(values: Any, name: str) -> list[Any]:
         ) from exc
 
 
+def _array_of(values: list[Any], name: str) -> NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, OverflowError) as exc:  # ragged, or nested too deep
+        raise InvalidExperience(f"{name}: expected a flat sequence of numbers: {exc}") from exc
+
+
 def as_ids(ids: Any) -> NDArray[np.int64]:
     """(n,) int64 of whatever holds ids.
 
@@ -254,7 +277,7 @@ def as_ids(ids: Any) -> NDArray[np.int64]:
         return np.empty(0, np.int64)
     array = codec.to_numpy(ids)
     if array is None:
-        array = np.asarray([ids] if isinstance(ids, int) else listed(ids, "ids"))
+        array = _array_of([ids] if isinstance(ids, int) else listed(ids, "ids"), "ids")
     if array.size == 0:
         return np.empty(0, np.int64)
     if array.dtype.kind not in "iu":
@@ -484,8 +507,9 @@ class Intake:
                 "dataclasses.replace(experience, id=None)"
             )
         fields: dict[str, Any] = {}
-        if item.question != "":
-            fields["question"] = _text(item.question, "question")
+        question = item.question
+        if type(question) is not str or question:
+            fields["question"] = _text(question, "question")
         if item.answer is not None:
             fields["answer"] = item.answer
         reward = math.nan
@@ -503,7 +527,7 @@ class Intake:
             fields["probabilities"] = _probabilities(item.probabilities)
         if item.image is not None:
             fields["image"] = _image(item.image)
-        tags = _tags(item.tags) if item.tags != () else []
+        tags = _tags(item.tags) if type(item.tags) is not tuple or item.tags else []
         if tags:
             fields["tags"] = tags
         if item.key is not None:
@@ -684,7 +708,7 @@ def checked_priorities(values: Any, n: int) -> NDArray[np.float32]:
     array = codec.to_numpy(values)
     if array is None:
         single = isinstance(values, int | float)
-        array = np.asarray([values] if single else listed(values, "priorities"))
+        array = _array_of([values] if single else listed(values, "priorities"), "priorities")
     array = np.atleast_1d(array)
     if array.shape != (n,) or (n and array.dtype.kind not in "fiu"):
         raise InvalidExperience(

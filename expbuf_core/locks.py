@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from expbuf_core.errors import LockTimeout, ReentrantCall
+from expbuf_core.errors import BufferClosed, LockTimeout, ReentrantCall
 from expbuf_core.filesystem import storage_errors
 
 # struct flock on 64-bit Linux and (reordered) macOS; only read to name the holder of a lock.
@@ -74,10 +74,32 @@ def _close(file: _LockFile) -> None:
     """Let go of a lock file; the last user closes it, and with it drops what is still held."""
     with _registry_mutex:
         file.users -= 1
-        if file.users == 0 and file.fd >= 0:
+    while not _closed_unless_used(file):
+        time.sleep(1e-3)
+
+
+def _closed_unless_used(file: _LockFile) -> bool:
+    """Close it if nobody uses it any more; False while a thread is still inside.
+
+    Its unlocking would meet whatever file gets the descriptor's number.
+    """
+    with _registry_mutex:  # all the while: who opened the file anew in between would lose its lock
+        if file.users or file.fd < 0:
+            return True
+        if not file.mutex.acquire(blocking=False):
+            return False
+        try:
             _files.pop(file.key, None)
-            os.close(file.fd)
-            file.fd = -1
+            fd, file.fd = file.fd, -1
+            os.close(fd)
+            return True
+        finally:
+            file.mutex.release()
+
+
+def _check_open(file: _LockFile) -> None:
+    if file.fd < 0:
+        raise BufferClosed("the buffer is closed; open it again")
 
 
 def _forget_in_child() -> None:
@@ -192,6 +214,7 @@ class ProcessLock:
         try:
             if not mutex.acquire(timeout=timeout):
                 raise _kept_by_a_thread(file.path, timeout)
+            _check_open(file)
             try:
                 if _try_record_lock(file.fd, fcntl.LOCK_EX) or self._wait(file, timeout, pause):
                     return work(*args)
@@ -212,6 +235,7 @@ class ProcessLock:
             return False
         try:
             if mutex.acquire(blocking=False):
+                _check_open(file)
                 try:
                     ran = _try_record_lock(file.fd, fcntl.LOCK_EX)
                     if ran:
@@ -239,6 +263,7 @@ class ProcessLock:
         try:
             if not file.mutex.acquire(timeout=timeout):
                 raise _kept_by_a_thread(file.path, timeout)
+            _check_open(file)
             if not _try_record_lock(file.fd, fcntl.LOCK_EX):
                 self._wait(file, timeout, None)
         except BaseException:
@@ -285,7 +310,8 @@ class ProcessLock:
         mutex = self._file.mutex
         if mutex._is_owned():
             try:
-                fcntl.lockf(self._file.fd, fcntl.LOCK_UN)
+                if self._file.fd >= 0:
+                    fcntl.lockf(self._file.fd, fcntl.LOCK_UN)
             finally:
                 mutex.release()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from expbuf_core.builtin.scorers import (
 )
 from expbuf_core.commit import Draft
 from expbuf_core.errors import InvalidExperience
-from expbuf_core.intake import COLUMNS, Intake
+from expbuf_core.intake import COLUMNS, Intake, as_ids, checked_priorities
 
 NOW = 1_700_000_000.0
 V = np.linspace(-1, 1, 8, dtype=np.float32)
@@ -173,5 +174,48 @@ def test_embeddings_of_another_layout_are_taken_as_they_are_meant() -> None:
         np.repeat(V, 2)[::2],
         V.tolist(),
         np.asfortranarray(V[None])[0],
+        np.ma.masked_array(V),
     ):
         assert content(made.one(example(v_embed=value), 1.0)) == plain
+
+
+def deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"question": np.zeros(3)},
+        {"question": 7},
+        {"tags": np.zeros(3)},
+        {"tags": np.int64(1)},
+        {"tags": "word"},
+        {"confidence": "x" * 1_000_000},
+        {"confidence": 10**5000},
+        {"rewards": deep(5000)},
+        {"v_embed": [10**400] * 8},
+        {"v_embed": np.ma.masked_array(V, V > 0)},
+        {"v_embed": np.full(8, 3e38, np.float32), "q_embed": [1] * 7},
+    ],
+    ids=lambda given: "-".join(given),
+)
+def test_what_makes_no_sense_is_refused_in_a_short_message(given: dict[str, Any]) -> None:
+    with pytest.raises(InvalidExperience) as caught:
+        intake().one(example(**given), None)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("ids", [[[1, 2], [3]], deep(100), ["a"], [1.5], [2**70]])
+def test_what_are_no_ids_is_refused(ids: Any) -> None:
+    with pytest.raises(InvalidExperience):
+        as_ids(ids)
+
+
+@pytest.mark.parametrize("values", [[[1, 2], [3]], deep(100), [math.nan], [-1.0], [1e39], ["a"]])
+def test_what_are_no_priorities_is_refused(values: Any) -> None:
+    with pytest.raises(InvalidExperience):
+        checked_priorities(values, len(values))

@@ -11,12 +11,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from expbuf_core.errors import LockTimeout, ReentrantCall
+from expbuf_core.errors import BufferClosed, LockTimeout, ReentrantCall
 from expbuf_core.locks import OpenLock, ProcessLock, ThreadLock, holder, opener
 
 TIMEOUT_S = 20.0
@@ -354,3 +355,27 @@ def test_a_lock_between_threads() -> None:
     assert lock.try_acquire()
     lock.release()
     lock.release()  # of nothing
+
+
+def test_closing_waits_for_who_is_inside(path: Path) -> None:
+    """Else it would unlock whatever file has got the descriptor's number meanwhile."""
+    lock, inside, go_on = ProcessLock(path, TIMEOUT_S), threading.Event(), threading.Event()
+
+    def work() -> None:
+        inside.set()
+        assert go_on.wait(TIMEOUT_S)
+        os.fstat(lock._file.fd)  # still open
+
+    with ThreadPoolExecutor(2) as pool:
+        working = pool.submit(lock.run, work)
+        assert inside.wait(TIMEOUT_S)
+        closing = pool.submit(lock.close)
+        with pytest.raises(FutureTimeout):
+            closing.result(0.05)
+        go_on.set()
+        working.result(TIMEOUT_S)
+        closing.result(TIMEOUT_S)
+    for take in (lambda: lock.run(pytest.fail), lambda: lock.try_run(pytest.fail), lock.acquire):
+        with pytest.raises(BufferClosed):
+            take()
+    lock.release()

@@ -113,6 +113,8 @@ class LogReader:
             self.end = self.scanned[number] = offset = end
         if size < (limit if successor else file.header.size) and not sealed:
             # Sizes are made durable before a file is used: this is no torn tail.
+            if bad is not None and file.proof(bad.offset + 8, size):
+                raise file.corrupt(bad, lsn)  # what stands behind it says that it was not cut there
             raise file.corrupt(BadFrame(self.end, size, "the file was cut"), lsn)
         if bad is not None:
             self._judge(file, bad, lsn, min(limit, size), durable_lsn)
