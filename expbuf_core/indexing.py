@@ -214,6 +214,7 @@ def load(
         choice.unopened = choice.damaged = False
         manifest, opened = _load_once(folder, replica, choice, settings, hurry)
         if manifest is None or len(opened) == len(manifest.segments):
+            segments.sketch_small_ones(opened, choice.context.metric)
             return manifest, opened
     choice.unopened = choice.damaged = True
     _log.warning("files of the index are missing; it is not used and will be built again")

@@ -28,13 +28,14 @@ from expbuf_core.checksums import file_crc
 from expbuf_core.contracts import IndexBackend, IndexSegment
 from expbuf_core.errors import CorruptionError
 from expbuf_core.filesystem import FileSystem, storage_errors
-from expbuf_core.sketch import directions
+from expbuf_core.sketch import Sketch, directions
 
 FOLDER = "index"
 MANIFEST = "manifest.json"
 _MAGIC = b"EXPBUFV1"
 _HEADER = struct.Struct("<8sQQ16s")  # magic, rows, dim, uuid
 _PAGE = 4096
+_SKETCHED = 20_000  # rows; an index over more is faster than bounds for all of them
 VERSION = 1
 
 
@@ -103,6 +104,7 @@ class OpenSegment:
         watch: object = None,
     ) -> None:
         self.directions = directions(vectors)
+        self.sketch: Sketch | None = None  # of a small one beside a large one
         self.watch = watch  # knows what went out since `live` was made
         self.filters = filters  # the index leaves rows out by itself
         self.info = info
@@ -353,6 +355,21 @@ def rows_of(here: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.intp]
     rows = np.searchsorted(here, ids)
     rows[rows == n] = 0
     return rows
+
+
+def sketch_small_ones(opened: tuple[OpenSegment, ...], metric: str) -> None:
+    """Make bounds for the rows of small segments beside a large one.
+
+    These are often searched by comparing all of their rows, and what the large one has found tells
+    that hardly any can count.
+    """
+    large = next((one for one in opened if one.directions is not None), None)
+    if large is None or large.directions is None:
+        return
+    for one in opened:
+        known = one.sketch.known if one.sketch is not None else None
+        if one is not large and one.info.rows <= _SKETCHED and known is not large.directions:
+            one.sketch = Sketch.whole(large.directions, one.vectors, metric)
 
 
 def drop_unlisted(home: Path, manifest: Manifest | None, fs: FileSystem) -> None:

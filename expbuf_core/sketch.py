@@ -90,6 +90,11 @@ class Sketch:
     Args:
         known: Directions.
         vectors: (capacity, dim) float32.
+
+    Attributes:
+        known: As given.
+        vectors: As given.
+        squared: (capacity,) squared lengths, of a `whole` one under "l2", else None.
     """
 
     def __init__(self, known: Directions, vectors: _Float) -> None:
@@ -98,6 +103,20 @@ class Sketch:
         self._bounding = np.empty((len(vectors), len(known.basis) + 1), np.float32)
         self._made = 0
         self._useless = 0
+        self.squared: _Float | None = None  # lengths, of a whole one under "l2"
+
+    @classmethod
+    def whole(cls, known: Directions, vectors: _Float, metric: str) -> Sketch:
+        """Of an array that is full already."""
+        vectors = np.asarray(vectors)
+        sketch = cls(known, vectors)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for start in range(0, len(vectors), _STEP):
+                block = vectors[start : start + _STEP]
+                sketch._bounding[start : start + _STEP] = known.bounding(block)
+        sketch._made = len(vectors)
+        sketch.squared = squared_norms(vectors) if metric == "l2" else None
+        return sketch
 
     def candidates(
         self, rows: int, query: _Float, floor: float, squared: _Float | None = None

@@ -404,13 +404,21 @@ def _search_one(
     The segments come first: what they find says how similar a row of the tail has to be to count,
     which spares sorting it. Each call into numpy counts here.
     """
-    parts = [_search_segment(segment, metric, query, k, allowed) for segment in view.segments]
+    parts, floor = [], -np.inf
+    for segment in view.segments:
+        part = None
+        if segment.sketch is not None and floor > -np.inf and allowed is None:
+            part = _search_sketched(segment, segment.sketch, metric, query[0], k, floor)
+        if part is None:
+            part = _search_segment(segment, metric, query, k, allowed)
+            floor = max(floor, float(part[1][0, -1]))
+        if part[0].shape[1]:
+            parts.append(part)
     if not len(view.tail_ids):
         return _merged(parts, k) if parts else _nothing(1, k)
     mask = view.tail_live if view.tail_dead or allowed is not None else None
     if allowed is not None:
         mask = view.tail_live & _member(view.tail_ids, allowed)
-    floor = max([float(similarities[0, -1]) for _, similarities in parts], default=-np.inf)
     rows = None
     if view.tail_sketch is not None and floor > -np.inf:
         rows = view.tail_sketch.candidates(len(view.tail_ids), query[0], floor, view.tail_squared)
@@ -430,6 +438,24 @@ def _search_one(
     padded = _nothing(1, k)
     padded[0][0, : len(ids)], padded[1][0, : len(ids)] = ids, similarities
     return padded
+
+
+def _search_sketched(
+    segment: OpenSegment,
+    sketch: Sketch,
+    metric: str,
+    query: NDArray[np.float32],
+    k: int,
+    floor: float,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+    """Rows of a small segment from `floor` on, (1, up to k); None where bounds do not tell."""
+    rows = sketch.candidates(segment.info.rows, query, floor, sketch.squared)
+    if rows is None:
+        return None
+    if len(rows) and segment.dead:
+        rows = rows[segment.live[rows]]
+    rows, similarities = exact_among(sketch.vectors, rows, query, k, metric)
+    return segment.ids.take(rows)[np.newaxis], similarities[np.newaxis]
 
 
 def _nothing(m: int, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -18,6 +18,7 @@ from expbuf_core.contracts import (
     Appended,
     LogFollower,
     LoggedOperation,
+    LoggedRun,
     LogGone,
     PersistenceAdapter,
     PersistenceContext,
@@ -40,6 +41,16 @@ Places = NDArray[np.int64]
 Lengths = NDArray[np.uint32]
 
 
+class Plain(FilePersistenceAdapter):
+    """Takes no operations together: so what a bug changes is what the core uses."""
+
+    recover_alike = PersistenceAdapter.recover_alike
+
+
+class PlainFollower(FileFollower):
+    read_alike = LogFollower.read_alike
+
+
 class Sound(FilePersistenceAdapter):
     """No bug: what the others are compared with."""
 
@@ -47,24 +58,24 @@ class Sound(FilePersistenceAdapter):
         return super().pin(ids, locations, lengths)
 
 
-class LosesTheLast(FilePersistenceAdapter):
+class LosesTheLast(Plain):
     def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
         return iter(list(super().recover(after_lsn, durable_lsn))[:-1])
 
 
-class SwapsOperations(FilePersistenceAdapter):
+class SwapsOperations(Plain):
     def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
         found = list(super().recover(after_lsn, durable_lsn))
         found[4:6] = reversed(found[4:6])
         return iter(found)
 
 
-class ForgetsIds(FilePersistenceAdapter):
+class ForgetsIds(Plain):
     def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
         return (item._replace(first_id=0) for item in super().recover(after_lsn, durable_lsn))
 
 
-class DoesNotSync(FilePersistenceAdapter):
+class DoesNotSync(Plain):
     def sync(self) -> None:
         pass
 
@@ -82,7 +93,7 @@ class _NoFolderSync(FileSystem):
         pass
 
 
-class DoesNotSyncTheFolder(FilePersistenceAdapter):
+class DoesNotSyncTheFolder(Plain):
     def __init__(self, settings: FileSettings, context: PersistenceContext) -> None:
         fs = _NoFolderSync(context.fs)
         super().__init__(
@@ -90,19 +101,19 @@ class DoesNotSyncTheFolder(FilePersistenceAdapter):
         )
 
 
-class SyncsOnlyTheCurrentFile(FilePersistenceAdapter):
+class SyncsOnlyTheCurrentFile(Plain):
     def sync(self) -> None:
         self._words[3] = self._words[0]
         super().sync()
 
 
-class SwallowsFailedSyncs(FilePersistenceAdapter):
+class SwallowsFailedSyncs(Plain):
     def sync(self) -> None:
         with contextlib.suppress(StorageError):
             super().sync()
 
 
-class TruncatesBeforeItIsDurable(FilePersistenceAdapter):
+class TruncatesBeforeItIsDurable(Plain):
     def start(self, lsn: int, recovered_lsn: int) -> None:
         for number in self._reader.scanned[-1:]:
             self._logs.trim(number, max(self._reader.end - 4096, 4096))
@@ -117,7 +128,7 @@ class _WrongRow(Pin):
         return self._pin.read((i + 1) % self._count)
 
 
-class PinsAnotherRow(FilePersistenceAdapter):
+class PinsAnotherRow(Plain):
     def pin(self, ids: Places, locations: Places, lengths: Lengths) -> Pin:
         return _WrongRow(super().pin(ids, locations, lengths), len(ids))
 
@@ -130,27 +141,27 @@ class _Lazy(Pin):
         return FilePersistenceAdapter.pin(self._adapter, *self._wanted).read(i)
 
 
-class PinsLazily(FilePersistenceAdapter):
+class PinsLazily(Plain):
     def pin(self, ids: Places, locations: Places, lengths: Lengths) -> Pin:
         return _Lazy(self, ids, locations, lengths)
 
 
-class _NeverSkips(FileFollower):
+class _NeverSkips(PlainFollower):
     def skip(self, lsn: int, cursor: Any) -> None:
         pass
 
 
-class _SkipsTooMuch(FileFollower):
+class _SkipsTooMuch(PlainFollower):
     def skip(self, lsn: int, cursor: Any) -> None:
         self._lsn = lsn + 1
 
 
-class _ReadsOn(FileFollower):
+class _ReadsOn(PlainFollower):
     def read(self, until_lsn: int) -> Iterator[LoggedOperation]:
         return super().read(until_lsn + 1)
 
 
-class _SeesNoGrowth(FileFollower):
+class _SeesNoGrowth(PlainFollower):
     _seen = False
 
     def read(self, until_lsn: int) -> Iterator[LoggedOperation]:
@@ -160,7 +171,7 @@ class _SeesNoGrowth(FileFollower):
         yield from super().read(until_lsn)
 
 
-class _FollowsWrongly(FilePersistenceAdapter):
+class _FollowsWrongly(Plain):
     kind: type[FileFollower] = FileFollower
 
     def follow(self, after_lsn: int) -> LogFollower:
@@ -180,11 +191,29 @@ class ReadsOn(_FollowsWrongly):
     kind = _ReadsOn
 
 
+class LosesTheLastOfARun(FilePersistenceAdapter):
+    def recover_alike(
+        self, after_lsn: int, durable_lsn: int
+    ) -> Iterator[LoggedOperation | LoggedRun]:
+        return iter(list(super().recover_alike(after_lsn, durable_lsn))[:-1])
+
+
+class _FollowsNoRuns(FileFollower):
+    def read_alike(self, until_lsn: int) -> Iterator[LoggedOperation | LoggedRun]:
+        return (
+            found for found in super().read_alike(until_lsn) if not isinstance(found, LoggedRun)
+        )
+
+
+class FollowsNoRuns(_FollowsWrongly):
+    kind = _FollowsNoRuns
+
+
 class SeesNoGrowth(_FollowsWrongly):
     kind = _SeesNoGrowth
 
 
-class HidesGaps(FilePersistenceAdapter):
+class HidesGaps(Plain):
     """Follows from the oldest log there is, whatever was asked."""
 
     def follow(self, after_lsn: int) -> LogFollower:
@@ -195,12 +224,12 @@ class HidesGaps(FilePersistenceAdapter):
             return super().follow(after_lsn)
 
 
-class AppendsOneByOne(FilePersistenceAdapter):
+class AppendsOneByOne(Plain):
     def append(self, stamped: Sequence[Stamped], durable_lsn: int) -> list[Appended]:
         return [super(AppendsOneByOne, self).append([item], durable_lsn)[0] for item in stamped]
 
 
-class RemembersItsOwnEnd(FilePersistenceAdapter):
+class RemembersItsOwnEnd(Plain):
     _end: tuple[int, int, int] | None = None
 
     def append(self, stamped: Sequence[Stamped], durable_lsn: int) -> list[Appended]:
@@ -211,7 +240,7 @@ class RemembersItsOwnEnd(FilePersistenceAdapter):
         return places
 
 
-class RaisesRawErrors(FilePersistenceAdapter):
+class RaisesRawErrors(Plain):
     def append(self, stamped: Sequence[Stamped], durable_lsn: int) -> list[Appended]:
         try:
             return super().append(stamped, durable_lsn)
@@ -219,14 +248,14 @@ class RaisesRawErrors(FilePersistenceAdapter):
             raise OSError(exc.errno, "raw") from None
 
 
-class TakesTornTailsForDamage(FilePersistenceAdapter):
+class TakesTornTailsForDamage(Plain):
     def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
         yield from super().recover(after_lsn, durable_lsn)
         if self._reader.torn_bytes:
             raise CorruptionError("torn", path=self._folder)
 
 
-class TakesDamageForTornTails(FilePersistenceAdapter):
+class TakesDamageForTornTails(Plain):
     def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
         try:
             yield from super().recover(after_lsn, durable_lsn)
@@ -234,29 +263,29 @@ class TakesDamageForTornTails(FilePersistenceAdapter):
             return
 
 
-class ChangesWhatItRecovers(FilePersistenceAdapter):
+class ChangesWhatItRecovers(Plain):
     def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
         yield from super().recover(after_lsn, durable_lsn)
         self._logs.trim(self._reader.number, self._reader.end)
 
 
-class IgnoresWhatWasDurable(FilePersistenceAdapter):
+class IgnoresWhatWasDurable(Plain):
     def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
         return super().recover(after_lsn, 0)
 
 
-class FindsNothing(FilePersistenceAdapter):
+class FindsNothing(Plain):
     def verify(self, until_lsn: int) -> Iterator[Problem]:
         return iter(())
 
 
-class FindsTooMuch(FilePersistenceAdapter):
+class FindsTooMuch(Plain):
     def verify(self, until_lsn: int) -> Iterator[Problem]:
         yield from super().verify(until_lsn)
         yield Problem(str(self._folder), -1, "who knows", True)
 
 
-class DropsLivePayloads(FilePersistenceAdapter):
+class DropsLivePayloads(Plain):
     def drop_below(self, lsn: int, live_ids: Places, live_locations: Places) -> None:
         super().drop_below(lsn, live_ids[:0], live_locations[:0])
 
@@ -266,22 +295,22 @@ class MovesNothingAndDropsIt(DropsLivePayloads):
         return np.zeros(len(live_locations), bool)
 
 
-class DropsTheOperationsBehind(FilePersistenceAdapter):
+class DropsTheOperationsBehind(Plain):
     def drop_below(self, lsn: int, live_ids: Places, live_locations: Places) -> None:
         super().drop_below(lsn + 8, live_ids, live_locations)
 
 
-class NeverDrops(FilePersistenceAdapter):
+class NeverDrops(Plain):
     def drop_below(self, lsn: int, live_ids: Places, live_locations: Places) -> None:
         pass
 
 
-class RetiresTooMuch(FilePersistenceAdapter):
+class RetiresTooMuch(Plain):
     def retire(self, durable_lsn: int, keep_lsn: int, next_lsn: int) -> None:
         super().retire(durable_lsn, durable_lsn, next_lsn)
 
 
-class RetiresTooLittle(FilePersistenceAdapter):
+class RetiresTooLittle(Plain):
     def retire(self, durable_lsn: int, keep_lsn: int, next_lsn: int) -> None:
         chain = self._logs.chain(durable_lsn)
         last = max(
@@ -292,13 +321,13 @@ class RetiresTooLittle(FilePersistenceAdapter):
         super().retire(durable_lsn, max(keep_lsn, last), next_lsn)
 
 
-class ForksBadly(FilePersistenceAdapter):
+class ForksBadly(Plain):
     def after_fork(self) -> None:
         super().after_fork()
         self._words[1] = 4096
 
 
-class ServesOnlyItsFamily(FilePersistenceAdapter):
+class ServesOnlyItsFamily(Plain):
     """What it knows, forks inherit; a process that was started apart does not."""
 
     created: set[Path] = set()  # noqa: RUF012
@@ -312,18 +341,18 @@ class ServesOnlyItsFamily(FilePersistenceAdapter):
         super().attach()
 
 
-class WritesPastTheFileSystem(FilePersistenceAdapter):
+class WritesPastTheFileSystem(Plain):
     def __init__(self, settings: FileSettings, context: PersistenceContext) -> None:
         super().__init__(settings, dataclasses.replace(context, fs=FileSystem()))
 
 
-class BelievesOnlyWhatWasSynced(FilePersistenceAdapter):
+class BelievesOnlyWhatWasSynced(Plain):
     def recover(self, after_lsn: int, durable_lsn: int) -> Iterator[LoggedOperation]:
         found = super().recover(after_lsn, durable_lsn)
         return (item for item in found if item.lsn <= durable_lsn)
 
 
-class SharesOneFollower(FilePersistenceAdapter):
+class SharesOneFollower(Plain):
     _shared: LogFollower | None = None
 
     def follow(self, after_lsn: int) -> LogFollower:
@@ -344,7 +373,7 @@ class _OldPlaces(LogFollower):
         self._follower.skip(lsn, cursor)
 
 
-class FollowersKnowOldPlaces(FilePersistenceAdapter):
+class FollowersKnowOldPlaces(Plain):
     """Where an operation lay before the log was retired is where they say it lies."""
 
     def __init__(self, settings: FileSettings, context: PersistenceContext) -> None:
@@ -371,12 +400,12 @@ class _OneBuffer(Pin):
         return memoryview(self._bytes)[: len(row)]
 
 
-class ReadsIntoOneBuffer(FilePersistenceAdapter):
+class ReadsIntoOneBuffer(Plain):
     def pin(self, ids: Places, locations: Places, lengths: Lengths) -> Pin:
         return _OneBuffer(super().pin(ids, locations, lengths))
 
 
-class DropsMoreWhenItFailed(FilePersistenceAdapter):
+class DropsMoreWhenItFailed(Plain):
     def drop_below(self, lsn: int, live_ids: Places, live_locations: Places) -> None:
         try:
             super().drop_below(lsn, live_ids, live_locations)
@@ -384,24 +413,24 @@ class DropsMoreWhenItFailed(FilePersistenceAdapter):
             super().drop_below(lsn, live_ids[:0], live_locations[:0])
 
 
-class ForgetsToClose(FilePersistenceAdapter):
+class ForgetsToClose(Plain):
     def finish(self, last_lsn: int) -> None:
         self.sync()
 
 
-class CountsSurvivorsWrongly(FilePersistenceAdapter):
+class CountsSurvivorsWrongly(Plain):
     def survivors(self, live_locations: Places, lengths: Lengths) -> NDArray[np.bool_]:
         return super().survivors(live_locations, lengths)[:-1]
 
 
-class AcceptsStrangers(FilePersistenceAdapter):
+class AcceptsStrangers(Plain):
     def __init__(self, settings: FileSettings, context: PersistenceContext) -> None:
         super().__init__(
             settings, PersistenceContext(context.path, bytes(range(16)), context.fs, context.words)
         )
 
 
-class LeaksDescriptors(FilePersistenceAdapter):
+class LeaksDescriptors(Plain):
     def attach(self) -> None:
         super().attach()
 
@@ -410,18 +439,18 @@ class LeaksDescriptors(FilePersistenceAdapter):
         return super().follow(after_lsn)
 
 
-class TellsNoJson(FilePersistenceAdapter):
+class TellsNoJson(Plain):
     def stats(self) -> dict[str, Any]:
         return {"files": np.int64(3)}
 
 
-class LosesOnSwitching(FilePersistenceAdapter):
+class LosesOnSwitching(Plain):
     def switch(self, next_lsn: int, durable_lsn: int) -> None:
         self._words[1] -= 8
         super().switch(next_lsn, durable_lsn)
 
 
-class HastensByAppending(FilePersistenceAdapter):
+class HastensByAppending(Plain):
     """What it wants to be written early it writes once more, wherever the log has got to."""
 
     _last: Sequence[Stamped] = ()
@@ -435,7 +464,7 @@ class HastensByAppending(FilePersistenceAdapter):
             super().append(self._last, 0)
 
 
-class MovesPinsWithTheFile(FilePersistenceAdapter):
+class MovesPinsWithTheFile(Plain):
     """Locations are those of another file after a retirement."""
 
     def retire(self, durable_lsn: int, keep_lsn: int, next_lsn: int) -> None:
@@ -468,6 +497,8 @@ CAUGHT: list[tuple[type[PersistenceAdapter], str]] = [
     (MovesNothingAndDropsIt, "test_p51_snapshots_and_eviction"),
     (SeesNoGrowth, "test_p52_processes_share_a_buffer"),
     (LosesTheLast, "test_p2_recovers_what_was_appended"),
+    (LosesTheLastOfARun, "test_p2_operations_that_are_alike"),
+    (FollowsNoRuns, "test_p2_operations_that_are_alike"),
     (SwapsOperations, "test_p2_recovers_what_was_appended"),
     (ForgetsIds, "test_p2_recovers_what_was_appended"),
     (FindsNothing, "test_p2_changed_content"),

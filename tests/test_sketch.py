@@ -115,28 +115,44 @@ def test_numbers_at_the_limits(rng: np.random.Generator, scale: float) -> None:
 
 
 @each_metric
-def test_a_tail_beside_a_segment(tmp_path: Path, rng: np.random.Generator, metric: str) -> None:
+def test_a_tail_beside_segments(tmp_path: Path, rng: np.random.Generator, metric: str) -> None:
     """One by one, in a batch, and by comparing all vectors: the same."""
     vectors = shaped(embeddings(rng, 10_500), metric)
     queries, vectors = vectors[10_400:], vectors[:10_400]
     backend = ExactIndexBackend(ExactSettings(), IndexContext(DIM, metric))
     ids = np.arange(len(vectors), dtype=np.int64)
-    info = segments.write_segment(
-        tmp_path,
-        "000001",
-        uuid=bytes(16),
-        ids=ids[:9000],
-        vectors=iter([vectors[:9000]]),
-        dim=DIM,
-        end_id=9000,
-        backend_name="exact",
-        backend=backend,
-        fs=FileSystem(),
-    )
-    opened = segments.open_segment(tmp_path, info, DIM, backend, ids[:9000], filters=True)
-    assert opened.directions is not None
+    opened = []
+    for name, first, behind in (("1", 0, 8400), ("2", 8400, 9000)):
+        info = segments.write_segment(
+            tmp_path,
+            name,
+            uuid=bytes(16),
+            ids=ids[first:behind],
+            vectors=iter([vectors[first:behind]]),
+            dim=DIM,
+            end_id=behind,
+            backend_name="exact",
+            backend=backend,
+            fs=FileSystem(),
+        )
+        opened.append(
+            segments.open_segment(tmp_path, info, DIM, backend, ids[first:behind], filters=True)
+        )
+    segments.sketch_small_ones(tuple(opened), metric)
+    large, small = opened
+    assert large.directions is not None
+    assert large.sketch is None
+    assert small.sketch is not None
+    left = []
+    for query in queries:
+        floor = float(np.sort(similarities(vectors[:8400], query, metric))[-10])
+        left.append(small.sketch.candidates(600, query, floor, small.sketch.squared))
+    assert any(rows is not None for rows in left)
+    kept = small.sketch
+    segments.sketch_small_ones(tuple(opened), metric)
+    assert small.sketch is kept
     tiers = IndexTiers(metric)
-    tiers.adopt((opened,), lsn=1, end_id=9000, generation=1)
+    tiers.adopt(tuple(opened), lsn=1, end_id=9000, generation=1)
     live = np.ones(len(vectors), bool)
     for first, n in ((9000, 9500), (9500, 10_000), (10_000, 10_400)):
         tiers.add(ids[first:n], vectors[first:n])
