@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import time
@@ -213,7 +214,10 @@ def rewards(value: Any, where: str = "rewards") -> tuple[float, dict[str, float]
         except OverflowError:
             total = math.inf
         return number(total, where), components
-    total = number(value, where)
+    try:
+        total = number(value, where)
+    except InvalidExperience as exc:
+        raise InvalidExperience(f"{exc}, or a mapping of names to numbers") from exc
     return total, {"reward": total}
 
 
@@ -554,8 +558,11 @@ class Intake:
         """A mapping of columns as one operation; see `ExperienceBuffer.add_many`."""
         unknown = [name for name in columns if name not in COLUMNS]
         if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), COLUMNS, 1)
+            hint = f". Did you mean {near[0]!r}?" if near else ""
             raise InvalidExperience(
-                f"unknown columns: {', '.join(map(repr, unknown))}; known: {', '.join(COLUMNS)}"
+                f"unknown columns: {', '.join(map(shown, unknown))}; known: "
+                f"{', '.join(COLUMNS)}{hint}"
             )
         now = time.time()
         given = next(
