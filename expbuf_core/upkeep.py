@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("expbuf")
 _STOP_S = 60.0
 _RETRY_S = 1.0  # pause after a failure, so that a full disk is not met at every commit
-_RELOG_ROWS = 256  # moved in one commit
+# Moved in one commit. Each has a sync of its own, which writers wait behind: so not few small ones;
+# and not so many that this process' reads, or writers, notice one.
+_RELOG_ROWS, _RELOG_BYTES = 2048, 1 << 20
 _MEMORY_OPERATIONS = 10_000  # kept of a buffer in memory before the dead ones are dropped
 CLOSING_OPERATIONS = 10_000  # a log so long makes a snapshot worth while at closing
 
@@ -405,8 +407,10 @@ class Upkeep:
         replica = self._session.replica
         with replica.lock:  # not new embeddings that wait for their representation
             moving = ids[replica.state.location[replica.state.find(ids)] == locations]
-        for start in range(0, len(moving), _RELOG_ROWS):
-            self._move(moving[start : start + _RELOG_ROWS])
+        each = max(1, int(lengths[alone].mean())) if len(moving) else 1
+        step = max(1, min(_RELOG_ROWS, _RELOG_BYTES // each))
+        for start in range(0, len(moving), step):
+            self._move(moving[start : start + step])
 
     def _live_payloads(
         self,
