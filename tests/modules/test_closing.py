@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,10 @@ class Held:
         self._lock = lock
         self.wanted, self.free = threading.Event(), threading.Event()
 
-    def __enter__(self) -> None:
+    def run(self, work: Callable[..., object], *arguments: object) -> None:
         self.wanted.set()
         assert self.free.wait(DEADLINE_S)
-        self._lock.acquire()
-
-    def __exit__(self, *exc: object) -> None:
-        self._lock.release()
+        self._lock.run(work, *arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lock, name)
