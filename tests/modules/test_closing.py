@@ -51,7 +51,7 @@ def test_closing_waits_for_a_snapshot_under_way(folder: Path) -> None:
     for n in range(10):
         buffer.add(experience(n))
     held = Held(buffer._session.maintenance)
-    buffer._session.maintenance = held
+    buffer._session.maintenance = held  # type: ignore[assignment]
     failed: list[BaseException] = []
 
     def snapshot() -> None:
