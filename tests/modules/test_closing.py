@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,10 @@ class Held:
         self._lock = lock
         self.wanted, self.free = threading.Event(), threading.Event()
 
-    def __enter__(self) -> None:
+    def run(self, work: Callable[..., object], *arguments: object) -> None:
         self.wanted.set()
         assert self.free.wait(DEADLINE_S)
-        self._lock.acquire()
-
-    def __exit__(self, *exc: object) -> None:
-        self._lock.release()
+        self._lock.run(work, *arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lock, name)
@@ -53,7 +51,7 @@ def test_closing_waits_for_a_snapshot_under_way(folder: Path) -> None:
     for n in range(10):
         buffer.add(experience(n))
     held = Held(buffer._session.maintenance)
-    buffer._session.maintenance = held
+    buffer._session.maintenance = held  # type: ignore[assignment]
     failed: list[BaseException] = []
 
     def snapshot() -> None:
