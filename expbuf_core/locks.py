@@ -167,10 +167,11 @@ def _reentered() -> ReentrantCall:
     )
 
 
-def _kept_by_a_thread(what: object, timeout: float) -> LockTimeout:
+def _kept_by_a_thread(
+    what: object, timeout: float, who: str = "another thread of this process"
+) -> LockTimeout:
     return LockTimeout(
-        f"{what}: another thread of this process (pid {os.getpid()}) has held the lock for "
-        f"{timeout:g} s",
+        f"{what}: {who} (pid {os.getpid()}) has held the lock for {timeout:g} s",
         pid=os.getpid(),
     )
 
@@ -253,13 +254,13 @@ class ProcessLock:
         """Take the lock; `run` is to be preferred.
 
         Raises:
-            LockTimeout: It was not free in time; `.pid` is the holder's.
-            ReentrantCall: This thread has it already.
+            LockTimeout: It was not free in time, or this thread has it already; `.pid` is the
+                holder's.
         """
         timeout = self.timeout_s if timeout_s is None else timeout_s
         file = self._file
         if file.mutex._is_owned():
-            raise _reentered()
+            raise _kept_by_a_thread(file.path, 0, "this thread")
         try:
             if not file.mutex.acquire(timeout=timeout):
                 raise _kept_by_a_thread(file.path, timeout)
@@ -412,7 +413,7 @@ class ThreadLock:
         """Take the lock, or raise `LockTimeout`."""
         timeout = self.timeout_s if timeout_s is None else timeout_s
         if self._mutex._is_owned():
-            raise _reentered()
+            raise _kept_by_a_thread("the buffer", 0, "this thread")
         if not self._mutex.acquire(timeout=timeout):
             raise _kept_by_a_thread("the buffer", timeout)
 
