@@ -1,6 +1,6 @@
 """The write path: numbers, append lock, group commit, publication.
 
-    encode (no lock) -> append lock: number, stamp, append, hasten -> release
+    encode (no lock) -> append lock: number, stamp, append -> release -> hasten
                      -> flush lock: one fsync for all that arrived -> publish -> acknowledge
 
 What need not come before the write comes behind it: the disk is at work by then.
@@ -202,6 +202,9 @@ class CommitLog:
             self._append_lock.run(self._append_now, entries, pause=self._await_append)
         finally:
             control.tell(c.APPENDED, c.WAITING_TO_APPEND, 1)
+        # Where a flush is under way, another will have to follow it anyhow.
+        if self._syncs and not control.words[c.FLUSHING]:
+            self._adapter.hasten()
 
     def _await_append(self) -> bool:
         """Sleep until another process has appended, or nearly so."""
@@ -278,8 +281,6 @@ class CommitLog:
         words[c.APPENDING] = 1
         try:
             places = self._adapter.append(stamped, words[c.DURABLE])
-            if self._syncs:
-                self._adapter.hasten()
         except LogInterrupted:
             raise  # APPENDING stays set: the next append retires the log
         except Exception:

@@ -566,7 +566,7 @@ class PersistenceAdapter(ABC):
     def hasten(self) -> None:  # noqa: B027  (optional)
         """What this process appended last is about to be synced: start to write it out.
 
-        Called right behind `append` (append lock held); must not wait, and must not fail.
+        Called behind `append`, without a lock; must not wait, and must not fail.
         """
 
     @abstractmethod

@@ -24,6 +24,7 @@ Vectors = NDArray[np.float32]
 _OLDEST = 1e30  # seconds; finite in float32
 _FLOAT32 = np.dtype(np.float32)
 _SHOWN = 80  # characters of a value in a message
+_SAFE = (1e-24, 1e30)  # squared lengths in between have lost nothing to float32's range
 _LARGEST = float(np.finfo(np.float32).max)
 
 COLUMNS = (
@@ -132,14 +133,20 @@ def _rank_error(array: NDArray[Any], name: str, rank: int) -> DimensionError:
     )
 
 
+def _normalised_row(vectors: Vectors) -> Vectors | None:
+    """One row of length 1, finite; None where it takes more care."""
+    row = vectors[0]
+    square = float(row.dot(row))
+    return vectors * (1.0 / math.sqrt(square)) if _SAFE[0] < square < _SAFE[1] else None
+
+
 def normalised(vectors: Vectors) -> Vectors:
     """Scale rows to length 1; rows of zeros stay zero. What is finite stays finite."""
-    low, high = 1e-24, 1e30  # squared lengths in between have lost nothing to float32's range
+    low, high = _SAFE
     if len(vectors) == 1:
-        row = vectors[0]
-        square = float(row.dot(row))
-        if low < square < high:
-            return vectors * (1.0 / math.sqrt(square))
+        scaled = _normalised_row(vectors)
+        if scaled is not None:
+            return scaled
     else:
         squares = np.einsum("ij,ij->i", vectors, vectors)
         if low < squares.min(initial=1) and squares.max(initial=1) < high:
@@ -160,6 +167,10 @@ def fuse(fusion: EmbeddingFusion, metric: str, v: Vectors, q: Vectors, dim: int)
             f"fusion {type(fusion).__name__} returned {fused.dtype} {fused.shape}; expected "
             f"float32 {(len(v), dim)}"
         )
+    if len(fused) == 1 and metric == "cosine":  # as adds and searches come
+        scaled = _normalised_row(fused)
+        if scaled is not None:
+            return scaled
     # Their sum of squares is finite if they are; where it is not, a second look tells.
     if not math.isfinite(np.vdot(fused, fused)) and not np.isfinite(fused).all():
         raise InvalidExperience("the fused embedding is not finite: its parts are too large")

@@ -246,6 +246,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
     def hasten(self) -> None:
         current = self._writable
         if current is not None and self._settings.commit != "rename":
+            # Should another thread switch logs at this moment, a hint is given in vain.
             start, end = current.last
             self._fs.start_writing(current.data_fd, start, end - start)
 
