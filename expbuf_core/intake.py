@@ -135,8 +135,7 @@ def _rank_error(array: NDArray[Any], name: str, rank: int) -> DimensionError:
 
 def _normalised_row(vectors: Vectors) -> Vectors | None:
     """One row of length 1, finite; None where it takes more care."""
-    row = vectors[0]
-    square = float(row.dot(row))
+    square = float(np.vdot(vectors, vectors))  # the one product that overflows without a warning
     return vectors * (1.0 / math.sqrt(square)) if _SAFE[0] < square < _SAFE[1] else None
 
 

@@ -112,8 +112,7 @@ def _unit(part: NDArray[np.float32], length: float) -> NDArray[np.float32]:
     """Scale every row to this length; rows of zeros stay zero."""
     low, high = _SAFE
     if len(part) == 1:  # three times as fast as the general way, and searches come one by one
-        row = part[0]
-        square = float(row.dot(row))  # unlike `@` it overflows without a warning
+        square = float(np.vdot(part, part))  # the one product that overflows without a warning
         if low < square < high:
             return part * (length / math.sqrt(square))
     else:
