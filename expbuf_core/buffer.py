@@ -841,6 +841,8 @@ class ExperienceBuffer:
         started = _started(session)
         session.refresh()
         k = self._checked_k(k)
+        if k == _MOST:
+            raise InvalidExperience(f"k must be below {_MOST:,}: results are padded to it")
         asked = _Question(session, v_embed, q_embed, hybrid_embed, rank=2)
         left_out, replica = as_ids(exclude), session.replica
         for _ in range(_SEARCH_TRIES):
@@ -866,9 +868,9 @@ class ExperienceBuffer:
     def _checked_k(self, k: int | None) -> int:
         if k is None:
             return int(self.config.inference.k)
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k < _MOST:
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise InvalidExperience(f"k must be an integer of at least 1, not {shown(k)}")
-        return int(k)
+        return min(int(k), _MOST)  # nothing holds more
 
     def _search(
         self,
@@ -943,7 +945,9 @@ class ExperienceBuffer:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
             raise InvalidExperience(f"batch_size must be an integer, not {shown(batch_size)}")
         if not 1 <= batch_size < _MOST:
-            raise InvalidExperience(f"batch_size must be at least 1, not {shown(batch_size)}")
+            raise InvalidExperience(
+                f"batch_size must be at least 1 and below {_MOST:,}, not {shown(batch_size)}"
+            )
         session = self._live()
         beta = session.config.sampling.beta if beta is None else number(beta, "beta", 0.0, 1.0)
         session.refresh()

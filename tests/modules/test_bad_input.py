@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -676,11 +676,13 @@ for _ in range(100_000):
 )
 def test_a_message_is_short_whatever_the_value(buffer: ExperienceBuffer, bad: Any) -> None:
     add_all(buffer, range(1))
-    for work in (
-        lambda: buffer.search_index(v_embed=vector(0), k=bad),
+    calls: list[Callable[[], object]] = [
         lambda: buffer.search_many(v_embed=vector(0)[None], k=bad),
         lambda: buffer.sample(bad),
-    ):
+    ]
+    if not isinstance(bad, int):  # a search for more than there is finds what there is
+        calls.append(lambda: buffer.search_index(v_embed=vector(0), k=bad))
+    for work in calls:
         with pytest.raises(InvalidExperience) as caught:
             work()
         assert len(str(caught.value)) < 300

@@ -31,7 +31,7 @@ from expbuf_core.errors import CorruptionError, StorageError, StorageFull
 from expbuf_core.filesystem import storage_errors
 from expbuf_file import layout
 from expbuf_file.follower import FileFollower, FilePin, Part
-from expbuf_file.logfile import BadFrame, LogFile
+from expbuf_file.logfile import BadFrame, Begin, Frame, LogFile
 from expbuf_file.logfolder import INDEX_SLACK, LogFolder
 from expbuf_file.recovering import LogReader
 from expbuf_file.salvage import Salvage, uuid_of
@@ -511,6 +511,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
         self, lsn: int, live_ids: NDArray[np.int64], live_locations: NDArray[np.int64]
     ) -> None:
         chain = self._logs.chain(lsn)
+        begins = [self._logs.begins[n] for n in chain]
         needed = max((n for n in chain if self._logs.begins[n].previous_lsn <= lsn), default=0)
         with_payloads = set(np.unique(live_locations >> layout.OFFSET_BITS).tolist())
         for number in layout.numbers(self._folder, layout.INDEX):
@@ -519,6 +520,26 @@ class FilePersistenceAdapter(PersistenceAdapter):
         for number in layout.numbers(self._folder, layout.DATA):
             if number < needed and number not in with_payloads:
                 self._logs.unlink(layout.DATA, number)
+        self._trim_sealed(chain, begins)
+
+    def _trim_sealed(self, chain: list[int], begins: list[Begin]) -> None:
+        """Give back the room that ended logs have not used: a snapshot ends a log early.
+
+        Only behind an end marker that is durable, so that a file is cut where it says it ends.
+        """
+        for number, following, begin in zip(chain, chain[1:], begins[1:], strict=False):
+            if following > self._words[_SYNCED]:
+                break
+            end = begin.previous_end
+            try:
+                file = self._logs.open(layout.DATA, number)
+            except StorageError:
+                continue  # deleted above
+            if file.size() <= end + layout.END_BYTES:
+                continue
+            found = file.frame(end, end + layout.END_BYTES, rows=False)
+            if isinstance(found, Frame) and found.header.kind == frames.LOG_END:
+                self._logs.trim(number, found.end)
 
     def survivors(
         self, live_locations: NDArray[np.int64], lengths: NDArray[np.uint32]

@@ -604,6 +604,29 @@ def test_starting_anew_drops_what_was_left_out(folder: Folder) -> None:
     folder.check(folder.recover())
 
 
+def test_an_ended_log_gives_back_what_it_has_not_used(folder: Folder) -> None:
+    adapter = folder.new()
+    nothing = np.empty(0, np.int64)
+    folder.append(adapter, 1, 2, 3)
+    folder.sync(adapter)
+    adapter.switch(4, 3)
+    folder.append(adapter, 4, 5)
+    adapter.drop_below(0, nothing, nothing)  # the end marker may not be on the disk yet
+    first = folder.file(1)
+    reserved = first.stat().st_size
+    end = layout.HEADER_BYTES + len(first.read_bytes()[layout.HEADER_BYTES :].rstrip(b"\0"))
+    assert reserved - end > 1 << 12
+    folder.sync(adapter)
+    adapter.drop_below(0, nothing, nothing)
+    assert end <= first.stat().st_size < end + 8
+    assert not list(adapter.verify(5))
+    folder.check(list(adapter.follow(0).read(5)))
+    adapter.drop_below(0, nothing, nothing)  # nothing more to do
+    folder.append(adapter, 6)
+    folder.sync(adapter)
+    folder.check(folder.recover(durable=6))
+
+
 def test_a_clean_end_is_part_of_the_log(folder: Folder) -> None:
     adapter = folder.new()
     folder.append(adapter, *range(1, 30))
