@@ -41,6 +41,7 @@ class _LockFile:
         self.fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
         self.path = path
         self.mutex: Any = threading.RLock()  # knows its owner; never entered twice
+        self.running = False  # by `run`
         self.sharers = 0
         self.users = 0
         stat = os.fstat(self.fd)
@@ -160,7 +161,9 @@ def _holder(fd: int) -> int | None:
     return pid if kind != fcntl.F_UNLCK and pid > 0 else None
 
 
-def _reentered() -> ReentrantCall:
+def _has_it_already(what: object, running: bool) -> ReentrantCall | LockTimeout:
+    if not running:
+        return _kept_by_a_thread(what, 0, "this thread")
     return ReentrantCall(
         "the buffer was called by a signal handler or finalizer that interrupted a call of the "
         "same thread; let it set a flag, or call from another thread"
@@ -206,21 +209,23 @@ class ProcessLock:
 
         Raises:
             LockTimeout: It was not free in time; `.pid` is the holder's.
-            ReentrantCall: This thread is in here already.
+            ReentrantCall: This thread is in here already: a signal handler interrupted it.
         """
         file, timeout = self._file, self.timeout_s
         mutex = file.mutex
         if mutex._is_owned():
-            raise _reentered()
+            raise _has_it_already(file.path, file.running)
         try:
             if not mutex.acquire(timeout=timeout):
                 raise _kept_by_a_thread(file.path, timeout)
             _check_open(file)
             try:
+                file.running = True
                 if _try_record_lock(file.fd, fcntl.LOCK_EX) or self._wait(file, timeout, pause):
                     return work(*args)
                 return None
             finally:
+                file.running = False
                 fcntl.lockf(file.fd, fcntl.LOCK_UN)
         finally:
             try:  # noqa: SIM105  (`suppress` is no builtin)
@@ -371,6 +376,7 @@ class ThreadLock:
 
     def __init__(self, timeout_s: float) -> None:
         self._mutex: Any = threading.RLock()
+        self._running = False
         self.timeout_s = timeout_s
 
     def run(
@@ -382,11 +388,15 @@ class ThreadLock:
         """Do something while the lock is held; see `ProcessLock.run`."""
         mutex = self._mutex
         if mutex._is_owned():
-            raise _reentered()
+            raise _has_it_already("the buffer", self._running)
         try:
             if not mutex.acquire(timeout=self.timeout_s):
                 raise _kept_by_a_thread("the buffer", self.timeout_s)
-            return work(*args)
+            try:
+                self._running = True
+                return work(*args)
+            finally:
+                self._running = False
         finally:
             try:  # noqa: SIM105  (`suppress` is no builtin)
                 mutex.release()

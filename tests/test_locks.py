@@ -324,15 +324,20 @@ def test_the_thread_that_has_it_is_told_so(path: Path, make: Any) -> None:
     def again() -> str:
         assert not lock.try_acquire()
         assert not lock.try_run(pytest.fail)
-        with pytest.raises(ReentrantCall):
-            lock.run(pytest.fail)
         with pytest.raises(LockTimeout, match="this thread"):
             lock.acquire()
         return "told"
 
-    assert lock.run(again) == "told"
+    def interrupting() -> None:
+        again()
+        with pytest.raises(ReentrantCall):
+            lock.run(pytest.fail)
+
+    lock.run(interrupting)
     with lock:
         again()
+        with pytest.raises(LockTimeout, match="this thread"):
+            lock.run(pytest.fail)
     with pytest.raises(ZeroDivisionError):
         lock.run(lambda: 1 / 0)
     in_thread(lambda: lock.acquire(0) or lock.release())
