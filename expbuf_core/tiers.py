@@ -18,8 +18,8 @@ from expbuf_core.exact_search import exact_among, exact_best, exact_search, squa
 from expbuf_core.segments import OpenSegment, rows_of
 from expbuf_core.sketch import LEAST_ROWS, Directions, Sketch
 
-_FIRST_BYTES = 128 << 20  # of address space: memory is taken as rows are written
-_FIRST_ROWS = 1 << 17  # at most
+_FIRST_BYTES = 64 << 20  # of address space: memory is taken as rows are written
+_FIRST_ROWS = 1 << 15  # at most
 _GROWTH = 4  # likewise: what is reserved costs nothing, what is copied does
 _WIDEN = 4
 _DENSE = 8
