@@ -66,7 +66,8 @@ def test_a_late_report_of_what_was_stored_counts_for_nothing(tmp_path: Path) -> 
         lsn = words[c.NEXT_LSN]
         adapter_of(one).append([operation(n) for n in range(lsn, lsn + 5)], words[c.DURABLE])
         slow, reports = adapter_of(other), list[int]()
-        note, slow._note_stored = slow._note_stored, reports.append  # type: ignore[method-assign]
+        note = slow._note_stored
+        slow._note_stored = reports.append  # type: ignore[assignment, method-assign]
         slow.prepare()
         assert reports == [lsn + 4]
         one.add(experience(1, 10))
