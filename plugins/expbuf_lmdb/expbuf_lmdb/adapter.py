@@ -503,7 +503,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
                 store.put(txn, tables, frame.header, frame.data)
                 stored = lsn
             at = frame.offset + frame.header.data_bytes
-        if at != end:
+        if at != end and words[GENERATION] == generation:  # else LMDB had all that it held
             raise layout.corrupt(
                 self.stage.path, "a damaged frame that LMDB does not have", offset=at
             )

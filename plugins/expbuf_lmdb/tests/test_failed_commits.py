@@ -16,6 +16,8 @@ from expbuf_core import control as c
 from expbuf_core.errors import StorageError
 from expbuf_core.testing.persistence_log import Core, Place, operation
 from expbuf_lmdb.adapter import LMDBPersistenceAdapter
+from expbuf_lmdb.environment import Tables, Txn
+from expbuf_lmdb.layout import BASE, END, State
 
 SMALL = {"map_bytes": 1 << 20, "stage_bytes": 1 << 14}
 
@@ -90,6 +92,28 @@ def test_what_is_there_after_an_error_is_synced_all_the_same(tmp_path: Path) -> 
     assert adapter_of(core).last_transaction() > before  # one of its own
     core.sync()
     assert adapter_of(core).last_transaction() == before + 1
+    core.follows()
+
+
+def test_a_stage_that_is_begun_anew_meanwhile_is_not_taken_for_damaged(tmp_path: Path) -> None:
+    core = Core(Place(tmp_path, "lmdb", SMALL)).create().extend(4).sync()
+    mine, other = adapter_of(core), core.place.adapter()
+    assert isinstance(other, LMDBPersistenceAdapter)
+    other.attach()
+    read_state, first = other.store.state, iter([True])
+
+    def state(txn: Txn, tables: Tables) -> State:
+        if next(first, False):  # the words of the stage are read, and the last LSN is not
+            mine._begin_stage(mine.words[BASE] + mine.words[END])
+            mine._room_until = 1 << 40  # LMDB's writer lock is taken
+            core.extend(1)
+        return read_state(txn, tables)
+
+    other.store.state = state  # type: ignore[method-assign]
+    assert other._write(other._put_staged)[0] == core.last - 1
+    core.follows()
+    other.sync()
+    assert other.read(other.store.last_lsn) == core.last
     core.follows()
 
 
