@@ -339,21 +339,26 @@ class CommitLog:
         """
         words = self._control.words
         while True:
+            durable = words[c.DURABLE]  # read first: behind a retirement it is that of a new log
             if retirements is not None and words[c.RETIREMENTS] != retirements:
                 self._judge_retired(lsn, retirements)
                 return
-            if words[c.DURABLE] >= lsn:
+            if durable >= lsn:
                 return
             self._lead(lsn, retirements)
 
     def _judge_retired(self, lsn: int, retirements: int) -> None:
-        words = self._control.words
-        if words[c.RETIREMENTS] == retirements + 1 and lsn <= words[c.KEPT]:
+        # In the lock: the two words must be of the same retirement.
+        if self._flush_lock.run(self._was_kept, lsn, retirements):
             return  # written again into the new log, and synced there
         raise StorageError(
             f"operation {lsn} was in a log whose sync failed; it was not acknowledged and must be "
             "taken as lost. Later writes go to a new log"
         )
+
+    def _was_kept(self, lsn: int, retirements: int) -> bool:
+        words = self._control.words
+        return bool(words[c.RETIREMENTS] == retirements + 1 and lsn <= words[c.KEPT])
 
     def _lead(self, lsn: int, retirements: int | None) -> None:
         control, died = self._control, False
@@ -428,6 +433,8 @@ class CommitLog:
         # death, everything that was written whole.
         keep = self._control.published() if failed else words[c.APPENDED]
         next_lsn = words[c.NEXT_LSN] + 1
+        if words[c.APPENDING]:
+            next_lsn += RESERVATION  # whoever died may have stamped several
         self._adapter.retire(words[c.DURABLE], keep, next_lsn)
         if words[c.APPENDING]:
             # The dead appender may have stamped ids; skip more than one commit can hold.

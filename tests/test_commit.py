@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import os
 import shutil
 import signal
@@ -662,6 +663,63 @@ def test_a_dead_appender_is_survived(scene: Scene) -> None:
     check(writer, [0, 1, 2, 4])
     scene.close()
     check(scene.open(), [0, 1, 2, 4])
+
+
+class Interposed:
+    """The words, and other processes that come in between two looks at them."""
+
+    def __init__(self, words: Any, work: dict[int, Callable[[], object]]) -> None:
+        self.words = words
+        self.looks = 0
+        self._work = work
+
+    def __getitem__(self, which: int) -> Any:
+        value = self.words[which]
+        caller = inspect.currentframe().f_back.f_code.co_name  # type: ignore[union-attr]
+        if caller in ("flush", "_judge_retired") and which in (c.DURABLE, c.RETIREMENTS):
+            self.looks += 1
+            self._work.get(self.looks, lambda: None)()
+        return value
+
+    def __setitem__(self, which: int, value: int) -> None:
+        self.words[which] = value
+
+
+def test_nothing_lost_is_acknowledged_whenever_the_log_is_given_up(scene: Scene) -> None:
+    """A thread that waits for its flush may sleep for long between two looks at the words."""
+    buffer, other = scene.open(), scene.open(FileSystem())
+    words, log, serial = buffer._session.control.words, buffer._session.commit_log, 100
+    buffer.add(experience(0))
+
+    def give_up() -> None:
+        nonlocal serial
+        words[c.FLUSH_FAILED] = 1
+        serial += 1
+        other.add(experience(serial))
+
+    def give_up_twice() -> None:
+        give_up()
+        give_up()
+
+    def flush(*args: Any) -> None:
+        # 0: before it looks at all
+        turn.get(0, lambda: None)()
+        type(log).flush(log, *args)
+
+    log.flush = flush  # type: ignore[method-assign]
+    turn: dict[int, Callable[[], object]]
+    turns = [{1: give_up}, {2: give_up}, {1: give_up_twice}, {0: give_up, 3: give_up}]
+    for number, turn in enumerate(turns, 50):
+        watched = Interposed(words, turn)
+        log._control.words = watched  # type: ignore[assignment]
+        try:
+            with pytest.raises(StorageError, match="must be taken as lost"):
+                buffer.add(experience(number))
+        finally:
+            log._control.words = words
+        assert watched.looks >= 2
+        assert answers(buffer) == answers(other)
+        assert number not in answers(other)
 
 
 @pytest.mark.parametrize("flag", [c.APPENDING, c.FLUSHING])

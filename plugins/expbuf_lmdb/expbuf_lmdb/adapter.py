@@ -410,7 +410,11 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
                 at += header.data_bytes
 
         self._room_until = 0  # LMDB takes what it needs, and this leaves nothing ahead
-        self._write(put)
+        try:
+            self._write(put)
+        except StorageError as exc:
+            self._see_that_nothing_happened(stamped[0].lsn, exc)
+            raise
         words[LAST] = stamped[-1].lsn
         self._note_stored(stamped[-1].lsn)
         try:
@@ -419,6 +423,19 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
             raise LogInterrupted(str(exc)) from exc
         generation = words[GENERATION]
         return [Appended(place.location, (generation, STAGE_HEADER_BYTES)) for place in places]
+
+    def _see_that_nothing_happened(self, lsn: int, failed: StorageError) -> None:
+        """After an error from a commit: the first page may have been written all the same.
+
+        Raises:
+            LogInterrupted: LMDB has operation `lsn`, or it cannot be told.
+        """
+        try:
+            if self.read(self.store.last_lsn) < lsn:
+                return
+        except StorageError as exc:
+            raise LogInterrupted(f"{failed}; it cannot be read back, too: {exc}") from failed
+        raise LogInterrupted(str(failed)) from failed
 
     def _begin_stage(self, address: int, generation: int | None = None) -> None:
         """Begin the stage anew: LMDB has everything (append lock held)."""
@@ -469,7 +486,12 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         stored = store.last_lsn(txn, tables)
         generation, end, base = words[GENERATION], words[END], words[BASE]
         at = self._drained[1] if self._drained[0] == generation else STAGE_HEADER_BYTES
-        if stored >= words[LAST] or not generation:
+        state = store.state(txn, tables)
+        # A stage of an older generation was given up, a moment ago or half-way: what it holds
+        # beyond LMDB is gone for ever.
+        if stored >= words[LAST] or generation < state.generation:
+            # Whoever put it here may have met an error behind that: see that it is synced.
+            store.put_state(txn, tables, state)
             return stored, generation, at
         for frame in self.staged(generation, at, end, base):
             lsn = frame.header.lsn
@@ -481,7 +503,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
                 store.put(txn, tables, frame.header, frame.data)
                 stored = lsn
             at = frame.offset + frame.header.data_bytes
-        if at != end:
+        if at != end and words[GENERATION] == generation:  # else LMDB had all that it held
             raise layout.corrupt(
                 self.stage.path, "a damaged frame that LMDB does not have", offset=at
             )

@@ -214,6 +214,7 @@ class Environment:
     def read(self, work: Callable[[Txn, Tables], T]) -> T:
         """Run `work` on one state of the file; it returns nothing that belongs to LMDB."""
         for attempt in range(_TRIES):
+            panic = False
             try:
                 self._gate.enter()
                 state, result, error = self._read_once(work)
@@ -224,6 +225,8 @@ class Environment:
                 return result  # type: ignore[return-value]
             except lmdb.MapResizedError:
                 pass
+            except lmdb.PanicError:  # as in `write`
+                panic = True
             except lmdb.ReadersFullError as exc:
                 if attempt > 20:
                     raise StorageError(
@@ -237,7 +240,10 @@ class Environment:
                 raise wrapped(exc, "read", self.path) from exc
             finally:
                 self._gate.leave()
-            self._adopt_map()
+            if panic:
+                self._reopen()
+            else:
+                self._adopt_map()
         raise StorageError(f"{self.path}: changes faster than it can be read")
 
     def _read_once(

@@ -429,7 +429,8 @@ def test_the_room_ahead_is_given_back(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- failing and dying
 
 
-def test_a_first_page_that_cannot_be_written_is_survived(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reading", [False, True], ids=["writing", "reading"])
+def test_a_first_page_that_cannot_be_written_is_survived(tmp_path: Path, reading: bool) -> None:
     core = Core(place(tmp_path)).create().extend(5).sync().extend(2)
     env = environment_of(core)
     begin, failing = env._env.begin, iter([True])
@@ -439,11 +440,13 @@ def test_a_first_page_that_cannot_be_written_is_survived(tmp_path: Path) -> None
             return getattr(real, name)
 
         def begin(self, *args: Any, **settings: Any) -> Any:
-            if settings.get("write") and next(failing, False):
+            if settings.get("write", False) != reading and next(failing, False):
                 raise lmdb.PanicError("simulated")
             return begin(*args, **settings)
 
     real, env._env = env._env, Panicking()  # type: ignore[assignment]
+    if reading:
+        core.follows()
     core.sync()
     assert isinstance(env._env, lmdb.Environment)
     core.follows()
