@@ -215,11 +215,11 @@ class PageFile:
         yield from self._walk(self._roots[name], name, kind=0)
 
     def check(self) -> Iterator[Bad]:
-        """Pages that are not of the kind that the page above them says, and impossible free ones.
+        """Pages that are not of the kind that the page above them says, and what leads out of one.
 
-        LMDB ends the process where it comes to such a page from the one beside it, or takes a page
-        behind the end of the file for a free one. So this looks at all of them: O(pages of the
-        trees), 16 bytes of each leaf.
+        LMDB ends the process where it comes to such a page from the one beside it, follows a node
+        out of its page or the file, or takes a page behind the end of the file for a free one. So
+        this looks at all of them: O(nodes of the trees), without the values on pages of their own.
         """
         if self._first is None:
             return
@@ -230,20 +230,43 @@ class PageFile:
             while waiting:
                 number = waiting.pop()
                 at = number * self.page_bytes
-                flags, lower = self._kind(number, self.read(at, HEADER_BYTES))
-                if number in seen or not flags:
+                raw = self.read(at, self.page_bytes)
+                flags, lower = self._kind(number, raw[:HEADER_BYTES])
+                if number in seen or not flags or len(raw) < self.page_bytes:
                     yield Bad(number, name, "no page of a tree")
                 elif flags == _BRANCH:
-                    raw = self.read(at, self.page_bytes)
-                    for (place,) in struct.iter_unpack("=H", raw[HEADER_BYTES:lower]):
-                        if place > self.page_bytes - _NODE.size:
-                            yield Bad(number, name, "a node outside its page")
-                            continue
-                        low, high, more, _ = _NODE.unpack_from(raw, place)
-                        waiting.append(low | high << 16 | more << 32)
+                    _, nodes, reason = self._parsed(number, raw)
+                    if reason:
+                        yield Bad(number, name, reason)
+                    waiting += [low | high << 16 | more << 32 for _, low, high, more, _ in nodes]
+                elif not self._is_sound_leaf(raw, lower):
+                    yield Bad(number, name, "a node outside its page, or a value outside the file")
                 seen.add(number)
 
         yield from self._check_free(free, self._first.last)
+
+    def _is_sound_leaf(self, raw: bytes, lower: int) -> bool:
+        """Whether all nodes of a leaf lie inside it, and the values that they name in the file."""
+        places = np.frombuffer(raw, "=u2", (lower - HEADER_BYTES) // 2, HEADER_BYTES).astype(int)
+        upper = _HEADER.unpack_from(raw)[4]
+        if not len(places):
+            return True
+        if places.min() < upper or places.max() > self.page_bytes - _NODE.size:
+            return False
+        octets = np.frombuffer(raw, np.uint8)
+        heads = octets[places[:, None] + np.arange(_NODE.size)].view("=u2").astype(int)
+        sizes, flags, keys = heads[:, 0] | heads[:, 1] << 16, heads[:, 2], heads[:, 3]
+        big = flags & BIG != 0
+        starts = places + _NODE.size + keys
+        inside = starts + np.where(big, _NUMBER.size, sizes)
+        if (flags & ~(BIG | _TREE)).any() or inside.max() > self.page_bytes:
+            return False
+        numbers = octets[starts[big][:, None] + np.arange(_NUMBER.size)].view("=u8").ravel()
+        most = self.size // self.page_bytes
+        if (numbers < 2).any() or (numbers >= most).any():
+            return False
+        ends = numbers.astype(int) * self.page_bytes + HEADER_BYTES + sizes[big]
+        return not len(ends) or int(ends.max()) <= self.size
 
     def _check_free(self, root: int, last: int) -> Iterator[Bad]:
         """Lists of free pages: a count, and so many falling numbers of pages of this file."""
