@@ -45,8 +45,8 @@ WHY = {
     "verifies the checksums of the segments",
     "search.memory": "The columns of all experiences, and the vectors of the tail, are in memory",
     "disk": "Vectors lie on disk three times until two snapshots have been taken: as given in the "
-    "data log, fused in the index log and in the segment; and the room of each log file is reserved "
-    "in advance, twice as large as the last one",
+    "data log, fused in the index log and in the segment; and the room of each log file is "
+    "reserved in advance, twice as large as the last one",
     "kinds": "As with the search above; the effort is calibrated to the target, not beyond it",
     "replay.load": "Each batch is logged and synced; the peers copy into an array",
     "replay.add": "Each add is logged (and synced, but for `os`); the peers lose it with the "
