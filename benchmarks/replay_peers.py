@@ -4,7 +4,7 @@ They need not be installed beside expbuf: whoever runs this has them. Commands c
 JSON, answers go out as such:
 
     .venv-peers/bin/python -m benchmarks.replay_peers tianshou
-    {"do": "fill", "n": 1000000, "seed": 0}
+    {"do": "fill", "n": 1000000, "dim": 384, "seed": 0}
     {"do": "time", "what": "sample", "calls": 1000}
 
 Imports nothing of expbuf.
@@ -62,10 +62,10 @@ def priorities_of(n: int, rng: np.random.Generator) -> Priorities:
     return rng.random(n).astype(np.float32) + np.float32(0.01)
 
 
-def blocks(rng: np.random.Generator, n: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def blocks(rng: np.random.Generator, n: int, dim: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Embeddings of n rows, some at a time."""
     for start in range(0, n, CHUNK):
-        yield start, rng.standard_normal((min(CHUNK, n - start), DIM), dtype=np.float32)
+        yield start, rng.standard_normal((min(CHUNK, n - start), dim), dtype=np.float32)
 
 
 class Changes:
@@ -109,19 +109,19 @@ def typical(operation: Operation, calls: int, before: Operation | None = None) -
 # ---------------------------------------------------------------- the peers
 
 
-def cpprb(n: int, priorities: Priorities, rng: np.random.Generator) -> Contender:
+def cpprb(n: int, dim: int, priorities: Priorities, rng: np.random.Generator) -> Contender:
     module: Any = importlib.import_module("cpprb")
 
     def filled(columns: dict[str, Any], data: bool) -> Any:
         buffer = module.PrioritizedReplayBuffer(n, columns, alpha=ALPHA)
-        for start, block in blocks(rng, n):
+        for start, block in blocks(rng, n, dim):
             some = np.zeros(len(block))
             part = priorities[start : start + len(block)]
             rows = dict.fromkeys(columns, some) | ({"obs": block} if data else {})
             buffer.add(**rows, priorities=part)
         return buffer
 
-    buffer = filled({"obs": {"shape": DIM}, "act": {}, "rew": {}}, True)
+    buffer = filled({"obs": {"shape": dim}, "act": {}, "rew": {}}, True)
     # It has no call for ids and weights alone; with one number a row that is nearly what it does.
     bare = filled({"act": {}}, False)
     return Contender(
@@ -131,7 +131,7 @@ def cpprb(n: int, priorities: Priorities, rng: np.random.Generator) -> Contender
     )
 
 
-def torchrl(n: int, priorities: Priorities, rng: np.random.Generator) -> Contender:
+def torchrl(n: int, dim: int, priorities: Priorities, rng: np.random.Generator) -> Contender:
     torch: Any = importlib.import_module("torch")
     data: Any = importlib.import_module("torchrl.data")
     tensordict: Any = importlib.import_module("tensordict")
@@ -139,7 +139,7 @@ def torchrl(n: int, priorities: Priorities, rng: np.random.Generator) -> Contend
     buffer = data.TensorDictPrioritizedReplayBuffer(
         alpha=ALPHA, beta=BETA, storage=data.LazyTensorStorage(n), batch_size=BATCH
     )
-    for _, block in blocks(rng, n):
+    for _, block in blocks(rng, n, dim):
         some = torch.zeros(len(block))
         columns = {"obs": torch.from_numpy(block), "act": some, "rew": some}
         buffer.extend(tensordict.TensorDict(columns, batch_size=[len(block)]))
@@ -151,15 +151,15 @@ def torchrl(n: int, priorities: Priorities, rng: np.random.Generator) -> Contend
     )
 
 
-def tianshou(n: int, priorities: Priorities, rng: np.random.Generator) -> Contender:
+def tianshou(n: int, dim: int, priorities: Priorities, rng: np.random.Generator) -> Contender:
     data: Any = importlib.import_module("tianshou.data")
     buffer = data.PrioritizedReplayBuffer(n, alpha=ALPHA, beta=BETA, ignore_obs_next=True)
     row = data.Batch(
-        obs=np.zeros(DIM, np.float32), act=0, rew=0.0, terminated=False, truncated=False, info={}
+        obs=np.zeros(dim, np.float32), act=0, rew=0.0, terminated=False, truncated=False, info={}
     )
     # It adds one by one, which would take a minute: one for the shapes, the rest into its arrays.
     buffer.add(row)
-    for start, block in blocks(rng, n):
+    for start, block in blocks(rng, n, dim):
         buffer._meta.obs[start : start + len(block)] = block
     buffer._size = n
     buffer.update_weight(np.arange(n), priorities)
@@ -183,7 +183,7 @@ def _serve(name: str) -> None:
         command = json.loads(line)
         if command["do"] == "fill":
             n, rng = command["n"], np.random.default_rng(command["seed"])
-            contender = PEERS[name](n, priorities_of(n, rng), rng)
+            contender = PEERS[name](n, command["dim"], priorities_of(n, rng), rng)
             changes = Changes(rng, n)
             draw = contender.ids or contender.sample
             offered = {
@@ -252,9 +252,9 @@ class Replayer(AbstractContextManager["Replayer"]):
             raise Unavailable(said[-1] if said else "it ended without a word")
         return json.loads(line)
 
-    def fill(self, n: int, seed: int) -> str:
+    def fill(self, n: int, seed: int, dim: int = DIM) -> str:
         """Fill it with n rows. Returns its version."""
-        return str(self._ask(do="fill", n=n, seed=seed))
+        return str(self._ask(do="fill", n=n, dim=dim, seed=seed))
 
     def time(self, what: str, calls: int) -> float | None:
         """Microseconds of "sample", "ids", "update", or "cycle": an update, then ids.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -48,14 +48,21 @@ from expbuf_core.state import State
 _SAMPLING = {"alpha": ALPHA, "beta": BETA}
 
 
-def peers(report: Report, folder: Path, n: int, stack: ExitStack) -> dict[str, Replayer]:
+def peers(
+    report: Report,
+    folder: Path,
+    n: int,
+    stack: ExitStack,
+    dim: int = DIM,
+    names: Iterable[str] = PEERS,
+) -> dict[str, Replayer]:
     """Those that are installed, filled."""
     found, arguments = {}, report.arguments
-    for name in PEERS:
+    for name in names:
         try:
             peer = Replayer(name, arguments.peers_python, folder / f"{name}.log")
             stack.enter_context(peer)
-            report.extra.setdefault("peers", {})[name] = peer.fill(n, arguments.seed)
+            report.extra.setdefault("peers", {})[name] = peer.fill(n, arguments.seed, dim)
             found[name] = peer
         except Unavailable as exc:
             report.skip(name, exc)
@@ -328,33 +335,43 @@ def growth(report: Report, arguments: argparse.Namespace) -> None:
     calls = 300 if arguments.quick else 1000
     report.group(
         f"draw and update {BATCH} of more and more",
-        "columns and tree alone, without payloads and log; an update and the draw behind it, which "
-        "derives the weights; median of a call",
+        "columns and trees alone, hardly any data and no log; an update and the draw behind it, "
+        "which derives the weights; median of a call. TorchRL is left out: its way to fill a "
+        "buffer takes minutes",
     )
     rng = np.random.default_rng(arguments.seed)
     cases: dict[str, Callable[[], float]] = {}
-    for n in sizes:
-        state = filled_state(n, rng)
-        sampler = PrioritySampler(state, SamplingSettings())
-        changes = Changes(rng, n)
-        draw = partial(sampler.draw, BATCH, rng=rng)
-        cases[f"draw of {n:,}"] = partial(typical, draw, calls)
-        cycle = partial(_cycle, state, sampler, changes, draw)
-        cases[f"update and draw of {n:,}"] = partial(typical, cycle, calls, changes.draw)
-    found = in_turns(cases, arguments.repetitions)
-    for kind in ("draw", "update and draw"):
-        first = found[f"{kind} of {sizes[0]:,}"]
+    with scratch(arguments) as folder, ExitStack() as stack:
         for n in sizes:
-            allowed = 1 + float(np.log10(n / sizes[0]))
-            more = n > sizes[0]
-            report.add(
-                f"{kind} of {n:,}",
-                found[f"{kind} of {n:,}"],
-                "µs",
-                reference=(f"{sizes[0]:,}", first),
-                target=f"a tenfold adds no more than {sizes[0]:,} take" if more else "",
-                met=partial(_grown, allowed) if more else None,
+            state = filled_state(n, rng)
+            sampler = PrioritySampler(state, SamplingSettings())
+            changes = Changes(rng, n)
+            draw = partial(sampler.draw, BATCH, rng=rng)
+            cases[f"expbuf, draw of {n:,}"] = partial(typical, draw, calls)
+            cycle = partial(_cycle, state, sampler, changes, draw)
+            cases[f"expbuf, update and draw of {n:,}"] = partial(
+                typical, cycle, calls, changes.draw
             )
+            for name, peer in peers(report, folder, n, stack, 1, ["cpprb", "tianshou"]).items():
+                for kind, what in (("draw", "ids"), ("update and draw", "cycle")):
+                    cases[f"{name}, {kind} of {n:,}"] = partial(_timed, peer, what, calls)
+        found = in_turns(cases, arguments.repetitions)
+    for name in ("expbuf", "cpprb", "tianshou"):
+        for kind in ("draw", "update and draw"):
+            first = found.get(f"{name}, {kind} of {sizes[0]:,}")
+            for n in sizes:
+                values = found.get(f"{name}, {kind} of {n:,}")
+                if first is None or values is None:
+                    continue
+                bound = n > sizes[0] and name == "expbuf"
+                report.add(
+                    f"{name}, {kind} of {n:,}",
+                    values,
+                    "µs",
+                    reference=(f"{sizes[0]:,}", first),
+                    target=f"a tenfold adds no more than {sizes[0]:,} take" if bound else "",
+                    met=partial(_grown, 1 + float(np.log10(n / sizes[0]))) if bound else None,
+                )
 
 
 def _cycle(state: State, sampler: PrioritySampler, changes: Changes, draw: Operation) -> None:

@@ -20,7 +20,8 @@ LEAST_DIM = 128
 LEAST_ROWS = 384  # fewer are scanned as fast as they are bounded
 _SAMPLE = 2048
 _ITERATIONS = 3
-_STEP = 512  # rows that one search may sketch
+_STEP = 512  # rows that one search may bound
+_CATCH_UP = 8  # or this part of those that are missing
 _SHARE = 4  # more candidates than one row in so many: not worth while
 _PATIENCE = 16
 # Of |x|²: more than rounding can do to coordinates, lengths and products, in float32.
@@ -111,17 +112,35 @@ class Sketch:
         vectors = np.asarray(vectors)
         sketch = cls(known, vectors)
         with np.errstate(over="ignore", invalid="ignore"):
-            for start in range(0, len(vectors), _STEP):
-                block = vectors[start : start + _STEP]
-                sketch._bounding[start : start + _STEP] = known.bounding(block)
-        sketch._made = len(vectors)
-        sketch.squared = squared_norms(vectors) if metric == "l2" else None
+            sketch.squared = squared_norms(vectors) if metric == "l2" else None
+        sketch.complete(len(vectors))
         return sketch
+
+    def copied(self, vectors: _Float, kept: NDArray[np.int64]) -> Sketch:
+        """The same for an array that begins with these rows of this one, rising."""
+        sketch = Sketch(self.known, vectors)
+        bounded = kept[: int(np.searchsorted(kept, self._made))]
+        sketch._made = len(bounded)
+        self._bounding.take(bounded, axis=0, out=sketch._bounding[: len(bounded)], mode="clip")
+        sketch._useless = self._useless
+        return sketch
+
+    def complete(self, rows: int) -> None:
+        """Bound so many rows now, and spare the searches to come the work."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            while self._made < rows:
+                self._bound_until(min(rows, self._made + _STEP))
+
+    def _bound_until(self, until: int) -> int:
+        made = self._made
+        self._bounding[made:until] = self.known.bounding(self.vectors[made:until])
+        self._made = until
+        return until
 
     def candidates(
         self, rows: int, query: _Float, floor: float, squared: _Float | None = None
-    ) -> NDArray[np.int64] | None:
-        """Rows that may be at least as similar to a query as `floor`, rising.
+    ) -> tuple[NDArray[np.int64], int] | None:
+        """Rows that may be at least as similar to a query as `floor`.
 
         Args:
             rows: How many of the array are filled.
@@ -130,16 +149,15 @@ class Sketch:
             squared: (rows,) squared lengths under "l2"; None: similarity is the inner product.
 
         Returns:
-            None where it is better to look at all of them.
+            Such rows, rising, and the row from which on none is bounded yet: `rows` mostly. None
+            where it is better to look at all of them.
         """
         if rows < LEAST_ROWS or self._useless > _PATIENCE:
             return None
         with np.errstate(over="ignore", invalid="ignore"):
             made = self._made
             if made < rows:
-                until = min(rows, made + _STEP)
-                self._bounding[made:until] = self.known.bounding(self.vectors[made:until])
-                self._made = made = until
+                made = self._bound_until(min(rows, made + max(_STEP, (rows - made) // _CATCH_UP)))
             asked = self.known.bounding_one(query)
             bounds = dot(self._bounding[:made], asked)
             if squared is None:
@@ -151,6 +169,4 @@ class Sketch:
             self._useless += 1
             return None
         self._useless = max(0, self._useless - 1)
-        if made < rows:  # the others are not sketched yet
-            found = np.concatenate([found, np.arange(made, rows)])
-        return found
+        return found, made

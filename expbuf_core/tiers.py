@@ -81,7 +81,7 @@ class Tail:
         if self.directions is None or self.rows < LEAST_ROWS:
             return None
         sketch = self._sketch
-        if sketch is None or sketch.vectors is not self._vectors:
+        if sketch is None or sketch.known is not self.directions:
             sketch = self._sketch = Sketch(self.directions, self._vectors)
         return sketch
 
@@ -121,6 +121,8 @@ class Tail:
         if squared is not None and self._squared is not None:
             squared[:kept] = self._squared[keep]
         live[:kept] = True
+        if self._sketch is not None:
+            self._sketch = self._sketch.copied(vectors, keep)
         self._ids, self._vectors, self._live, self._squared = ids, vectors, live, squared
         self.rows, self.dead = kept, 0
 
@@ -257,14 +259,21 @@ class IndexTiers:
                 return np.concatenate([np.empty(0, np.int64), *watch.removed])
         return None
 
-    def copied_tail(self, end_id: int) -> Callable[[], Tail]:
-        """What copies the tail from that id on, as of now, and needs no lock."""
+    def copied_tail(self, end_id: int, known: Directions | None = None) -> Callable[[], Tail]:
+        """What copies the tail from that id on, as of now, and needs no lock.
+
+        With directions it bounds the rows at once: no search has to.
+        """
         ids, vectors = self._tail.behind(end_id)
 
         def copy() -> Tail:
             tail = Tail(self.metric)
+            tail.directions = known
             if len(ids):
                 tail.append(ids, vectors)
+            sketch = tail.sketch()
+            if sketch is not None:
+                sketch.complete(tail.rows)
             return tail
 
         return copy
@@ -297,8 +306,7 @@ class IndexTiers:
                 tail.append(ids, vectors)
             tail.keep_only(current)
             self._tail = tail
-        known = (segment.directions for segment in segments)
-        self._tail.directions = next((one for one in known if one is not None), None)
+        self._tail.directions = known_directions(segments)
         self._view = None
         self.segments = segments
         self.lsn, self.end_id, self.generation = lsn, end_id, generation
@@ -353,6 +361,11 @@ class IndexTiers:
             return vectors
 
         return gather
+
+
+def known_directions(opened: tuple[OpenSegment, ...]) -> Directions | None:
+    """Those of the large segment, or None."""
+    return next((one.directions for one in opened if one.directions is not None), None)
 
 
 def search(
@@ -419,19 +432,29 @@ def _search_one(
     mask = view.tail_live if view.tail_dead or allowed is not None else None
     if allowed is not None:
         mask = view.tail_live & _member(view.tail_ids, allowed)
-    rows = None
+    first = 0  # row that no sketch has told about
     if view.tail_sketch is not None and floor > -np.inf:
-        rows = view.tail_sketch.candidates(len(view.tail_ids), query[0], floor, view.tail_squared)
-    if rows is None:
-        rows, similarities = exact_best(
-            view.tail_vectors, view.tail_squared, query[0], k, metric, mask, floor
-        )
-    else:
-        rows = rows if mask is None else rows[mask[rows]]
-        rows, similarities = exact_among(view.tail_vectors, rows, query[0], k, metric)
+        told = view.tail_sketch.candidates(len(view.tail_ids), query[0], floor, view.tail_squared)
+        if told is not None:
+            rows, first = told
+            rows = rows if mask is None else rows[mask[rows]]
+            rows, similarities = exact_among(view.tail_vectors, rows, query[0], k, metric)
+            if len(rows):
+                parts.insert(0, (view.tail_ids.take(rows)[np.newaxis], similarities[np.newaxis]))
+            if first == len(view.tail_ids):
+                return _merged(parts, k)
+    rows, similarities = exact_best(
+        view.tail_vectors[first:],
+        None if view.tail_squared is None else view.tail_squared[first:],
+        query[0],
+        k,
+        metric,
+        None if mask is None else mask[first:],
+        floor,
+    )
     if not len(rows) and parts:
         return _merged(parts, k)
-    ids = view.tail_ids.take(rows)
+    ids = view.tail_ids[first:].take(rows)
     if parts or len(ids) == k:
         parts.insert(0, (ids[np.newaxis], similarities[np.newaxis]))
         return _merged(parts, k)
@@ -449,9 +472,10 @@ def _search_sketched(
     floor: float,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
     """Rows of a small segment from `floor` on, (1, up to k); None where bounds do not tell."""
-    rows = sketch.candidates(segment.info.rows, query, floor, sketch.squared)
-    if rows is None:
+    told = sketch.candidates(segment.info.rows, query, floor, sketch.squared)
+    if told is None:
         return None
+    rows, _ = told
     if len(rows) and segment.dead:
         rows = rows[segment.live[rows]]
     rows, similarities = exact_among(sketch.vectors, rows, query, k, metric)

@@ -29,6 +29,7 @@ from expbuf_core.locks import holder
 from expbuf_core.relog import relog_draft
 from expbuf_core.replica import end_of
 from expbuf_core.state import State
+from expbuf_core.tiers import known_directions
 
 if TYPE_CHECKING:
     from expbuf_core.session import Session
@@ -268,7 +269,7 @@ class Upkeep:
         manifest, opened = indexing.load(session.path, replica, choice)
         self.tell_damage()
         with replica.lock:
-            copy_tail = replica.tiers.copied_tail(end_of(manifest))
+            copy_tail = replica.tiers.copied_tail(end_of(manifest), known_directions(opened))
         tail = copy_tail()  # searches go on meanwhile
         with replica.lock:
             if session.closed or replica.tiers.representation != choice.representation:

@@ -58,9 +58,10 @@ def test_no_row_that_counts_is_out(rng: np.random.Generator, metric: str, kind: 
         for rank in (1, 10, 60):
             floor = float(np.float32(np.sort(truth)[-rank]))
             squared = (vectors[:2800] ** 2).sum(axis=1) if metric == "l2" else None
-            rows = sketch.candidates(2800, query, floor, squared)
-            if rows is not None:
+            told = sketch.candidates(2800, query, floor, squared)
+            if told is not None:
                 kept += 1
+                rows = np.concatenate([told[0], np.arange(told[1], 2800)])
                 assert (np.diff(rows) > 0).all()
                 assert np.isin(np.flatnonzero(truth >= floor), rows).all()
     assert kept or kind in ("noise", "one direction")
@@ -73,9 +74,9 @@ def test_hardly_any_row_is_left(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(known.basis @ known.basis.T, np.eye(len(known.basis)), atol=1e-5)
     tail = np.ascontiguousarray(vectors[8400:])
     sketch = Sketch(known, tail)
-    sketch.candidates(len(tail), vectors[0], 0.9)  # the first one makes 512 of them
+    sketch.complete(len(tail))
     left = [sketch.candidates(len(tail), query, 0.9) for query in vectors[:100]]
-    assert np.mean([len(tail) if rows is None else len(rows) for rows in left]) < 10
+    assert np.mean([len(tail) if told is None else len(told[0]) for told in left]) < 10
 
 
 def test_what_is_not_sketched_yet_is_looked_at(rng: np.random.Generator) -> None:
@@ -83,10 +84,45 @@ def test_what_is_not_sketched_yet_is_looked_at(rng: np.random.Generator) -> None
     sketch = Sketch(Directions(vectors[:500]), vectors)
     assert sketch.candidates(LEAST_ROWS - 1, vectors[0], 0.9) is None, "as fast without"
     for rows, sketched in ((1900, 512), (1900, 1024), (1900, 1536), (1900, 1900), (2000, 2000)):
-        found = sketch.candidates(rows, vectors[0], 0.95)
-        assert found is not None
-        assert np.isin(np.arange(sketched, rows), found).all()
-        assert len(found) < rows - sketched + 60
+        told = sketch.candidates(rows, vectors[0], 0.95)
+        assert told is not None
+        found, until = told
+        assert until == sketched
+        assert len(found) < 60
+        assert (found < sketched).all()
+
+
+def test_a_large_debt_is_soon_paid(rng: np.random.Generator) -> None:
+    vectors = shaped(embeddings(rng, 20_000), "cosine")
+    sketch = Sketch(Directions(vectors[:500]), vectors)
+    searches, until = 0, 0
+    while until < len(vectors):
+        told = sketch.candidates(len(vectors), vectors[0], 0.95)
+        assert told is not None
+        searches, until = searches + 1, told[1]
+    assert searches < 25
+
+
+def test_bounds_go_along_with_their_rows(rng: np.random.Generator) -> None:
+    vectors = shaped(embeddings(rng, 2000), "cosine")
+    sketch = Sketch(Directions(vectors[:500]), vectors)
+    sketch.complete(1500)
+    keep = np.sort(rng.choice(2000, 1600, replace=False))
+    moved = np.empty((4000, DIM), np.float32)
+    moved[:1600] = vectors[keep]
+    kept = int((keep < 1500).sum())
+    for copied, n, known in (
+        (sketch.copied(vectors.copy(), np.arange(2000)), 2000, 1500),
+        (sketch.copied(moved, keep), 1600, kept),
+    ):
+        fresh = Sketch(sketch.known, copied.vectors)
+        fresh.complete(n)
+        for query in vectors[:50]:
+            told, truth = copied.candidates(known, query, 0.9), fresh.candidates(known, query, 0.9)
+            assert told is not None
+            assert truth is not None
+            np.testing.assert_array_equal(told[0], truth[0])
+            assert told[1] == known
 
 
 def test_gives_up_where_it_is_of_no_use(rng: np.random.Generator) -> None:
@@ -109,8 +145,9 @@ def test_numbers_at_the_limits(rng: np.random.Generator, scale: float) -> None:
         with np.errstate(all="ignore"):
             truth = vectors @ query
         floor = float(np.nan_to_num(np.sort(truth)[-10]))
-        rows = sketch.candidates(1000, query, floor)
-        if rows is not None:
+        told = sketch.candidates(1000, query, floor)
+        if told is not None:
+            rows = np.concatenate([told[0], np.arange(told[1], 1000)])
             assert np.isin(np.flatnonzero(~(truth < floor)), rows).all()
 
 
@@ -147,7 +184,7 @@ def test_a_tail_beside_segments(tmp_path: Path, rng: np.random.Generator, metric
     for query in queries:
         floor = float(np.sort(similarities(vectors[:8400], query, metric))[-10])
         left.append(small.sketch.candidates(600, query, floor, small.sketch.squared))
-    assert any(rows is not None for rows in left)
+    assert any(told is not None for told in left)
     kept = small.sketch
     segments.sketch_small_ones(tuple(opened), metric)
     assert small.sketch is kept

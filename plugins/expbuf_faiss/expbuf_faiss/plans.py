@@ -10,6 +10,11 @@ from expbuf_faiss.settings import FaissSettings
 
 _CODES_FROM_DIM = 96
 _MATRIX_UP_TO_DIM = 512
+# Lists, in square roots of the rows. Of whole vectors many short lists are fastest. Codes are so
+# cheap that comparing the query with the centroids is most of the work, and what they take of a
+# cache is missed by all that follows.
+_LISTS_OF_VECTORS = 4.0
+_LISTS_OF_CODES = 0.7
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,11 @@ def plans(settings: FaissSettings, rows: int, dim: int) -> list[Plan]:
     if settings.index == "auto":
         return _automatic(settings, rows, dim)
     if settings.index == "IVFFlat":
-        return [Plan(_lists(settings, rows, 4) + ",Flat")]
+        return [Plan(_lists(settings, rows, _LISTS_OF_VECTORS) + ",Flat")]
     if settings.index == "IVFPQ":
         # "np": no polysemous training, which takes minutes and is of use to another kind of search.
         m = sub_vectors(settings, dim)
-        return [Plan(f"{_lists(settings, rows, 4)},PQ{m}x{settings.nbits}np")]
+        return [Plan(f"{_lists(settings, rows, _LISTS_OF_VECTORS)},PQ{m}x{settings.nbits}np")]
     # Refining is what we do anyway, from the raw vectors instead of a copy of them.
     return [Plan(settings.index.removesuffix(",RFlat"))]
 
@@ -60,16 +65,15 @@ def plans(settings: FaissSettings, rows: int, dim: int) -> list[Plan]:
 def _automatic(settings: FaissSettings, rows: int, dim: int) -> list[Plan]:
     """Codes of a bit a dimension, re-ranked from the raw vectors; full vectors where that fails.
 
-    Scanning codes is so cheap that few long lists do: about the square root of the rows, which
-    also makes training a tenth of the work. They take 1/32 of the space of the vectors, which
-    are mapped beside the index anyway.
+    Few long lists also make training a tenth of the work. Codes take 1/32 of the space of the
+    vectors, which are mapped beside the index anyway.
     """
     if rows < settings.flat_below:
         return [FLAT]
-    lists = Plan(_lists(settings, rows, 4) + ",Flat", optional=True)
+    lists = Plan(_lists(settings, rows, _LISTS_OF_VECTORS) + ",Flat", optional=True)
     if dim < _CODES_FROM_DIM:
         return [lists]
-    codes = _lists(settings, rows, 1) + ",RaBitQ"
+    codes = _lists(settings, rows, _LISTS_OF_CODES) + ",RaBitQ"
     # A rotation spreads what a few dimensions hold over all of them. It costs every query a
     # multiplication by a matrix, so it has to be needed. Beyond some size a Hadamard
     # transformation is cheaper, although it pads the dimension to a power of two.
@@ -81,7 +85,7 @@ def _automatic(settings: FaissSettings, rows: int, dim: int) -> list[Plan]:
     ]
 
 
-def _lists(settings: FaissSettings, rows: int, factor: int) -> str:
+def _lists(settings: FaissSettings, rows: int, factor: float) -> str:
     return f"IVF{settings.lists or nearest_power_of_two(factor * math.sqrt(rows))}"
 
 

@@ -83,7 +83,7 @@ def test_wrong_settings(wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("rows", "factories"), [
     (19_999, [""]),
     (100_000, ["IVF256,RaBitQ", "RR384,IVF256,RaBitQ", "IVF1024,Flat"]),
-    (1_000_000, ["IVF1024,RaBitQ", "RR384,IVF1024,RaBitQ", "IVF4096,Flat"]),
+    (1_000_000, ["IVF512,RaBitQ", "RR384,IVF512,RaBitQ", "IVF4096,Flat"]),
 ])  # fmt: skip
 def test_automatic(rows: int, factories: list[str]) -> None:
     assert [plan.factory for plan in plans(FaissSettings(), rows, 384)] == factories
