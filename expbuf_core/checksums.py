@@ -9,8 +9,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from zlib import crc32
 
+from expbuf_core.crc import crc32
 from expbuf_core.filesystem import storage_errors
 
 _CHUNK = 1 << 18  # stays in the processor's cache between reading and checking

@@ -13,12 +13,12 @@ import struct
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core.contracts import Buffer, Operation
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError, InvalidExperience
 from expbuf_core.frames import ROW_HEADER_BYTES
 

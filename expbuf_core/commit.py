@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +33,7 @@ from expbuf_core.contracts import (
     Stamped,
 )
 from expbuf_core.control import Control
+from expbuf_core.crc import crc32
 from expbuf_core.errors import BufferClosed, StorageError
 
 RESERVATION = 1 << 16

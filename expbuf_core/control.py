@@ -16,9 +16,9 @@ import struct
 import time
 from pathlib import Path
 from typing import cast
-from zlib import crc32
 
 from expbuf_core.contracts import Words
+from expbuf_core.crc import crc32
 from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_core.waiting import Doorbell
 

@@ -17,8 +17,8 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from zlib import crc32
 
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError, StorageError
 from expbuf_core.filesystem import FileSystem, storage_errors
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core.contracts import Buffer, LoggedOperation, LoggedRun, Pin, Stamped
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError
 
 MAGIC = 0x46505845  # "EXPF"

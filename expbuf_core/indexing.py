@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from expbuf_core import control as c
 from expbuf_core import segments
 from expbuf_core.config_schema import BufferConfig
 from expbuf_core.contracts import IndexBackend, IndexContext
+from expbuf_core.crc import crc32
 from expbuf_core.errors import (
     BackendUnavailable,
     CorruptionError,

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +31,7 @@ from expbuf_core.codec import ReembedBody
 from expbuf_core.commit import Draft, Lock
 from expbuf_core.config_schema import BufferConfig, load_config
 from expbuf_core.contracts import EmbeddingFusion, FusionProvider, LogGone, Operation
+from expbuf_core.crc import crc32
 from expbuf_core.errors import ConfigError, CorruptionError, InvalidExperience, StorageError
 from expbuf_core.experience import Experience
 from expbuf_core.filesystem import FileSystem, storage_errors

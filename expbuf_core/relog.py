@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from zlib import crc32
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +9,7 @@ from expbuf_core import codec, frames
 from expbuf_core.codec import RelogBody
 from expbuf_core.commit import Draft
 from expbuf_core.contracts import Operation, Pin
+from expbuf_core.crc import crc32
 from expbuf_core.state import State
 
 

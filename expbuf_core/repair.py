@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +36,7 @@ from expbuf_core.contracts import (
     Pin,
 )
 from expbuf_core.control import Control
+from expbuf_core.crc import crc32
 from expbuf_core.errors import (
     ConfigError,
     CorruptionError,

@@ -8,13 +8,13 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import codec, frames
 from expbuf_core.contracts import Buffer, Pin
+from expbuf_core.crc import crc32
 from expbuf_core.embedding_cache import EmbeddingCache
 from expbuf_core.errors import CorruptionError, InvalidExperience
 from expbuf_core.experience import Experience

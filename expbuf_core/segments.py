@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core.checksums import file_crc
 from expbuf_core.contracts import IndexBackend, IndexSegment
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError
 from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_core.sketch import Sketch, directions

@@ -16,12 +16,12 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import codec
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError, StorageError
 from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_core.state import COLUMNS, REEMBEDDED, REEMBEDDED_COLUMNS, State

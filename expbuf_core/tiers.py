@@ -18,9 +18,11 @@ from expbuf_core.exact_search import exact_among, exact_best, exact_search, squa
 from expbuf_core.segments import OpenSegment, rows_of
 from expbuf_core.sketch import LEAST_ROWS, Directions, Sketch
 
-_FIRST_BYTES = 64 << 20  # of address space: memory is taken as rows are written
-_FIRST_ROWS = 1 << 15  # at most
-_GROWTH = 4  # likewise: what is reserved costs nothing, what is copied does
+# Of address space, which costs nothing: memory is taken as rows are written. What is copied when
+# there is no room left costs a writer, or a search, a tenth of a second and more.
+_FIRST_BYTES = 512 << 20
+_FIRST_ROWS = 1 << 18  # at most
+_GROWTH = 4
 _WIDEN = 4
 _DENSE = 8
 _FEW = 1 / 32  # of a segment's rows: below that, comparing them all beats the index
@@ -107,7 +109,7 @@ class Tail:
         try:
             vectors = np.empty((capacity, dim), np.float32)
         except MemoryError:  # so much address space is not to be had
-            capacity = max(least, kept + n + kept // 4)
+            capacity = max(LEAST_ROWS, kept + n + kept // 4)
             vectors = np.empty((capacity, dim), np.float32)
         ids, live = np.empty(capacity, np.int64), np.zeros(capacity, bool)
         squared = np.empty(capacity, np.float32) if self._metric == "l2" else None

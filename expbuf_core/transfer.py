@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +39,7 @@ from expbuf_core.contracts import (
     Stamped,
 )
 from expbuf_core.control import Control
+from expbuf_core.crc import crc32
 from expbuf_core.errors import ConfigError, CorruptionError, StorageError
 from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_core.locks import ProcessLock

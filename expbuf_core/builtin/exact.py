@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from expbuf_core.contracts import IndexBackend, IndexContext, IndexSegment
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError
 from expbuf_core.exact_search import exact_search, squared_norms, unpack_allowed
 
@@ -63,7 +63,7 @@ class ExactIndexBackend(IndexBackend):
     def build(self, ids: NDArray[np.int64], vectors: NDArray[np.float32], path: Path) -> None:
         """Write count and dimension."""
         header = _HEADER.pack(_MAGIC, len(ids), self._context.dim)
-        path.write_bytes(header + _CRC.pack(zlib.crc32(header)))
+        path.write_bytes(header + _CRC.pack(crc32(header)))
 
     def open(
         self, path: Path, ids: NDArray[np.int64], vectors: NDArray[np.float32]
@@ -76,7 +76,7 @@ class ExactIndexBackend(IndexBackend):
         with path.open("rb") as file:
             data = file.read(_HEADER.size + _CRC.size + 1)
         header = _HEADER.pack(_MAGIC, len(ids), self._context.dim)
-        if data != header + _CRC.pack(zlib.crc32(header)) or vectors.shape != (
+        if data != header + _CRC.pack(crc32(header)) or vectors.shape != (
             len(ids),
             self._context.dim,
         ):

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +25,7 @@ from expbuf_core.contracts import (
     Words,
     one_by_one,
 )
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError
 from expbuf_core.filesystem import FileSystem
 from expbuf_core.plugins import default_registry

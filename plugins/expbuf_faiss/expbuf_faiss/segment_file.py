@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 import struct
-import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError
 
 MAGIC = b"EXPBFSG1"
@@ -30,9 +30,9 @@ def finish(path: Path, rows: int, dim: int, facts: dict[str, Any]) -> None:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         trailer = TRAILER.pack(
-            MAGIC, VERSION, len(encoded), size, rows, dim, _crc(file, size), zlib.crc32(encoded)
+            MAGIC, VERSION, len(encoded), size, rows, dim, _crc(file, size), crc32(encoded)
         )
-        file.write(encoded + trailer + CRC.pack(zlib.crc32(trailer)))
+        file.write(encoded + trailer + CRC.pack(crc32(trailer)))
 
 
 def check(path: Path, rows: int, dim: int) -> tuple[int, dict[str, Any]]:
@@ -50,7 +50,7 @@ def check(path: Path, rows: int, dim: int) -> tuple[int, dict[str, Any]]:
             raise _damaged(path, 0, f"{size} bytes, at least {TRAILER_BYTES} expected")
         start = file.seek(size - TRAILER_BYTES)
         trailer, stored = file.read(TRAILER.size), file.read(CRC.size)
-        if trailer[: len(MAGIC)] != MAGIC or CRC.unpack(stored)[0] != zlib.crc32(trailer):
+        if trailer[: len(MAGIC)] != MAGIC or CRC.unpack(stored)[0] != crc32(trailer):
             raise _damaged(path, start, "no valid trailer; the file is cut or overwritten")
         _, version, facts_bytes, index_bytes, *found, index_crc, facts_crc = TRAILER.unpack(trailer)
         if version != VERSION:
@@ -66,7 +66,7 @@ def check(path: Path, rows: int, dim: int) -> tuple[int, dict[str, Any]]:
         if _crc(file, index_bytes) != index_crc:  # also brings the file into the page cache
             raise _damaged(path, 0, "checksum of the index does not match")
         encoded = file.read(facts_bytes)
-        if zlib.crc32(encoded) != facts_crc:
+        if crc32(encoded) != facts_crc:
             raise _damaged(path, index_bytes, "checksum of the facts does not match")
     facts: dict[str, Any] = json.loads(encoded)
     return index_bytes, facts
@@ -78,7 +78,7 @@ def _crc(file: BinaryIO, size: int) -> int:
         chunk = file.read(min(size, _CHUNK))
         if not chunk:
             return -1
-        crc = zlib.crc32(chunk, crc)
+        crc = crc32(chunk, crc)
         size -= len(chunk)
     return crc
 

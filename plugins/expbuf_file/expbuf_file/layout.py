@@ -7,8 +7,8 @@ import re
 import struct
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError
 from expbuf_core.filesystem import storage_errors
 

@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import frames
 from expbuf_core.contracts import LoggedOperation, LoggedRun
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError
 from expbuf_core.filesystem import storage_errors
 from expbuf_file import layout

@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
 import numpy as np
 
 from expbuf_core import frames
 from expbuf_core.contracts import Damage, LoggedOperation
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, StorageError
 from expbuf_file import layout
 from expbuf_file.logfile import BadFrame, Begin, Frame, LogFile

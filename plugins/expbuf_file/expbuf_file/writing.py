@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import frames
 from expbuf_core.contracts import Appended, Buffer, Operation, Stamped
+from expbuf_core.crc import crc32
 from expbuf_file import layout
 from expbuf_file.logfile import BadFrame, Frame, LogFile
 

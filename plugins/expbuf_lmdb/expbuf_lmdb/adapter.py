@@ -18,7 +18,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
-from zlib import crc32
 
 import lmdb
 import numpy as np
@@ -42,6 +41,7 @@ from expbuf_core.contracts import (
     Words,
     one_by_one,
 )
+from expbuf_core.crc import crc32
 from expbuf_core.errors import StorageError, StorageFull
 from expbuf_core.filesystem import storage_errors
 from expbuf_lmdb import layout

@@ -5,9 +5,9 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
 from expbuf_core.contracts import Buffer
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError
 
 DATA = "log.mdb"

@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import codec, frames
 from expbuf_core.contracts import Buffer, Damage, LoggedOperation, Pin
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, StorageError
 from expbuf_lmdb import layout
 from expbuf_lmdb.layout import STAGE_HEADER_BYTES

@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
 from expbuf_core import frames
 from expbuf_core.contracts import Buffer, LogInterrupted
+from expbuf_core.crc import crc32
 from expbuf_core.errors import StorageError
 from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_lmdb import layout

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import frames
 from expbuf_core.contracts import Buffer, LoggedOperation, LoggedRun
+from expbuf_core.crc import crc32
 from expbuf_lmdb import layout
 from expbuf_lmdb.environment import Cursor, Tables, Txn
 from expbuf_lmdb.layout import State, key, number
