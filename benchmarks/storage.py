@@ -301,10 +301,10 @@ def batches(report: Report, arguments: argparse.Namespace) -> None:
         "experiences/s",
         reference=("raw over zeros", zeros),
     )
-    columns = rates.pop("expbuf add_many, columns")
+    by_columns = rates.pop("expbuf add_many, columns")
     report.add(
         "expbuf add_many, columns",
-        columns,
+        by_columns,
         "experiences/s",
         reference=("raw", reference),
         target="0.35 × raw",
@@ -312,7 +312,7 @@ def batches(report: Report, arguments: argparse.Namespace) -> None:
     )
     report.add(
         "expbuf add_many, columns, again",
-        columns,
+        by_columns,
         "experiences/s",
         reference=("raw over zeros", zeros),
     )
