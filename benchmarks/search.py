@@ -10,6 +10,7 @@ and the buffer's own index file with the same effort, re-ranked by FAISS.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -205,8 +206,9 @@ def _measure(
     )
     segment = buffer.stats()["index"]["segments"][0]
     print(f"  index: { {k: segment[k] for k in ('factory', 'effort', 'rerank') if k in segment} }")
-    faiss.omp_set_num_threads(1)
+    faiss.omp_set_num_threads(os.cpu_count() or 1)  # building alone
     flat, reached = _ivf_flat(faiss, vectors, some, exact, wanted_recall)
+    faiss.omp_set_num_threads(1)
     report.add(f"recall of FAISS IVF,Flat at nprobe {flat.nprobe}", [reached], f"at {K}")
     cases: dict[str, Callable[[int], Any]] = {
         "expbuf": lambda i: buffer.search_index(hybrid_embed=queries[i % len(queries)], k=K),
