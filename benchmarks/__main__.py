@@ -45,7 +45,9 @@ class Suite:
 SUITES = {
     "peers": Suite("benchmarks.peers", (1140, 200), (45, 10)),
     "scaling": Suite("benchmarks.scaling", (540, 35), (0, 0)),
-    "storage": Suite("benchmarks.storage", (420, 25), (40, 8), "single_adds,batches,writers"),
+    "storage": Suite(
+        "benchmarks.storage", (420, 25), (40, 8), "machine_limits,single_adds,batches,writers"
+    ),
     "search": Suite("benchmarks.search", (780, 0), (60, 0)),
     "sampling": Suite("benchmarks.sampling", (300, 15), (40, 6)),
     "backends": Suite("benchmarks.backends", (150, 0), (20, 0)),

@@ -137,6 +137,19 @@ def machine(results: Results) -> str:
     for key, title in (("memory.copy", "copied"), ("memory.read", "read")):
         for figure in results.figures(key):
             lines.append(f"- memory {title} by one thread at {spread(figure)} {figure.unit}")
+    for figure in results.figures("memory.touch"):
+        lines.append(f"- a page of memory touched for the first time: {spread(figure)} µs")
+    for key, title in (
+        ("processor.two", "two processes that compute do {} times the work of one"),
+        (
+            "processor.cold",
+            "an add that waits for no disk takes {} times as long right behind the sync of "
+            "another file",
+        ),
+    ):
+        for figure in results.figures(key):
+            if figure.ratio is not None:
+                lines.append("- " + title.format(number(figure.ratio)))
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import mmap
 import multiprocessing
 import os
 import resource
@@ -196,6 +197,91 @@ def _peers(report: Report, stack: ExitStack, folder: Path, material: Material) -
         except (ImportError, AttributeError, sqlite3.Error) as exc:
             report.skip(name, exc)
     return found
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def machine_limits(report: Report, arguments: argparse.Namespace) -> None:
+    """What the machine gives: the limits behind the figures that follow."""
+    report.group(
+        "what the machine gives",
+        "to any program; and what an add that itself waits for no disk takes right behind the sync "
+        "of another file",
+    )
+    context = multiprocessing.get_context("spawn")
+    duration = 0.3 if arguments.quick else 1.0
+    material = Material(arguments.seed, 256)
+    experiences = [material.experience(i) for i in range(material.n)]
+    with (
+        scratch(arguments) as folder,
+        context.Pool(2) as pool,
+        opened(folder / "buffer", durability="os") as buffer,
+    ):
+        raw = Raw(folder, material)
+        pool.map(_computed_for, [0.1, 0.1])
+
+        def typical_add(before: Callable[[], object]) -> float:
+            times = []
+            for i in range(4 * material.n):
+                before()
+                started = time.perf_counter()
+                buffer.add(experiences[i % material.n])
+                times.append(time.perf_counter() - started)
+            return float(np.median(times)) * 1e6
+
+        found = in_turns(
+            {
+                "touch": _first_touch,
+                "one": lambda: pool.apply(_computed_for, (duration,)),
+                "two": lambda: float(sum(pool.map(_computed_for, [duration, duration], 1))),
+                "in a loop": lambda: typical_add(lambda: None),
+                "behind": lambda: typical_add(lambda: raw(1)),
+            },
+            arguments.repetitions,
+        )
+    report.add(
+        "a page of memory touched for the first time",
+        found["touch"],
+        "µs",
+        tags={"metric": "memory.touch"},
+    )
+    report.add(
+        "two processes that compute",
+        found["two"],
+        "rounds/s",
+        reference=("one", found["one"]),
+        tags={"metric": "processor.two"},
+    )
+    report.add("an add at `os`, in a loop", found["in a loop"], "µs")
+    report.add(
+        "an add at `os`, right behind a sync",
+        found["behind"],
+        "µs",
+        reference=("in a loop", found["in a loop"]),
+        tags={"metric": "processor.cold"},
+    )
+
+
+def _first_touch() -> float:
+    """Microseconds a page of 4 KiB of memory that this process did not have before."""
+    size = 128 << 20
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as fresh:
+        view = np.frombuffer(fresh, np.uint8)
+        started = time.perf_counter()
+        view[::4096] = 1
+        taken = time.perf_counter() - started
+        del view
+    return taken / (size / 4096) * 1e6
+
+
+def _computed_for(duration: float) -> float:
+    """Rounds a second of what needs a processor and nothing else."""
+    end, rounds = time.perf_counter() + duration, 0
+    while time.perf_counter() < end:
+        json.loads(json.dumps({str(i): [i, i / 7, None] for i in range(50)}, sort_keys=True))
+        rounds += 1
+    return rounds / duration
 
 
 # ---------------------------------------------------------------- adding
@@ -738,7 +824,9 @@ def _switch_holds(buffer: ExperienceBuffer, material: Material, n: int) -> list[
 def main() -> None:
     made = parser("Storing durably, opening, recovering.")
     report = Report("storage", parse(made))
-    run_groups(report, [single_adds, batches, writers, opening, recovery, snapshots])
+    run_groups(
+        report, [machine_limits, single_adds, batches, writers, opening, recovery, snapshots]
+    )
 
 
 if __name__ == "__main__":
