@@ -137,19 +137,6 @@ def machine(results: Results) -> str:
     for key, title in (("memory.copy", "copied"), ("memory.read", "read")):
         for figure in results.figures(key):
             lines.append(f"- memory {title} by one thread at {spread(figure)} {figure.unit}")
-    for figure in results.figures("memory.touch"):
-        lines.append(f"- a page of memory touched for the first time: {spread(figure)} µs")
-    for key, title in (
-        ("processor.two", "two processes that compute do {} times the work of one"),
-        (
-            "processor.cold",
-            "an add that waits for no disk takes {} times as long right behind the sync of "
-            "another file",
-        ),
-    ):
-        for figure in results.figures(key):
-            if figure.ratio is not None:
-                lines.append("- " + title.format(number(figure.ratio)))
     return "\n".join(lines)
 
 
@@ -369,6 +356,33 @@ def wins(results: Results) -> str:
     return table(("what", "behind expbuf, by"), lines)
 
 
+LIMITS = {
+    "memory.touch": "Every byte that is stored for the first time needs a page of the page cache; "
+    "a vector in the tail, memory. A raw log that begins anew needs none",
+    "processor.two": "What eight processes can gain over one, where the processor and not the disk "
+    "is what they wait for",
+    "processor.loop": "Its inverse bounds the threads of one process, which share one interpreter",
+    "processor.cold": "What an add takes besides the disk, when each is synced: caches and branch "
+    "predictors have forgotten it meanwhile",
+}
+
+
+def limits(results: Results) -> str:
+    """What the machine gives to any program."""
+    rows = [
+        (
+            figure.name,
+            f"{spread(figure)} {figure.unit}",
+            f"{times(figure.ratio)} {figure.reference}" if figure.ratio is not None else "–",
+            meaning,
+        )
+        for metric, meaning in LIMITS.items()
+        for figure in results.figures(metric)
+    ]
+    head = ("what", "measured", "ratio", "what depends on it")
+    return table(head, rows) if rows else "*Not measured in this run.*"
+
+
 def targets(results: Results) -> str:
     rows = [
         (
@@ -428,6 +442,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "kills": kills,
     "scaling": scaling,
     "ended": ended,
+    "limits": limits,
     "losses": losses,
     "wins": wins,
     "targets": targets,

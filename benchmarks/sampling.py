@@ -331,7 +331,7 @@ def filled_state(n: int, rng: np.random.Generator) -> State:
 
 
 def growth(report: Report, arguments: argparse.Namespace) -> None:
-    sizes = [10_000, 100_000, 1_000_000, *([] if arguments.quick else [10_000_000])]
+    sizes = [10_000, 100_000, *([] if arguments.quick else [1_000_000, 10_000_000])]
     calls = 300 if arguments.quick else 1000
     report.group(
         f"draw and update {BATCH} of more and more",
@@ -389,7 +389,7 @@ def main() -> None:
     made = parser("Prioritized sampling and updates.")
     made.add_argument("--experiences", type=int, help="default: 1,000,000, or 50,000 if quick")
     made.add_argument("--peers-python", type=Path, default=HERE / ".venv-peers" / "bin" / "python")
-    run_groups(Report("sampling", parse(made)), [growth, durable, replay])
+    run_groups(Report("sampling", parse(made)), [replay, durable, growth])
 
 
 if __name__ == "__main__":

@@ -253,7 +253,12 @@ def machine_limits(report: Report, arguments: argparse.Namespace) -> None:
         reference=("one", found["one"]),
         tags={"metric": "processor.two"},
     )
-    report.add("an add at `os`, in a loop", found["in a loop"], "µs")
+    report.add(
+        "an add at `os`, in a loop",
+        found["in a loop"],
+        "µs",
+        tags={"metric": "processor.loop"},
+    )
     report.add(
         "an add at `os`, right behind a sync",
         found["behind"],

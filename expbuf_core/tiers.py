@@ -23,6 +23,7 @@ from expbuf_core.sketch import LEAST_ROWS, Directions, Sketch
 _FIRST_BYTES = 512 << 20
 _FIRST_ROWS = 1 << 18  # at most
 _GROWTH = 4
+_LAST_RESORT = 1024  # rows, where so much address space is not to be had
 _WIDEN = 4
 _DENSE = 8
 _FEW = 1 / 32  # of a segment's rows: below that, comparing them all beats the index
@@ -108,8 +109,8 @@ class Tail:
         capacity = max(least, _GROWTH * (kept + n))
         try:
             vectors = np.empty((capacity, dim), np.float32)
-        except MemoryError:  # so much address space is not to be had
-            capacity = max(LEAST_ROWS, kept + n + kept // 4)
+        except MemoryError:
+            capacity = max(_LAST_RESORT, kept + n + kept // 4)
             vectors = np.empty((capacity, dim), np.float32)
         ids, live = np.empty(capacity, np.int64), np.zeros(capacity, bool)
         squared = np.empty(capacity, np.float32) if self._metric == "l2" else None
@@ -434,34 +435,34 @@ def _search_one(
     mask = view.tail_live if view.tail_dead or allowed is not None else None
     if allowed is not None:
         mask = view.tail_live & _member(view.tail_ids, allowed)
-    first = 0  # row that no sketch has told about
+    tail, first = [], 0  # what was found in the tail; the row that nothing has told about yet
     if view.tail_sketch is not None and floor > -np.inf:
         told = view.tail_sketch.candidates(len(view.tail_ids), query[0], floor, view.tail_squared)
         if told is not None:
             rows, first = told
             rows = rows if mask is None else rows[mask[rows]]
-            rows, similarities = exact_among(view.tail_vectors, rows, query[0], k, metric)
-            if len(rows):
-                parts.insert(0, (view.tail_ids.take(rows)[np.newaxis], similarities[np.newaxis]))
-            if first == len(view.tail_ids):
-                return _merged(parts, k)
-    rows, similarities = exact_best(
-        view.tail_vectors[first:],
-        None if view.tail_squared is None else view.tail_squared[first:],
-        query[0],
-        k,
-        metric,
-        None if mask is None else mask[first:],
-        floor,
-    )
-    if not len(rows) and parts:
-        return _merged(parts, k)
-    ids = view.tail_ids[first:].take(rows)
-    if parts or len(ids) == k:
-        parts.insert(0, (ids[np.newaxis], similarities[np.newaxis]))
-        return _merged(parts, k)
+            tail.append(exact_among(view.tail_vectors, rows, query[0], k, metric))
+    if first < len(view.tail_ids):
+        rows, similarities = exact_best(
+            view.tail_vectors[first:],
+            None if view.tail_squared is None else view.tail_squared[first:],
+            query[0],
+            k,
+            metric,
+            None if mask is None else mask[first:],
+            floor,
+        )
+        tail.append((rows + first if first else rows, similarities))
+    found = [
+        (view.tail_ids.take(rows)[np.newaxis], similarities[np.newaxis])
+        for rows, similarities in tail
+        if len(rows)
+    ]
+    if parts or (found and found[0][0].shape[1] == k):
+        return _merged([*found, *parts], k)
     padded = _nothing(1, k)
-    padded[0][0, : len(ids)], padded[1][0, : len(ids)] = ids, similarities
+    for ids, values in found:  # one: without a segment there is no sketch
+        padded[0][:, : ids.shape[1]], padded[1][:, : ids.shape[1]] = ids, values
     return padded
 
 

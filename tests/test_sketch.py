@@ -212,3 +212,11 @@ def test_a_tail_beside_segments(tmp_path: Path, rng: np.random.Generator, metric
         for i, query in enumerate(queries):
             found = search(view, metric, query[np.newaxis], 10, allowed)
             np.testing.assert_array_equal(found[0][0], truth[0][i])
+    # Of equals those of lower ids come first, also where only some are bounded yet.
+    more = shaped(embeddings(rng, 1500), metric)
+    more[[3, 700, 1400]] = queries[0]
+    tiers.add(np.arange(10_400, 11_900), more)
+    found = search(tiers.view(), metric, queries[:1], 10)
+    np.testing.assert_array_equal(found[0], search(tiers.view(), metric, queries[:2], 10)[0][:1])
+    if metric != "inner_product":  # there a longer vector is more similar than the same
+        assert {10_403, 11_100, 11_800} <= set(found[0][0].tolist())

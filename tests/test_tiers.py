@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +311,25 @@ def test_random_histories(tmp_path: Path, metric: str) -> None:
             world.build(*[part for part in (every[:cut], every[cut:]) if part])
         if step % 3 == 0:
             world.check(int(rng.integers(1, 40)))
+
+
+_SHORT_OF_MEMORY = """
+import resource
+import numpy as np
+from expbuf_core.tiers import Tail
+
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20),) * 2)
+tail, dim = Tail("l2"), 384
+for first in range(0, 20_000, 500):
+    ids = np.arange(first, first + 500)
+    tail.append(ids, np.repeat(ids.astype(np.float32)[:, None], dim, axis=1))
+assert (tail.ids == np.arange(20_000)).all()
+assert (tail.vectors[:, 0] == tail.ids).all() and (tail.vectors[:, -1] == tail.ids).all()
+assert tail.live.all()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
+def test_where_address_space_is_short() -> None:
+    subprocess.run([sys.executable, "-c", _SHORT_OF_MEMORY], timeout=60, check=True)
