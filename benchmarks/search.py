@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,8 +181,8 @@ def _searched(
             buffer.add_many({"v_embed": part, "q_embed": part})
         with ExperienceBuffer.open(path, **settings) as buffer:
             _measure(report, arguments, faiss, buffer, vectors, queries, calls, wanted)
-            if beside:
-                _measure_beside(report, arguments, buffer, queries, calls, path)
+        if beside:
+            _measure_beside(report, arguments, queries, calls, path, settings)
 
 
 def _measure(
@@ -262,42 +263,34 @@ def _near(reference: list[float], row: Row) -> bool:
 def _measure_beside(
     report: Report,
     arguments: argparse.Namespace,
-    buffer: ExperienceBuffer,
     queries: Any,
     calls: int,
     path: Path,
+    settings: dict[str, Any],
 ) -> None:
-    def ours(i: int) -> Any:
-        return buffer.search_index(hybrid_embed=queries[i % len(queries)], k=K)
+    """Each turn in a copy of its own: what a writer has added is no burden of the next turn."""
 
-    def afresh(measure: Callable[[], float]) -> Callable[[], float]:
-        """Begin with one segment: what a writer left is no tail of the next turn."""
-
+    def turn(*programs: str) -> Callable[[], float]:
         def run() -> float:
-            with ExperienceBuffer.open(path, index={"builder": "off", "growth": 1e-6}) as other:
-                other.rebuild_index()
-            _times(ours, 200)
-            return measure()
+            copy = path.with_name("copy")
+            shutil.copytree(path, copy)
+            os.sync()
+            with ExperienceBuffer.open(copy, **settings) as buffer, ExitStack() as stack:
+
+                def search(i: int) -> Any:
+                    return buffer.search_index(hybrid_embed=queries[i % len(queries)], k=K)
+
+                _times(search, 200)
+                for program in programs:
+                    stack.enter_context(_beside(program, copy))
+                found = percentiles(_times(search, calls))[1]
+            shutil.rmtree(copy)
+            return found
 
         return run
 
-    def alone() -> float:
-        return percentiles(_times(ours, calls))[1]
-
-    def with_writer() -> float:
-        with _beside(_WRITER, path):
-            return percentiles(_times(ours, calls))[1]
-
-    def with_builder() -> float:
-        with _beside(_WRITER, path), _beside(_BUILDER, path):
-            return percentiles(_times(ours, calls))[1]
-
     p99 = in_turns(
-        {
-            "alone": afresh(alone),
-            "writer": afresh(with_writer),
-            "builder": afresh(with_builder),
-        },
+        {"alone": turn(), "writer": turn(_WRITER), "builder": turn(_WRITER, _BUILDER)},
         arguments.repetitions,
     )
     report.add("expbuf p99, alone", p99["alone"], "ms")
