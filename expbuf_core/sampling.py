@@ -27,6 +27,7 @@ _AGE_TINY = 2.0**-512  # a total below this has lost the precision of its smalle
 _CLOCK_END = 2.0**52
 _REBUILD_FRACTION = 8  # from capacity / 8 dirty slots on, one pass over all is cheaper
 _REJECTION_TRIES = 4
+_ORDINARY = 1e-37  # no weight of what is more likely than this underflows in float32
 
 Slots = NDArray[np.int64]
 Weights = NDArray[np.float64]
@@ -238,11 +239,15 @@ def importance_weights(probabilities: ArrayLike, beta: float) -> NDArray[np.floa
     Returns:
         (n,) float32 in (0, 1].
     """
-    p = np.maximum(probabilities, np.finfo(np.float64).tiny, dtype=np.float64)
+    p = np.asarray(probabilities, np.float64)
     if p.size == 0:
         return np.empty(0, np.float32)
     # (N P)^-beta / max = (P / least P)^-beta, which is at most 1 and never overflows.
-    p /= np.minimum.reduce(p)
+    least = np.minimum.reduce(p, axis=None)
+    if least > _ORDINARY:
+        return ((p / least) ** -beta).astype(np.float32)
+    p = np.maximum(p, np.finfo(np.float64).tiny)
+    p /= np.minimum.reduce(p, axis=None)
     weights = (p**-beta).astype(np.float32)
     bounded: NDArray[np.float32] = np.maximum(weights, np.finfo(np.float32).tiny)
     return bounded
