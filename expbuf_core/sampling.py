@@ -245,11 +245,13 @@ def importance_weights(probabilities: ArrayLike, beta: float) -> NDArray[np.floa
     # (N P)^-beta / max = (P / least P)^-beta, which is at most 1 and never overflows.
     least = np.minimum.reduce(p, axis=None)
     if least > _ORDINARY:
-        return ((p / least) ** -beta).astype(np.float32)
+        weights: NDArray[np.float32] = ((p / least) ** -beta).astype(np.float32)
+        return weights
     p = np.maximum(p, np.finfo(np.float64).tiny)
     p /= np.minimum.reduce(p, axis=None)
-    weights = (p**-beta).astype(np.float32)
-    bounded: NDArray[np.float32] = np.maximum(weights, np.finfo(np.float32).tiny)
+    bounded: NDArray[np.float32] = np.maximum(
+        (p**-beta).astype(np.float32), np.finfo(np.float32).tiny
+    )
     return bounded
 
 
