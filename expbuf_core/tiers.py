@@ -18,11 +18,11 @@ from expbuf_core.exact_search import exact_among, exact_best, exact_search, squa
 from expbuf_core.segments import OpenSegment, rows_of
 from expbuf_core.sketch import LEAST_ROWS, Directions, Sketch
 
-# Of address space, which costs nothing: memory is taken as rows are written. What is copied when
-# there is no room left costs a writer, or a search, a tenth of a second and more.
-_FIRST_BYTES = 512 << 20
-_FIRST_ROWS = 1 << 18  # at most
-_GROWTH = 4
+# Of address space: memory is taken as rows are written. Not more at once than a process with a limit
+# can spare for each buffer. Later much more, since copying takes a tenth of a second and longer.
+_FIRST_BYTES = 64 << 20
+_FIRST_ROWS = 1 << 15  # at most
+_GROWTH = 8
 _LAST_RESORT = 1024  # rows, where so much address space is not to be had
 _WIDEN = 4
 _DENSE = 8
