@@ -43,13 +43,13 @@ class Suite:
 
 
 SUITES = {
-    "peers": Suite("benchmarks.peers", (1140, 185), (45, 10)),
-    "scaling": Suite("benchmarks.scaling", (540, 30), (0, 0)),
+    "peers": Suite("benchmarks.peers", (1500, 185), (45, 10)),
+    "scaling": Suite("benchmarks.scaling", (1020, 30), (0, 0)),
     "storage": Suite(
         "benchmarks.storage", (420, 35), (40, 8), "machine_limits,single_adds,batches,writers"
     ),
     "search": Suite("benchmarks.search", (780, 0), (60, 0)),
-    "sampling": Suite("benchmarks.sampling", (300, 30), (40, 6)),
+    "sampling": Suite("benchmarks.sampling", (480, 30), (40, 6)),
     "backends": Suite("benchmarks.backends", (150, 0), (20, 0)),
 }
 
