@@ -344,16 +344,11 @@ class Replica:
             part = ids[start : start + _REFUSE_CHUNK]
             slots = state.find(part)
             pin = self.adapter.pin(part, state.location[slots], state.length[slots])
-            v, q = [], []
-            for i, id_ in enumerate(part.tolist()):
-                raw = pin.read(i)
-                checked = frames.check_row(raw)
-                if checked is None or checked[0] != id_:
-                    raise damaged_payload(pin, i, id_)
-                row = codec.decode_row(raw)
-                v.append(row.v_embed)
-                q.append(row.q_embed)
-            yield refuse(np.stack(v), np.stack(q))
+            rows = pin.read_many(np.arange(len(part)))
+            damaged = frames.first_damaged(rows, part.tolist())
+            if damaged >= 0:
+                raise damaged_payload(pin, damaged, int(part[damaged]))
+            yield refuse(*codec.decode_embeddings(rows, "v_embed", "q_embed"))
 
     def adopt(
         self,
