@@ -325,6 +325,7 @@ class Accepted(NamedTuple):
 
     v: Vectors
     q: Vectors
+    row: bytes
     item: _Checked
     priority: float
 
@@ -355,6 +356,10 @@ def _labels(tags: list[list[str]], keys: list[str | None]) -> dict[str, list[Any
     if not any(tags) and all(key is None for key in keys):
         return None
     return {"tags": tags, "keys": keys}
+
+
+def _labels_of(items: Sequence[_Checked]) -> dict[str, list[Any]] | None:
+    return _labels([item.tags for item in items], [item.key for item in items])
 
 
 class Intake:
@@ -474,39 +479,45 @@ class Intake:
     # ------------------------------------------------------------ drafts
 
     def accept(self, experience: Experience, priority: float | None) -> Accepted:
-        """Check one experience, and score it; what the caller alone answers for."""
+        """Check one experience, score and encode it: all that may run code of the user's."""
         now = time.time()
         v = self._part(experience.v_embed, "v_embed", self.v_dim, rank=1)
         q = self._part(experience.q_embed, "q_embed", self.q_dim, rank=1)
         item = self._checked(experience, now)
+        row = codec.encode_row(v, q, item.fields)
+        if len(row) > self._max_experience or len(row) + 4 * self.dim > self._max_commit:
+            self._check_sizes(np.array([len(row)], np.uint32))
         if priority is not None:
             value = float(_priorities([priority], 1)[0])
         else:
             value = self._score_one(item, now)
-        return Accepted(v, q, item, value)
+        return Accepted(v, q, row, item, value)
 
     def draft(self, accepted: Sequence[Accepted]) -> Draft:
         """What was accepted as one operation.
 
         One alone is drafted without arrays of one number: each costs a microsecond.
         """
-        if len(accepted) > 1:
-            v = _stacked([each.v for each in accepted], self.v_dim)
-            q = _stacked([each.q for each in accepted], self.q_dim)
-            items = [each.item for each in accepted]
-            priority = np.array([each.priority for each in accepted], np.float32)
-            return self._draft_items(v, q, items, _numbers(items), priority)
-        ((v, q, item, value),) = accepted
-        row = bytearray(codec.encode_row(v, q, item.fields))
-        length = len(row)
-        if length > self._max_experience or length + 4 * self.dim > self._max_commit:
-            self._check_sizes(np.array([length], np.uint32))
-        vector = fuse(self.fusion, self.metric, v[np.newaxis], q[np.newaxis], self.dim)
-        labels = _labels([item.tags], [item.key])
-        body = codec.encode_add_one(
-            item.timestamp, item.reward, item.confidence, value, vector, labels, self.representation
+        if len(accepted) == 1:
+            ((v, q, row, item, value),) = accepted
+            vector = fuse(self.fusion, self.metric, v[np.newaxis], q[np.newaxis], self.dim)
+            body = codec.encode_add_one(
+                *(item.timestamp, item.reward, item.confidence, value, vector),
+                _labels_of((item,)),
+                self.representation,
+            )
+            lengths = np.array((len(row),), np.uint32)
+            return draft_rows(codec.ADD, body, bytearray(row), lengths, 1)
+        items = [each.item for each in accepted]
+        return self._draft(
+            _stacked([each.v for each in accepted], self.v_dim),
+            _stacked([each.q for each in accepted], self.q_dim),
+            bytearray().join([each.row for each in accepted]),
+            np.array([len(each.row) for each in accepted], np.uint32),
+            _numbers(items),
+            np.array([each.priority for each in accepted], np.float32),
+            _labels_of(items),
         )
-        return draft_rows(codec.ADD, body, row, np.array((length,), np.uint32), 1)
 
     def one(self, experience: Experience, priority: float | None) -> Draft:
         """One experience as an operation."""
@@ -568,19 +579,8 @@ class Intake:
             [item.fields.get("metadata") for item in items],
             now,
         )
-        return self._draft_items(v, q, items, numbers, scores)
-
-    def _draft_items(
-        self,
-        v: Vectors,
-        q: Vectors,
-        items: Sequence[_Checked],
-        numbers: _Numbers,
-        priority: NDArray[np.float32],
-    ) -> Draft:
         rows, lengths = codec.encode_rows(v, q, [item.fields for item in items])
-        labels = _labels([item.tags for item in items], [item.key for item in items])
-        return self._draft(v, q, rows, lengths, numbers, priority, labels)
+        return self._draft(v, q, rows, lengths, numbers, scores, _labels_of(items))
 
     def _checked(self, item: Experience, now: float) -> _Checked:
         """Everything of an experience but its embeddings."""
