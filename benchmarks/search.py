@@ -205,6 +205,8 @@ def _measure(
         target=f"{wanted_recall}",
         met=lambda row: row.median >= wanted_recall,
     )
+    from expbuf_faiss.calibration import CANDIDATES_FLOOR
+
     segment = buffer.stats()["index"]["segments"][0]
     print(f"  index: { {k: segment[k] for k in ('factory', 'effort', 'rerank') if k in segment} }")
     faiss.omp_set_num_threads(os.cpu_count() or 1)  # building alone
@@ -221,7 +223,8 @@ def _measure(
         faiss.extract_index_ivf(same).nprobe = segment["effort"]
         # What expbuf does besides, FAISS can do: compare the best by their whole vectors.
         refined = faiss.IndexRefineFlat(same, faiss.swig_ptr(vectors[: same.ntotal]))
-        refined.k_factor = max(1, segment.get("rerank") or 1)
+        # As many as expbuf compares.
+        refined.k_factor = max(1.0, segment.get("rerank", 0) * CANDIDATES_FLOOR / K)
         cases[SAME] = lambda i: refined.search(queries[i % len(queries)][None], K)
         report.add(
             "recall of the same index, re-ranked by FAISS",

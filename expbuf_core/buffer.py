@@ -410,7 +410,7 @@ class ExperienceBuffer:
                 intake = session.intake(v, q)
                 assert intake is not None
             try:
-                return session.commit(intake.one(experience, priority))[1]
+                return session.add(intake, intake.accept(experience, priority))
             except Outdated:
                 continue
 

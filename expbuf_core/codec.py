@@ -238,14 +238,26 @@ def encode_rows(
     Returns:
         The rows one behind the other, (n,) uint32 lengths.
     """
+    texts = _texts_of(fields)
+    if texts is None:
+        rows = [encode_row(v[i], q[i], each) for i, each in enumerate(fields)]
+        return bytearray().join(rows), np.fromiter(map(len, rows), np.uint32, len(rows))
+    return encode_bare_rows(v, q, texts)
+
+
+def _texts_of(fields: Sequence[Mapping[str, Any]]) -> list[bytes] | None:
+    """Payloads' fields as JSON; None if one of them needs attachments."""
+    if len(set(map(tuple, fields))) == 1 and fields[0]:  # all alike: field by field
+        return encode_texts(
+            {name: [each[name] for each in fields] for name in fields[0]}, len(fields)
+        )
     attachments: list[bytes] = []
     texts = []
-    for item in fields:
-        texts.append(_text_of(item, attachments))
+    for each in fields:
+        texts.append(_text_of(each, attachments))
         if attachments:
-            rows = [encode_row(v[i], q[i], each) for i, each in enumerate(fields)]
-            return bytearray().join(rows), np.fromiter(map(len, rows), np.uint32, len(rows))
-    return encode_bare_rows(v, q, texts)
+            return None
+    return texts
 
 
 def encode_bare_rows(

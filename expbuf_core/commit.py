@@ -5,7 +5,8 @@
 
 What need not come before the write comes behind it: the disk is at work by then.
 
-Threads of one process that arrive together are one append and one flush; processes share flushes.
+Threads of one process that arrive together are one append and one flush, and what they add is one
+operation; processes share flushes.
 Lock order: append before flush. Whoever finds that a flush failed, that its leader died, or that an
 appender died half-way, retires the log before anything else is written.
 """
@@ -13,10 +14,10 @@ appender died half-way, retires the log before anything else is written.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,15 +102,93 @@ class Draft:
         self.weight = weight
 
 
+class Drafter(Protocol):
+    """Makes one operation of all that several threads add; see `Intake.draft`."""
+
+    representation: int
+
+    def draft(self, accepted: Sequence[Any]) -> Draft: ...
+
+
+class Addition(NamedTuple):
+    """An experience to add, not drafted yet: with those of other threads it is one operation."""
+
+    drafter: Drafter
+    accepted: Any
+
+
+class _Call:
+    """What a thread wants to be written, and what became of it."""
+
+    __slots__ = ("error", "first_id", "lsn", "work")
+
+    def __init__(self, work: Draft | Addition) -> None:
+        self.work = work
+        self.lsn = self.first_id = 0
+        self.error: Exception | None = None
+
+
 class _Entry:
-    """A draft, and what became of it."""
+    """An operation that is written for one call or, row by row, for several."""
 
-    __slots__ = ("draft", "error", "first_id", "lsn", "retirements")
+    __slots__ = ("calls", "draft", "error", "first_id", "lsn", "retirements")
 
-    def __init__(self, draft: Draft) -> None:
+    def __init__(self, draft: Draft, calls: list[_Call]) -> None:
         self.draft = draft
+        self.calls = calls
         self.lsn = self.first_id = self.retirements = 0
         self.error: StorageError | None = None
+
+    def tell(self) -> None:
+        """Let the calls know."""
+        first_id = self.first_id
+        for call in self.calls:
+            call.lsn, call.first_id, call.error = self.lsn, first_id, self.error
+            first_id += 1
+
+
+def _entries(calls: list[_Call]) -> list[_Entry]:
+    """What is to be written; calls that ask for what cannot be are left out, with an error."""
+    if len(calls) == 1:
+        return _singly(calls)
+    entries: list[_Entry] = []
+    additions: dict[Drafter, list[_Call]] = {}
+    accepted: dict[Drafter, list[Any]] = {}
+    for call in calls:
+        work = call.work
+        if isinstance(work, Addition):
+            additions.setdefault(work.drafter, []).append(call)
+            accepted.setdefault(work.drafter, []).append(work.accepted)
+        else:
+            entries.append(_Entry(work, [call]))
+    for drafter, together in additions.items():
+        try:
+            entries.append(_Entry(drafter.draft(accepted[drafter]), together))
+        except Exception:  # of one of them, or of all: too large for one operation
+            entries += _singly(together)
+    return entries
+
+
+def _singly(calls: list[_Call]) -> list[_Entry]:
+    """An entry for each call that can be drafted."""
+    entries = []
+    for call in calls:
+        work = call.work
+        try:
+            draft = work if isinstance(work, Draft) else work.drafter.draft((work.accepted,))
+        except Exception as exc:
+            call.error = exc
+        else:
+            entries.append(_Entry(draft, [call]))
+    return entries
+
+
+def _apart(entries: list[_Entry]) -> list[_Entry]:
+    """The same, but an entry for each call."""
+    apart = []
+    for entry in entries:
+        apart += _singly(entry.calls) if len(entry.calls) > 1 else [entry]
+    return apart
 
 
 class CommitLog:
@@ -167,32 +246,44 @@ class CommitLog:
 
     # ------------------------------------------------------------ commit
 
-    def commit(self, draft: Draft) -> tuple[int, int]:
+    def commit(self, work: Draft | Addition) -> tuple[int, int]:
         """Write one operation and return when it is durable at the configured level.
 
+        Args:
+            work: The operation; or an experience, which is in one operation with those that other
+                threads add at the same time.
+
         Returns:
-            Its LSN and the id of its first row.
+            Its LSN and the id of its first row, or of the experience.
 
         Raises:
             StorageError: It was not written, or its durability is not known.
             LockTimeout: The append lock was not free in time; nothing was written.
         """
-        entry = _Entry(draft)
+        call = _Call(work)
         if self._outer is None:
-            self._threads.do(entry)
+            self._threads.do(call)
         else:  # whoever holds that lock must not wait for a thread that waits for it
-            with self._outer:
-                self._append([entry])
-            self._appended()
-            self._finish([entry])
-        if entry.error is not None:
-            raise entry.error
-        return entry.lsn, entry.first_id
+            self._commit([call], self._outer)
+        if call.error is not None:
+            raise call.error
+        return call.lsn, call.first_id
 
-    def _commit(self, entries: list[_Entry]) -> None:
-        self._append(entries)
+    def _commit(
+        self, calls: list[_Call], outer: AbstractContextManager[object] | None = None
+    ) -> None:
+        entries = _entries(calls)
+        if not entries:
+            return
+        if outer is None:
+            self._append(entries)
+        else:
+            with outer:
+                self._append(entries)
         self._appended()
         self._finish(entries)
+        for entry in entries:
+            entry.tell()
 
     def _append(self, entries: list[_Entry]) -> None:
         """Write operations one behind the other."""
@@ -227,8 +318,9 @@ class CommitLog:
         except LogInterrupted:
             raise
         except StorageError:
-            if len(entries) == 1:
+            if len(entries) == 1 and len(entries[0].calls) < 2:
                 raise
+            entries[:] = _apart(entries)
             self._write_singly(entries)
         if not self._syncs:
             words[c.PUBLISHED] = words[c.APPENDED]
@@ -317,7 +409,7 @@ class CommitLog:
         if next_id <= words[c.RESERVED_ID] and next_lsn <= words[c.RESERVED_LSN]:
             return
         limit_id, limit_lsn = next_id + RESERVATION, next_lsn + RESERVATION
-        entry = _Entry(Draft(codec.encode_reserve(limit_id, limit_lsn), weight=0))
+        entry = _Entry(Draft(codec.encode_reserve(limit_id, limit_lsn), weight=0), [])
         self._write([entry])
         self._flush_lock.run(self._sync_to, entry.lsn)
         words[c.RESERVED_ID], words[c.RESERVED_LSN] = limit_id, limit_lsn

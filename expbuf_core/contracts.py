@@ -129,6 +129,14 @@ class PriorityScorer(Protocol):
 
     Called by several threads at once, outside all locks; must not change its arguments. What it
     returns is logged, so recovery never calls it.
+
+    It may have a method `one` besides, which single adds ask first: the same for one experience,
+    without arrays of one number. Its arguments are the entries of a `ScoringBatch` as Python
+    numbers, by name; it returns what the batch would get, or None: ask with a batch.
+
+        def one(self, *, confidence: float, total_reward: float, reward_known: bool,
+                probabilities: NDArray[np.float32] | None, age: float,
+                metadata: Mapping[str, Any] | None) -> float | None: ...
     """
 
     def __call__(self, batch: ScoringBatch) -> NDArray[np.floating[Any]]:

@@ -293,6 +293,7 @@ ROW_HEADER_BYTES = ROW.size
 ID = struct.Struct("<q")
 SIZE = struct.Struct("<I")
 SINGLE_ROW = struct.Struct("<IIqII")  # table entry and header of a row that is the only one
+_FEW = 128  # with more rows arrays are faster
 # What one byte does to a CRC-32: crc32 keeps its state inverted, before and after.
 _CRC_TABLE = ~np.array([crc32(bytes([i]), 0xFFFFFFFF) for i in range(256)], np.uint32)
 
@@ -302,11 +303,16 @@ def stamp_rows(
 ) -> NDArray[np.uint32]:
     """Write ids and seals into rows whose contents stand; return the seals, (n,) uint32."""
     n = len(content_crcs)
-    if n == 1:
-        crc = content_crcs[0]
-        seal = crc32(ID.pack(first_id), crc)
-        ROW.pack_into(rows, 0, first_id, crc, seal)
-        return np.array((seal,), np.uint32)
+    if n <= _FEW:
+        seals, at = [], 0
+        for id_, (length, crc) in enumerate(
+            zip(lengths.tolist(), content_crcs, strict=True), first_id
+        ):
+            seal = crc32(ID.pack(id_), crc)
+            ROW.pack_into(rows, at, id_, crc, seal)
+            seals.append(seal)
+            at += length
+        return np.array(seals, np.uint32)
     heads = np.empty(n, _ROW_HEAD)
     heads["id"] = np.arange(first_id, first_id + n)
     heads["crc"] = content_crcs

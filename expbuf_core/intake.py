@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,6 +117,11 @@ def as_vectors(value: Any, name: str, *, rank: int, dim: int | None) -> Vectors:
             "finite in float32"
         )
     return array
+
+
+def _stacked(parts: Sequence[NDArray[Any]], dim: int) -> NDArray[Any]:
+    """(n, dim) of n rows; a third of what `np.stack` takes."""
+    return np.concatenate(parts).reshape(len(parts), dim)
 
 
 def _rank_error(array: NDArray[Any], name: str, rank: int) -> DimensionError:
@@ -315,11 +320,46 @@ class _Checked(NamedTuple):
     key: str | None
 
 
+class Accepted(NamedTuple):
+    """An experience that can be stored as it is; see `Intake.accept`."""
+
+    v: Vectors
+    q: Vectors
+    row: bytes
+    item: _Checked
+    priority: float
+
+
+class _Numbers(NamedTuple):
+    """Of n experiences: (n,) each."""
+
+    confidence: NDArray[np.float32]
+    reward: NDArray[np.float64]
+    timestamp: NDArray[np.float64]
+
+
+def _numbers(items: Sequence[_Checked]) -> _Numbers:
+    return _Numbers(
+        np.array([item.confidence for item in items], np.float32),
+        np.array([item.reward for item in items], np.float64),
+        np.array([item.timestamp for item in items], np.float64),
+    )
+
+
+def _narrow(value: float) -> float:
+    """As it is in float32."""
+    return float(np.float32(value)) if value else 0.0
+
+
 def _labels(tags: list[list[str]], keys: list[str | None]) -> dict[str, list[Any]] | None:
     """What replicas know experiences by; None where there is nothing."""
     if not any(tags) and all(key is None for key in keys):
         return None
     return {"tags": tags, "keys": keys}
+
+
+def _labels_of(items: Sequence[_Checked]) -> dict[str, list[Any]] | None:
+    return _labels([item.tags for item in items], [item.key for item in items])
 
 
 class Intake:
@@ -352,6 +392,7 @@ class Intake:
         self.metric = metric
         self.fusion = fusion
         self.scorer = scorer
+        self._ask_one: Callable[..., float | None] | None = getattr(scorer, "one", None)
         self.dim = fusion.output_dim(v_dim, q_dim)
         self._max_experience = max_experience_bytes
         self._max_commit = max_commit_bytes
@@ -437,29 +478,50 @@ class Intake:
 
     # ------------------------------------------------------------ drafts
 
-    def one(self, experience: Experience, priority: float | None) -> Draft:
-        """One experience as an operation.
-
-        What `many` does for several, without arrays of one number: each costs a microsecond.
-        """
+    def accept(self, experience: Experience, priority: float | None) -> Accepted:
+        """Check one experience, score and encode it: all that may run code of the user's."""
         now = time.time()
         v = self._part(experience.v_embed, "v_embed", self.v_dim, rank=1)
         q = self._part(experience.q_embed, "q_embed", self.q_dim, rank=1)
         item = self._checked(experience, now)
-        row = bytearray(codec.encode_row(v, q, item.fields))
-        length = len(row)
-        if length > self._max_experience or length + 4 * self.dim > self._max_commit:
-            self._check_sizes(np.array([length], np.uint32))
-        vector = fuse(self.fusion, self.metric, v[np.newaxis], q[np.newaxis], self.dim)
+        row = codec.encode_row(v, q, item.fields)
+        if len(row) > self._max_experience or len(row) + 4 * self.dim > self._max_commit:
+            self._check_sizes(np.array([len(row)], np.uint32))
         if priority is not None:
             value = float(_priorities([priority], 1)[0])
         else:
             value = self._score_one(item, now)
-        labels = _labels([item.tags], [item.key])
-        body = codec.encode_add_one(
-            item.timestamp, item.reward, item.confidence, value, vector, labels, self.representation
+        return Accepted(v, q, row, item, value)
+
+    def draft(self, accepted: Sequence[Accepted]) -> Draft:
+        """What was accepted as one operation.
+
+        One alone is drafted without arrays of one number: each costs a microsecond.
+        """
+        if len(accepted) == 1:
+            ((v, q, row, item, value),) = accepted
+            vector = fuse(self.fusion, self.metric, v[np.newaxis], q[np.newaxis], self.dim)
+            body = codec.encode_add_one(
+                *(item.timestamp, item.reward, item.confidence, value, vector),
+                _labels_of((item,)),
+                self.representation,
+            )
+            lengths = np.array((len(row),), np.uint32)
+            return draft_rows(codec.ADD, body, bytearray(row), lengths, 1)
+        items = [each.item for each in accepted]
+        return self._draft(
+            _stacked([each.v for each in accepted], self.v_dim),
+            _stacked([each.q for each in accepted], self.q_dim),
+            bytearray().join([each.row for each in accepted]),
+            np.array([len(each.row) for each in accepted], np.uint32),
+            _numbers(items),
+            np.array([each.priority for each in accepted], np.float32),
+            _labels_of(items),
         )
-        return draft_rows(codec.ADD, body, row, np.array((length,), np.uint32), 1)
+
+    def one(self, experience: Experience, priority: float | None) -> Draft:
+        """One experience as an operation."""
+        return self.draft((self.accept(experience, priority),))
 
     def _score_one(self, item: _Checked, now: float) -> float:
         """`score` of one experience."""
@@ -468,13 +530,25 @@ class Intake:
         if not -_LARGEST <= total <= _LARGEST:
             finite32(np.array([total]), "rewards")
         age = min(max(now - item.timestamp, 0.0), _OLDEST)
+        probabilities, metadata = item.fields.get("probabilities"), item.fields.get("metadata")
+        if self._ask_one is not None:
+            score = self._ask_one(
+                confidence=_narrow(item.confidence),
+                total_reward=_narrow(total),
+                reward_known=known,
+                probabilities=probabilities,
+                age=_narrow(age),
+                metadata=metadata,
+            )
+            if type(score) is float and 0.0 <= score <= _LARGEST:
+                return score
         batch = ScoringBatch(
             confidence=np.array((item.confidence,), np.float32),
             total_reward=np.array((total,), np.float32),
             reward_known=np.array((known,)),
-            probabilities=(item.fields.get("probabilities"),),
+            probabilities=(probabilities,),
             age=np.array((age,), np.float32),
-            metadata=(item.fields.get("metadata"),),
+            metadata=(metadata,),
         )
         scores = np.asarray(self.scorer(batch))
         if scores.shape == (1,):
@@ -497,21 +571,16 @@ class Intake:
         v = self._stack([item.v_embed for item in experiences], "v_embed", self.v_dim)
         q = self._stack([item.q_embed for item in experiences], "q_embed", self.q_dim)
         items = [self._checked(item, now) for item in experiences]
-        rows, lengths = codec.encode_rows(v, q, [item.fields for item in items])
-        return self._draft(
-            v,
-            q,
-            rows,
-            lengths,
-            confidence=np.array([item.confidence for item in items], np.float32),
-            reward=np.array([item.reward for item in items], np.float64),
-            timestamp=np.array([item.timestamp for item in items], np.float64),
-            probabilities=[item.fields.get("probabilities") for item in items],
-            metadata=[item.fields.get("metadata") for item in items],
-            priorities=priorities,
-            labels=_labels([item.tags for item in items], [item.key for item in items]),
-            now=now,
+        numbers = _numbers(items)
+        scores = self._priorities(
+            priorities,
+            *numbers,
+            [item.fields.get("probabilities") for item in items],
+            [item.fields.get("metadata") for item in items],
+            now,
         )
+        rows, lengths = codec.encode_rows(v, q, [item.fields for item in items])
+        return self._draft(v, q, rows, lengths, numbers, scores, _labels_of(items))
 
     def _checked(self, item: Experience, now: float) -> _Checked:
         """Everything of an experience but its embeddings."""
@@ -561,8 +630,8 @@ class Intake:
             shape = (dim,)
             if all(part.shape == shape for part in parts):
                 with np.errstate(over="ignore"):
-                    return as_vectors(np.stack(parts), name, rank=2, dim=dim)
-        return np.stack([self._part(part, name, dim, rank=1) for part in parts])
+                    return as_vectors(_stacked(parts, dim), name, rank=2, dim=dim)
+        return _stacked([self._part(part, name, dim, rank=1) for part in parts], dim)
 
     def columns(self, columns: Mapping[str, Any], priorities: Any) -> Draft:
         """A mapping of columns as one operation; see `ExperienceBuffer.add_many`."""
@@ -613,20 +682,11 @@ class Intake:
         if "image" in lists:
             lists["image"] = [None if image is None else _image(image) for image in lists["image"]]
         rows, lengths = _encode_columns(v, q, lists, n)
-        return self._draft(
-            v,
-            q,
-            rows,
-            lengths,
-            confidence=confidence.astype(np.float32),
-            reward=reward,
-            timestamp=timestamp,
-            probabilities=probabilities,
-            metadata=lists.get("metadata", ()),
-            priorities=priorities,
-            labels=_labels(tags, lists.get("key", [None] * n)),
-            now=now,
-        )
+        numbers = _Numbers(confidence.astype(np.float32), reward, timestamp)
+        metadata = lists.get("metadata", ())
+        scores = self._priorities(priorities, *numbers, probabilities, metadata, now)
+        labels = _labels(tags, lists.get("key", [None] * n))
+        return self._draft(v, q, rows, lengths, numbers, scores, labels)
 
     def _check_sizes(self, lengths: NDArray[np.uint32]) -> None:
         n = len(lengths)
@@ -643,36 +703,40 @@ class Intake:
                 f"{self._max_commit:,}: add them in several parts"
             )
 
+    def _priorities(
+        self,
+        given: Any,
+        confidence: NDArray[np.float32],
+        reward: NDArray[np.float64],
+        timestamp: NDArray[np.float64],
+        probabilities: Sequence[NDArray[np.float32] | None],
+        metadata: Sequence[Mapping[str, Any] | None],
+        now: float,
+    ) -> NDArray[np.float32]:
+        """(n,) as given, and the scorer's where none is."""
+        own = None if given is None else _priorities(given, len(confidence))
+        if own is not None and not np.isnan(own).any():
+            return own
+        scores = self.score(confidence, reward, probabilities, ages(now, timestamp), metadata)
+        return scores if own is None else np.where(np.isnan(own), scores, own)
+
     def _draft(
         self,
         v: Vectors,
         q: Vectors,
         rows: bytearray,
         lengths: NDArray[np.uint32],
-        *,
-        confidence: NDArray[np.float32],
-        reward: NDArray[np.float64],
-        timestamp: NDArray[np.float64],
-        probabilities: Sequence[NDArray[np.float32] | None],
-        metadata: Sequence[Mapping[str, Any] | None],
-        priorities: Any,
+        numbers: _Numbers,
+        priority: NDArray[np.float32],
         labels: dict[str, list[Any]] | None,
-        now: float,
     ) -> Draft:
-        n = len(lengths)
         self._check_sizes(lengths)
         vectors = fuse(self.fusion, self.metric, v, q, self.dim)
-        priority = None if priorities is None else _priorities(priorities, n)
-        if priority is None or np.isnan(priority).any():
-            age = ages(now, timestamp)
-            scores = self.score(confidence, reward, probabilities, age, metadata)
-            priority = (
-                scores if priority is None else np.where(np.isnan(priority), scores, priority)
-            )
+        confidence, reward, timestamp = numbers
         body = codec.encode_add(
             AddBody(timestamp, reward, confidence, priority, vectors, labels, self.representation)
         )
-        return draft_rows(codec.ADD, body, rows, lengths, n)
+        return draft_rows(codec.ADD, body, rows, lengths, len(lengths))
 
 
 def _length(column: Any) -> int:

@@ -21,7 +21,7 @@ from expbuf_core.contracts import (
     LogGone,
     PersistenceAdapter,
 )
-from expbuf_core.control import DURABLE, INDEX_GENERATION, RETIREMENTS, Control
+from expbuf_core.control import DURABLE, INDEX_GENERATION, NEXT_ID, RETIREMENTS, Control
 from expbuf_core.errors import CorruptionError, ReentrantCall, StorageError
 from expbuf_core.frames import damaged_payload
 from expbuf_core.sampling import PrioritySampler, Settings
@@ -32,6 +32,7 @@ from expbuf_core.tiers import IndexTiers, Tail
 _log = logging.getLogger("expbuf")
 _REFUSE_CHUNK = 1024
 _LAG = 64  # operations that a writer may leave to be applied
+_LAG_ROWS = 256  # and experiences in them
 
 Refuse = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
 
@@ -141,7 +142,10 @@ class Replica:
 
     def may_lag(self) -> bool:
         """Whether the next read may as well apply what there is, many at once, as a write now."""
-        return self.control.published() - self.state.lsn < _LAG
+        control, state = self.control, self.state
+        if control.published() - state.lsn >= _LAG:
+            return False
+        return control.words[NEXT_ID] - state.next_id < _LAG_ROWS  # one operation may hold many
 
     def refresh(self) -> None:
         """Apply what has been published since; one comparison where that is nothing.
@@ -344,16 +348,11 @@ class Replica:
             part = ids[start : start + _REFUSE_CHUNK]
             slots = state.find(part)
             pin = self.adapter.pin(part, state.location[slots], state.length[slots])
-            v, q = [], []
-            for i, id_ in enumerate(part.tolist()):
-                raw = pin.read(i)
-                checked = frames.check_row(raw)
-                if checked is None or checked[0] != id_:
-                    raise damaged_payload(pin, i, id_)
-                row = codec.decode_row(raw)
-                v.append(row.v_embed)
-                q.append(row.q_embed)
-            yield refuse(np.stack(v), np.stack(q))
+            rows = pin.read_many(np.arange(len(part)))
+            damaged = frames.first_damaged(rows, part.tolist())
+            if damaged >= 0:
+                raise damaged_payload(pin, damaged, int(part[damaged]))
+            yield refuse(*codec.decode_embeddings(rows, "v_embed", "q_embed"))
 
     def adopt(
         self,

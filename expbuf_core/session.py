@@ -20,7 +20,7 @@ import numpy as np
 
 from expbuf_core import codec, folder, indexing, recovery
 from expbuf_core import control as c
-from expbuf_core.commit import CommitLog, Draft, Lock
+from expbuf_core.commit import Addition, CommitLog, Draft, Lock
 from expbuf_core.config_schema import BufferConfig
 from expbuf_core.contracts import (
     EmbeddingFusion,
@@ -41,7 +41,7 @@ from expbuf_core.errors import (
     StorageError,
 )
 from expbuf_core.filesystem import FileSystem
-from expbuf_core.intake import Intake
+from expbuf_core.intake import Accepted, Intake
 from expbuf_core.locks import OpenLock, ProcessLock, ThreadLock
 from expbuf_core.opening import open_session
 from expbuf_core.plugins import PluginRegistry
@@ -255,8 +255,20 @@ class Session:
             error=str(exc),
         )
 
+    def add(self, intake: Intake, accepted: Accepted) -> int:
+        """Write one experience, and apply it here when the next read needs it.
+
+        Returns:
+            Its id.
+
+        Raises:
+            Outdated: The representation has changed since it was accepted: accept it again.
+        """
+        work = Addition(intake, accepted)
+        return self._commit(work, codec.ADD, 1, intake.representation)[1]
+
     def commit(self, draft: Draft) -> tuple[int, int, int]:
-        """Write an operation and apply it here; a single add when the next read needs it.
+        """Write an operation and apply it here.
 
         Returns:
             Its LSN, the id of its first row, and to how many experiences it applied.
@@ -264,29 +276,34 @@ class Session:
         Raises:
             Outdated: The representation has changed since an add was drafted: draft it again.
         """
+        kind = draft.operation.kind
+        representation = (
+            codec.add_representation(draft.operation.body) if kind == codec.ADD else None
+        )
+        return self._commit(draft, kind, len(draft.content_crcs), representation)
+
+    def _commit(
+        self, work: Draft | Addition, kind: int, count: int, representation: int | None
+    ) -> tuple[int, int, int]:
         if not self.writable:
             raise ReadOnlyBuffer(f"{self.path} is open in mode 'r'; open it in mode 'a' to write")
         started = time.monotonic()
-        is_add = draft.operation.kind == codec.ADD
-        if is_add:
-            representation = codec.add_representation(draft.operation.body)
-            if self.control.words[c.REPRESENTATION] != representation:
-                self._check_representation(representation)
-        lsn, first_id = self.commit_log.commit(draft)
+        if representation is not None and self.control.words[c.REPRESENTATION] != representation:
+            self._check_representation(representation)
+        lsn, first_id = self.commit_log.commit(work)
         # Asked again: a change may have begun in between, and its operation come first.
-        if is_add and self.control.words[c.REPRESENTATION] != representation:
+        if representation is not None and self.control.words[c.REPRESENTATION] != representation:
             self._check_overtaken(lsn)
-        count = len(draft.content_crcs)
-        if not is_add or count > 1 or not self.replica.may_lag():
+        if kind != codec.ADD or count > 1 or not self.replica.may_lag():
             self.refresh()
-        if not is_add:
+        if kind != codec.ADD:
             count = self.replica.counts.pop(lsn, 0)
         if "expbuf_on_committed" in self.registry.events:
             self.registry.fire(
                 "expbuf_on_committed",
                 path=str(self.path or ""),
                 lsn=lsn,
-                kind=codec.KIND_NAMES[draft.operation.kind],
+                kind=codec.KIND_NAMES[kind],
                 count=count,
                 seconds=time.monotonic() - started,
             )
@@ -324,8 +341,7 @@ class Session:
     def _check_overtaken(self, lsn: int) -> None:
         self._settle_representation()
         with self.replica.lock:
-            if lsn in self.replica.refused:
-                self.replica.refused.discard(lsn)
+            if lsn in self.replica.refused:  # for all whose additions it held
                 raise Outdated
 
     def use_fusion(self, stored: Mapping[str, Any]) -> None:

@@ -18,8 +18,9 @@ from expbuf_core.exact_search import exact_among, exact_best, exact_search, squa
 from expbuf_core.segments import OpenSegment, rows_of
 from expbuf_core.sketch import LEAST_ROWS, Directions, Sketch
 
-# Of address space: memory is taken as rows are written. Not more at once than a process with a limit
-# can spare for each buffer. Later much more, since copying takes a tenth of a second and longer.
+# Of address space: memory is taken as rows are written. Not more at once than a process with a
+# limit can spare for each buffer. Later much more, since copying takes a tenth of a second and
+# longer.
 _FIRST_BYTES = 64 << 20
 _FIRST_ROWS = 1 << 15  # at most
 _GROWTH = 8

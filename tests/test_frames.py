@@ -155,6 +155,19 @@ def test_rows_out_of_order_are_noticed() -> None:
     assert frames.check_rows(rows[:-1], 0, 40, table) == int(operation.lengths[:2].sum())
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 50])
+def test_few_rows_are_stamped_as_many_are(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.array([frames.ROW_HEADER_BYTES + i for i in range(n)], np.uint32)
+    crcs = [crc32(bytes(i)) for i in range(n)]
+    made = []
+    for few in (0, 1000):
+        monkeypatch.setattr(frames, "_FEW", few)
+        rows = bytearray(int(lengths.sum()))
+        seals = frames.stamp_rows(rows, lengths, crcs, 2**40 + 7)
+        made.append((bytes(rows), seals.dtype, seals.tolist()))
+    assert made[0] == made[1]
+
+
 def test_the_first_damaged_of_several_rows() -> None:
     contents = [b"one" * 10, b"two" * 7, b"", b"four"]
     lengths = np.array([frames.ROW_HEADER_BYTES + len(c) for c in contents], np.uint32)

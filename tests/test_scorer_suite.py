@@ -33,6 +33,17 @@ class TestSound(ScorerSuite):
     provider = ScorerProvider("sound", api_version=1, factory=Sound)
 
 
+class OneByOne(Sound):
+    """No bug either."""
+
+    def one(self, *, confidence: float, total_reward: float, age: float, **rest: Any) -> Any:
+        return None if age else abs(total_reward - confidence) + 1.0
+
+
+class TestOneByOne(ScorerSuite):
+    provider = ScorerProvider("one_by_one", api_version=1, factory=OneByOne)
+
+
 class Signed(Sound):
     def __call__(self, batch: ScoringBatch) -> Any:
         return batch.total_reward - batch.confidence
@@ -182,6 +193,16 @@ class StartsThreads(Sound):
         threading.Thread(target=self.stop.wait, daemon=True).start()
 
 
+class IgnoresTheAge(OneByOne):
+    def one(self, *, age: float, **rest: Any) -> Any:
+        return super().one(age=0.0, **rest)
+
+
+class AnArrayOfOne(OneByOne):
+    def one(self, **given: Any) -> Any:
+        return np.array([super().one(**given) or 0.0])
+
+
 BUGS: list[tuple[type[Sound], str]] = [
     (Signed, "s1"),
     (AColumn, "s1"),
@@ -206,6 +227,8 @@ BUGS: list[tuple[type[Sound], str]] = [
     (Loops, "s7"),
     (HoldsAFile, "s8"),
     (StartsThreads, "s8"),
+    (IgnoresTheAge, "s9"),
+    (AnArrayOfOne, "s9"),
 ]
 
 
@@ -249,7 +272,7 @@ def test_the_suite_finds(bug: type[Sound], number: str) -> None:
 def test_every_behaviour_has_a_bug() -> None:
     numbers = {name.split("_")[1] for name in dir(ScorerSuite) if name.startswith("test_s")}
     assert numbers == {number for _, number in BUGS}
-    assert numbers == {f"s{i}" for i in range(1, 9)}
+    assert numbers == {f"s{i}" for i in range(1, 10)}
 
 
 def test_batches_are_what_the_contract_says() -> None:

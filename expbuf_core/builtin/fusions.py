@@ -73,6 +73,12 @@ class WeightedSum(_WeightedFusion):
 
     def __call__(self, v: NDArray[np.float32], q: NDArray[np.float32]) -> NDArray[np.float32]:
         """Fuse (n, v_dim) and (n, q_dim) to (n, dim) float32."""
+        if self._normalize:
+            return self._sum(v, q)
+        with np.errstate(over="ignore"):  # what is not finite is refused, and not warned of
+            return self._sum(v, q)
+
+    def _sum(self, v: NDArray[np.float32], q: NDArray[np.float32]) -> NDArray[np.float32]:
         fused, *rest = self._parts(v, q)
         for part in rest:
             fused += part
@@ -99,7 +105,8 @@ class WeightedConcat(_WeightedFusion):
 
     def __call__(self, v: NDArray[np.float32], q: NDArray[np.float32]) -> NDArray[np.float32]:
         """Fuse (n, v_dim) and (n, q_dim) to (n, v_dim + q_dim) float32."""
-        return np.concatenate(self._parts(v, q), axis=1)
+        with np.errstate(over="ignore"):  # what is not finite is refused, and not warned of
+            return np.concatenate(self._parts(v, q), axis=1)
 
 
 def _some_dim(dim: int) -> int:

@@ -46,12 +46,6 @@ class WeightedSumScorer:
 
     def _calculate_initial_priority(self, batch: ScoringBatch) -> NDArray[np.float64]:
         s = self._settings
-        if len(batch) == 1 and batch.probabilities[0] is None and not batch.age[0]:
-            # One new experience, without arrays of one number: five times as fast.
-            score = s.uncertainty_weight * (1.0 - float(batch.confidence[0]))
-            if batch.reward_known[0]:
-                score += (s.reward_weight * s.reward_scale) * abs(float(batch.total_reward[0]))
-            return np.array((score,))
         priority = s.uncertainty_weight * _uncertainty(batch)
         priority += (s.reward_weight * s.reward_scale) * np.abs(_reward(batch))
         if s.age_weight and batch.age.any():
@@ -60,6 +54,25 @@ class WeightedSumScorer:
         return priority
 
     __call__ = _calculate_initial_priority
+
+    def one(
+        self,
+        *,
+        confidence: float,
+        total_reward: float,
+        reward_known: bool,
+        probabilities: NDArray[np.float32] | None,
+        age: float,
+        metadata: Mapping[str, Any] | None,
+    ) -> float | None:
+        """Of one experience; see `PriorityScorer`."""
+        if probabilities is not None or age:
+            return None
+        s = self._settings
+        score = s.uncertainty_weight * (1.0 - confidence)
+        if reward_known:
+            score += (s.reward_weight * s.reward_scale) * abs(total_reward)
+        return score
 
 
 class AbsoluteRewardSettings(BaseModel, extra="forbid", frozen=True):

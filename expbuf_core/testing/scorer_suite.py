@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -197,6 +197,30 @@ class ScorerSuite(Suite):
             scorer(batch)
         assert _open_files() <= files, "it holds a file or a device"
         assert threading.active_count() <= threads, "it has started a thread"
+
+    def test_s9_one_by_one(self) -> None:
+        """S9: `one`, where there is such a method, says what a batch says, or None."""
+        n = 200
+        scorer, batch = self.scorer(), self.batch(n)
+        one = getattr(scorer, "one", None)
+        if one is None:
+            pytest.skip("this scorer has no method `one`, which is optional")
+        for age in (batch.age, np.zeros(n, np.float32)):
+            batch = replace(batch, age=age)
+            wanted = self.scores(batch)
+            for i in range(n):
+                found = one(
+                    confidence=float(batch.confidence[i]),
+                    total_reward=float(batch.total_reward[i]),
+                    reward_known=bool(batch.reward_known[i]),
+                    probabilities=batch.probabilities[i],
+                    age=float(batch.age[i]),
+                    metadata=batch.metadata[i] if batch.metadata else None,
+                )
+                assert found is None or type(found) is float, f"`one` returned {found!r}"
+                assert found is None or np.isclose(found, wanted[i], rtol=1e-6, atol=0), (
+                    f"`one` says {found}, the batch {wanted[i]}"
+                )
 
     # ------------------------------------------------------------ help
 
