@@ -43,7 +43,7 @@ class Suite:
 
 
 SUITES = {
-    "peers": Suite("benchmarks.peers", (1500, 185), (45, 10)),
+    "peers": Suite("benchmarks.peers", (2100, 185), (45, 10)),
     "scaling": Suite("benchmarks.scaling", (1020, 30), (0, 0)),
     "storage": Suite(
         "benchmarks.storage", (420, 35), (40, 8), "machine_limits,single_adds,batches,writers"

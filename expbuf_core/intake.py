@@ -23,6 +23,7 @@ Vectors = NDArray[np.float32]
 
 _OLDEST = 1e30  # seconds; finite in float32
 _FLOAT32 = np.dtype(np.float32)
+_BLAS_ALONE = 10_000  # numbers
 _SHOWN = 80  # characters of a value in a message
 _SAFE = (1e-24, 1e30)  # squared lengths in between have lost nothing to float32's range
 _LARGEST = float(np.finfo(np.float32).max)
@@ -70,7 +71,7 @@ def as_vectors(value: Any, name: str, *, rank: int, dim: int | None) -> Vectors:
             and value.ndim == rank
             and value.shape[-1] == dim
             and value.flags.c_contiguous
-            and math.isfinite(np.vdot(value, value))
+            and math.isfinite(_sum_of_squares(value))
         ):
             return value
     else:
@@ -108,15 +109,26 @@ def as_vectors(value: Any, name: str, *, rank: int, dim: int | None) -> Vectors:
             array = array.astype(np.float32)
     if not array.flags.c_contiguous:
         array = np.ascontiguousarray(array)
-    # A dot product is the fastest pass over the data; only its overflow needs a second look.
-    # (Unlike `@`, `vdot` overflows without a warning.)
-    if not math.isfinite(np.vdot(array, array)) and not np.isfinite(array).all():
+    # This is the fastest pass over the data; only its overflow needs a second look.
+    if not math.isfinite(_sum_of_squares(array)) and not np.isfinite(array).all():
         at = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         raise InvalidExperience(
             f"{name}: {array[at]} at position {at if rank > 1 else at[0]}; embeddings must be "
             "finite in float32"
         )
     return array
+
+
+def _sum_of_squares(array: Vectors) -> float:
+    """Of a C-contiguous array; unlike `@`, this overflows without a warning.
+
+    By this thread alone: for more than 10,000 numbers OpenBLAS wakes others, and each spins for a
+    while behind its part, at the cost of whoever shares the processor.
+    """
+    if array.size <= _BLAS_ALONE:
+        return float(np.vdot(array, array))
+    flat = array.reshape(-1)
+    return float(np.einsum("i,i->", flat, flat))
 
 
 def _stacked(parts: Sequence[NDArray[Any]], dim: int) -> NDArray[Any]:
@@ -176,7 +188,7 @@ def fuse(fusion: EmbeddingFusion, metric: str, v: Vectors, q: Vectors, dim: int)
         if scaled is not None:
             return scaled
     # Their sum of squares is finite if they are; where it is not, a second look tells.
-    if not math.isfinite(np.vdot(fused, fused)) and not np.isfinite(fused).all():
+    if not math.isfinite(_sum_of_squares(fused)) and not np.isfinite(fused).all():
         raise InvalidExperience("the fused embedding is not finite: its parts are too large")
     return normalised(fused) if metric == "cosine" else np.ascontiguousarray(fused)
 
