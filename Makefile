@@ -29,7 +29,7 @@ help:
 	@echo "make check      lint, format, types, layering"
 	@echo "make format     format, and fix what the linter can fix"
 	@echo "make coverage   the quick tests with branch coverage"
-	@echo "make bench      all benchmarks (an hour, 40 GB of disk), and docs/benchmarks.md anew"
+	@echo "make bench      all benchmarks (75 minutes, 40 GB of disk), and docs/benchmarks.md anew"
 	@echo "make bench-quick  the same at small sizes (five minutes), into benchmark_output/"
 	@echo "make bench-peers  install what is compared with, into .venv-peers (some GB)"
 	@echo "make bench-docs   docs/benchmarks.md and its pictures from benchmarks/results.json"
