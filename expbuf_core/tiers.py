@@ -7,6 +7,7 @@ no lock: rows of a view only ever go out (removed, evicted), and the buffer filt
 
 from __future__ import annotations
 
+import resource
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,16 +19,21 @@ from expbuf_core.exact_search import exact_among, exact_best, exact_search, squa
 from expbuf_core.segments import OpenSegment, rows_of
 from expbuf_core.sketch import LEAST_ROWS, Directions, Sketch
 
-# Of address space: memory is taken as rows are written. Not more at once than a process with a
-# limit can spare for each buffer. Later much more, since copying takes a tenth of a second and
-# longer.
-_FIRST_BYTES = 64 << 20
-_FIRST_ROWS = 1 << 15  # at most
+# Of address space: memory is taken as rows are written. As much as most tails ever need, since
+# copying a tail to a larger place takes a tenth of a second and longer; but where a process has a
+# limit, no more than it can spare for each of its buffers.
+_FIRST_ROWS = 1 << 18  # at most
+_FIRST_BYTES, _FIRST_BYTES_LIMITED = 1 << 30, 64 << 20
 _GROWTH = 8
 _LAST_RESORT = 1024  # rows, where so much address space is not to be had
 _WIDEN = 4
 _DENSE = 8
 _FEW = 1 / 32  # of a segment's rows: below that, comparing them all beats the index
+
+
+def _is_limited() -> bool:
+    """Whether this process may only have so much address space."""
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 class View(NamedTuple):
@@ -106,7 +112,8 @@ class Tail:
         """Make room by new arrays: views keep the old ones."""
         keep = np.flatnonzero(self.live)
         kept = len(keep)
-        least = min(_FIRST_BYTES // (4 * dim), _FIRST_ROWS)
+        spare = _FIRST_BYTES_LIMITED if _is_limited() else _FIRST_BYTES
+        least = min(spare // (4 * dim), _FIRST_ROWS)
         capacity = max(least, _GROWTH * (kept + n))
         try:
             vectors = np.empty((capacity, dim), np.float32)
