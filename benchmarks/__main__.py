@@ -114,7 +114,9 @@ def main() -> int:
         if name in results.suites:
             results.suites[name]["outcome"] = outcome
     print("\n" + "\n".join(f"{name}: {outcome}" for name, outcome in outcomes.items()))
-    results.write(document.KEPT if arguments.publish else arguments.output / "results.json")
+    kept = document.KEPT if arguments.publish else arguments.output / "results.json"
+    results.write(kept)
+    results = Results.read(kept)  # in the order of the file, as whoever makes the page from it
     images = HERE / "docs" / "images" if arguments.publish else arguments.output
     try:
         from benchmarks.plots import draw

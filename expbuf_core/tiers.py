@@ -22,8 +22,8 @@ from expbuf_core.sketch import LEAST_ROWS, Directions, Sketch
 # Of address space: memory is taken as rows are written. As much as most tails ever need, since
 # copying a tail to a larger place takes a tenth of a second and longer; but where a process has a
 # limit, no more than it can spare for each of its buffers.
-_FIRST_ROWS = 1 << 18  # at most
-_FIRST_BYTES, _FIRST_BYTES_LIMITED = 1 << 30, 64 << 20
+_FIRST = (1 << 18, 1 << 30)  # rows, or bytes if those are fewer rows
+_FIRST_LIMITED = (1 << 15, 64 << 20)
 _GROWTH = 8
 _LAST_RESORT = 1024  # rows, where so much address space is not to be had
 _WIDEN = 4
@@ -112,9 +112,8 @@ class Tail:
         """Make room by new arrays: views keep the old ones."""
         keep = np.flatnonzero(self.live)
         kept = len(keep)
-        spare = _FIRST_BYTES_LIMITED if _is_limited() else _FIRST_BYTES
-        least = min(spare // (4 * dim), _FIRST_ROWS)
-        capacity = max(least, _GROWTH * (kept + n))
+        rows, spare = _FIRST_LIMITED if _is_limited() else _FIRST
+        capacity = max(min(rows, spare // (4 * dim)), _GROWTH * (kept + n))
         try:
             vectors = np.empty((capacity, dim), np.float32)
         except MemoryError:
