@@ -15,9 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from expbuf_core import codec, folder, recovery
+from expbuf_core import codec, folder, memory, recovery
 from expbuf_core import control as c
 from expbuf_core.commit import CommitLog, Draft, Lock
 from expbuf_core.contracts import PersistenceAdapter, PersistenceContext, Words
@@ -39,13 +37,12 @@ if TYPE_CHECKING:
     from expbuf_core.session import Session
 
 _POLL_S = 0.005
-_KEPT_BYTES = 16 << 20  # glibc goes up to 32 MiB
 
 
 def open_session(session: Session) -> RecoveryReport:
     """Create, recover or join the buffer; what was found."""
     started = time.monotonic()
-    _keep_freed_memory()
+    memory.keep_freed()
     clean = first = True
     try:
         if session.path is None:
@@ -73,18 +70,6 @@ def open_session(session: Session) -> RecoveryReport:
 
 
 @functools.cache
-def _keep_freed_memory() -> None:
-    """Let the allocator keep what a batch took, for the next one.
-
-    It gets blocks of a megabyte from the system and gives them back, so that every batch of
-    experiences or samples would meet fresh pages, and pay for their first touch up to a third of
-    what it takes in all. But the C library of Linux keeps blocks as large as the largest that was
-    ever freed, and twice as much in all. This one is never touched.
-    """
-    with contextlib.suppress(MemoryError):
-        np.empty(_KEPT_BYTES, np.uint8)
-
-
 # ---------------------------------------------------------------- parts
 
 

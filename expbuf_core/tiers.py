@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from expbuf_core import memory
 from expbuf_core.exact_search import exact_among, exact_best, exact_search, squared_norms
 from expbuf_core.segments import OpenSegment, rows_of
 from expbuf_core.sketch import LEAST_ROWS, Directions, Sketch
@@ -25,6 +26,7 @@ from expbuf_core.sketch import LEAST_ROWS, Directions, Sketch
 _FIRST = (1 << 18, 1 << 30)  # rows, or bytes if those are fewer rows
 _FIRST_LIMITED = (1 << 15, 64 << 20)
 _GROWTH = 8
+_AHEAD = (1 << 20, 8 << 20)  # bytes of a tail: from which on it is taken ahead, how much at most
 _LAST_RESORT = 1024  # rows, where so much address space is not to be had
 _WIDEN = 4
 _DENSE = 8
@@ -59,6 +61,7 @@ class Tail:
         self._metric = metric
         self.rows = 0  # in use, dead ones among them
         self.dead = 0
+        self._taken = 0  # rows whose memory is there
         self._ids = np.empty(0, np.int64)
         self._vectors = np.empty((0, 0), np.float32)
         self._squared: NDArray[np.float32] | None = None
@@ -108,6 +111,23 @@ class Tail:
         self._live[first:behind] = True
         self.rows = behind
 
+    def is_short(self) -> bool:
+        """Whether rows to come will soon meet memory that was never touched."""
+        wanted = self._ahead()
+        return self.rows + wanted // 2 > self._taken and wanted > 0
+
+    def _ahead(self) -> int:
+        """Rows whose memory to take ahead: never more than there are."""
+        row = self._vectors.strides[0]
+        least, most = _AHEAD
+        return min(self.rows, most // row) if self.rows * row >= least else 0
+
+    def take_ahead(self) -> None:
+        """Have the memory of rows to come ready. Needs no lock."""
+        vectors, first = self._vectors, max(self.rows, self._taken)
+        self._taken = max(first, self.rows + self._ahead())
+        memory.take(vectors[first : self._taken])
+
     def _reserve(self, n: int, dim: int) -> None:
         """Make room by new arrays: views keep the old ones."""
         keep = np.flatnonzero(self.live)
@@ -134,7 +154,7 @@ class Tail:
         if self._sketch is not None:
             self._sketch = self._sketch.copied(vectors, keep)
         self._ids, self._vectors, self._live, self._squared = ids, vectors, live, squared
-        self.rows, self.dead = kept, 0
+        self.rows, self.dead, self._taken = kept, 0, 0
 
     def remove(self, ids: NDArray[np.int64]) -> bool:
         """Take ids out; False if none of them can be here."""
@@ -221,6 +241,14 @@ class IndexTiers:
         """Append vectors of rising ids, all above those that are in the tail."""
         self._view = None
         self._tail.append(ids, vectors)
+
+    def is_short(self) -> bool:
+        """See `Tail.is_short`."""
+        return self._tail.is_short()
+
+    def take_ahead(self) -> None:
+        """See `Tail.take_ahead`."""
+        self._tail.take_ahead()
 
     def replace_tail(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
         """Have these in the tail instead."""

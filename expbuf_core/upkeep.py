@@ -137,7 +137,8 @@ class Upkeep:
         if session.path is None:
             return session.replica.state.lsn - self._dropped_at > _MEMORY_OPERATIONS
         return (
-            (self._builds_here() and self.build_is_due())
+            session.replica.tiers.is_short()
+            or (self._builds_here() and self.build_is_due())
             or self.snapshot_is_due()
             or session.adapter.needs_preparation()
         )
@@ -154,6 +155,7 @@ class Upkeep:
                 self._dropped_at = replica.state.lsn
                 session.adapter.drop_below(self._dropped_at, ids, locations)
             return
+        session.replica.tiers.take_ahead()
         if session.adapter.needs_preparation():
             session.maintenance.try_run(session.commit_log.prepare)
         if self._builds_here() and self.build_is_due():

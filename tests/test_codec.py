@@ -94,6 +94,16 @@ def test_bare_rows_are_rows(n: int, equal: bool) -> None:
     assert bytes(bare) == b"".join(codec.encode_row(v[i], q[i], {}) for i in range(n))
 
 
+_AWKWARD = st.text(st.sampled_from('a\\"\n\r\t\b\f\0\x1f\x7f é\u2028\ud800😀'), max_size=9)
+
+
+@given(values=st.lists(st.one_of(_AWKWARD, texts), min_size=1, max_size=5))
+def test_texts_of_a_column_are_those_of_each(values: list[str]) -> None:
+    """A column of strings is escaped all at once; the encoder is asked where that falls short."""
+    together = codec.encode_texts({"question": values}, len(values))
+    assert together == [codec.dump_json({"question": value}) for value in values]
+
+
 def test_what_no_tree_holds_is_named() -> None:
     for bad, where in (
         ({"a": [1, {"b": object()}]}, "answer"),

@@ -17,7 +17,7 @@ from expbuf_core.contracts import IndexContext, IndexSegment
 from expbuf_core.exact_search import exact_search
 from expbuf_core.filesystem import FileSystem
 from expbuf_core.segments import OpenSegment
-from expbuf_core.tiers import IndexTiers, search
+from expbuf_core.tiers import IndexTiers, Tail, search
 
 DIM = 5
 UUID = bytes(16)
@@ -334,3 +334,30 @@ assert tail.live.all()
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
 def test_where_address_space_is_short() -> None:
     subprocess.run([sys.executable, "-c", _SHORT_OF_MEMORY], timeout=60, check=True)
+
+
+def test_memory_is_taken_ahead_where_a_tail_grows() -> None:
+    tail = Tail("cosine")
+    block = np.ones((256, 512), np.float32)  # half a megabyte
+
+    def grow(times: int) -> None:
+        for _ in range(times):
+            tail.append(np.arange(tail.rows, tail.rows + 256), block)
+
+    assert not tail.is_short()
+    grow(1)
+    assert not tail.is_short()  # a small one is left alone
+    grow(1)
+    assert tail.is_short()
+    tail.take_ahead()
+    assert not tail.is_short()  # as much again
+    grow(1)
+    assert tail.is_short()  # half of that is in use
+    tail.take_ahead()
+    np.testing.assert_array_equal(tail.vectors, np.ones((768, 512), np.float32))
+    grow(60)
+    tail.take_ahead()
+    grow(7)
+    assert not tail.is_short()  # never more than 8 MiB
+    grow(2)
+    assert tail.is_short()
