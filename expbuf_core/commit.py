@@ -437,7 +437,14 @@ class CommitLog:
                 return
             if durable >= lsn:
                 return
-            self._lead(lsn, retirements)
+            if not (words[c.FLUSHING] and self._leader_flushed(durable)):
+                self._lead(lsn, retirements)
+
+    def _leader_flushed(self, durable: int) -> bool:
+        """Sleep while another one flushes, and ask for no lock; False if nothing came of it."""
+        control = self._control
+        control.await_change(c.DURABLE, c.WAITING_FOR_FLUSH, durable, _FLUSH_PAUSE_S)
+        return bool(control.words[c.DURABLE] != durable)
 
     def _judge_retired(self, lsn: int, retirements: int) -> None:
         # In the lock: the two words must be of the same retirement.

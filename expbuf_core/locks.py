@@ -281,7 +281,14 @@ class ProcessLock:
         # The kernel's blocking call knows no timeout; holders need some 50 microseconds.
         deadline = time.monotonic() + timeout
         sleep_s = 2e-5
-        while not _try_record_lock(file.fd, fcntl.LOCK_EX):
+        while True:
+            if pause is None:
+                time.sleep(sleep_s)
+                sleep_s = min(sleep_s * 1.5, 1e-3)
+            elif not pause():
+                return False
+            if _try_record_lock(file.fd, fcntl.LOCK_EX):
+                return True
             if time.monotonic() > deadline:
                 pid = _holder(file.fd)
                 who = f"process {pid}" if pid else "another process"
@@ -290,12 +297,6 @@ class ProcessLock:
                     "hung? The lock is freed when it ends",
                     pid=pid,
                 )
-            if pause is None:
-                time.sleep(sleep_s)
-                sleep_s = min(sleep_s * 1.5, 1e-3)
-            elif not pause():
-                return False
-        return True
 
     def try_acquire(self) -> bool:
         """Take the lock if it is free now; `try_run` is to be preferred."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +14,7 @@ from expbuf_core.contracts import LogGone
 from expbuf_core.errors import CorruptionError
 from expbuf_core.replica import Replica
 from expbuf_core.state import State, runs
+from expbuf_core.tiers import IndexTiers
 
 _log = logging.getLogger("expbuf")
 _TRIES = 10
@@ -65,6 +68,26 @@ class Loaded(NamedTuple):
     rows: int = 0  # experiences added behind the snapshot
 
 
+class _Ahead:
+    """Has another thread take the memory of vectors to come, where the machine can do both."""
+
+    def __init__(self) -> None:
+        self._helper = ThreadPoolExecutor(1, "expbuf-memory")  # the thread starts with the first
+        self._last: Future[None] | None = None
+
+    def see_to(self, tiers: IndexTiers) -> None:
+        """Begin, unless that is under way or there is enough."""
+        if tiers.is_short() and (self._last is None or self._last.done()):
+            with contextlib.suppress(RuntimeError):  # no more threads
+                self._last = self._helper.submit(tiers.take_ahead)
+
+    def __enter__(self) -> _Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._helper.shutdown()
+
+
 def recover(replica: Replica, path: Path, witness: int) -> Loaded:
     """Load what is on disk, verifying all that is newer than the snapshot (open lock held alone).
 
@@ -82,9 +105,11 @@ def recover(replica: Replica, path: Path, witness: int) -> Loaded:
     snapshot_lsn, added = replica.state.lsn, replica.state.total_added
     replayed = 0
     try:
-        for run in runs(replica.adapter.recover_alike(snapshot_lsn, witness)):
-            replica.apply_run(run)
-            replayed += len(run)
+        with _Ahead() as ahead:
+            for run in runs(replica.adapter.recover_alike(snapshot_lsn, witness)):
+                replica.apply_run(run)
+                replayed += len(run)
+                ahead.see_to(replica.tiers)
         if not replica.state.settings:
             raise CorruptionError(
                 f"{path}: neither a snapshot nor the beginning of the log can be read",

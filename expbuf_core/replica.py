@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from expbuf_core.tiers import IndexTiers, Tail
 
 _log = logging.getLogger("expbuf")
 _REFUSE_CHUNK = 1024
-_LAG = 64  # operations that a writer may leave to be applied
+_LAG = 128  # operations that a writer may leave to be applied
 _LAG_ROWS = 256  # and experiences in them
 
 Refuse = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
@@ -217,21 +217,21 @@ class Replica:
         self._settle()
         state = self.state
         while state.lsn < published:
-            own = self._at_hand(state.lsn + 1)
-            if own is not None:
-                self._apply_own(own, published)
-                continue
-            # Of the others; up to the next of our own, which is at hand.
             mine = [n for n in list(self._own) if state.lsn < n <= published and self._at_hand(n)]
-            until = min(mine, default=published + 1)
+            if self._is_mostly_own(mine, published):
+                own = self._at_hand(state.lsn + 1)
+                if own is not None:
+                    self._apply_own(own, published)
+                continue
             before = state.lsn
             try:
-                self._apply_following(until - 1)
+                self._apply_following(published)
             except BaseException:
                 # It has read further than is applied: what is between would be passed over.
                 self._leave_log()
                 raise
             if state.lsn == before:
+                until = min(mine, default=published + 1)
                 own = self._at_hand(until)
                 if own is not None:  # LSNs jump from here to our own operation
                     self._apply_own(own, published)
@@ -247,12 +247,26 @@ class Replica:
             for lsn in [n for n in list(self._own) if n <= state.lsn]:
                 del self._own[lsn]  # of a log that was given up
 
+    def _is_mostly_own(self, mine: Sequence[int], published: int) -> bool:
+        """Whether half of what is to be applied now are operations of this process, next in turn.
+
+        Where they stand among others', reading all of them takes less than applying each by itself.
+        """
+        following = self.state.lsn + 1
+        here = set(mine)
+        end = following
+        while end in here:
+            end += 1
+        return end > following and 2 * (end - following) > published - self.state.lsn - 1
+
     def _apply_following(self, until_lsn: int) -> None:
         """Read on in the log and apply what it has, up to there."""
         for run in runs(self._following().read_alike(until_lsn)):
             if isinstance(run, LoggedRun):
                 mine_too = [n for n in list(self._own) if run.first_lsn <= n <= run.last_lsn]
-                if not mine_too:
+                if not mine_too or run.kind == codec.ADD:
+                    for lsn in mine_too:
+                        self._own.pop(lsn, None)
                     self.apply_run(run)
                     continue
                 run = list(run.operations())

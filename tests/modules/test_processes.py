@@ -71,6 +71,45 @@ def test_two_buffers_on_one_folder(open_buffer: OpenBuffer) -> None:
         assert again.recovery.clean
 
 
+def test_own_operations_among_those_of_others(open_buffer: OpenBuffer) -> None:
+    """A writer that does not read applies its own with the others', and is told of each of its."""
+    first, second = open_buffer(), open_buffer()
+    gone: set[int] = set()
+    for serial in range(600):
+        writer = (first, second, second)[serial % 3]
+        id_ = writer.add(experience(serial))
+        if serial % 97 == 50:
+            assert first.update_priorities([id_, id_ - 1], [1, 2.5]) == 2
+        if serial % 101 == 60:
+            assert second.remove([id_, id_ - 1]) == 2
+            assert first.remove([id_]) == 0
+            gone |= {serial, serial - 1}
+    for buffer in (first, second):
+        assert answers(buffer) == [x for i, x in enumerate(expected(range(600))) if i not in gone]
+    assert contents(first) == contents(second)
+    assert len(first) == 600 - len(gone)
+
+
+def test_updates_while_another_one_adds(open_buffer: OpenBuffer) -> None:
+    """Between what a writer has read and its own operation stand those of others."""
+    first, second = open_buffer(), open_buffer()
+    ids = second.add_many(columns(range(10)))
+    done = threading.Event()
+
+    def add_on() -> None:
+        while not done.is_set():
+            first.add(experience(0))
+
+    thread = threading.Thread(target=add_on)
+    thread.start()
+    try:
+        for i in range(200):
+            assert second.update_priorities(ids[: 1 + i % 9], [float(i)] * (1 + i % 9)) == 1 + i % 9
+    finally:
+        done.set()
+        thread.join()
+
+
 def test_a_read_that_was_interrupted_passes_nothing_over(
     open_buffer: OpenBuffer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ from expbuf_file.logfile import BadFrame, LogFile
 _OFFSET = layout.MAX_FILE_BYTES - 1  # bits of a place that are the offset in its file
 _PROBED = 8  # rows after which it is clear whether one had to come from the disk
 _PROBED_NEXT = 32  # where the first did not
+_TYPICAL_BYTES = 2048  # of an operation in an index log
 _COLD_S = 20e-6  # a row that is there takes a few microseconds
 
 
@@ -72,7 +73,7 @@ class FileFollower(LogFollower):
 
     def read_alike(self, until_lsn: int) -> Iterator[LoggedOperation | LoggedRun]:
         if self._file is not None:
-            self._file.forget()
+            self._file.forget((until_lsn - self._lsn) * _TYPICAL_BYTES)
         while self._lsn < until_lsn:
             file = self._file or self._open()
             moved = yield from self._read_file(file, until_lsn)

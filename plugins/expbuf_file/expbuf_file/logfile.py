@@ -113,10 +113,14 @@ class LogFile:
             self._filled = len(known) + os.preadv(self.fd, behind, offset + len(known))
         self._window_at = offset
 
-    def forget(self) -> None:
-        """Drop what was read ahead: the file grows."""
+    def forget(self, wanted: int = 0) -> None:
+        """Drop what was read ahead: the file grows.
+
+        Args:
+            wanted: Bytes that will be read, if that is known.
+        """
         self._filled = 0
-        self._ahead = _FIRST_WINDOW
+        self._ahead = min(max(_FIRST_WINDOW, wanted), _LAST_WINDOW)
 
     def begin(self) -> Begin | None:
         """The link to the log before, or None while the file is unused (or its link damaged)."""
