@@ -425,6 +425,7 @@ WRITERS = 8
 
 
 def _add_for(buffer: ExperienceBuffer, material: Material, duration: float) -> int:
+    len(buffer)  # applies what others have written while this one was not measured
     end, count = time.perf_counter() + duration, 0
     while time.perf_counter() < end:
         buffer.add(material.experience(count))
@@ -441,6 +442,8 @@ def _writer_process(
         with suppress(threading.BrokenBarrierError):  # the harness makes no more repetitions
             for _ in range(repetitions):
                 barrier.wait()
+                len(buffer)
+                barrier.wait()  # all of them are as far
                 counts.put(_add_for(buffer, material, duration))
                 barrier.wait()
 
@@ -483,6 +486,7 @@ def writers(report: Report, arguments: argparse.Namespace) -> None:
             return sum(done) / duration
 
         def many_processes() -> float:
+            barrier.wait()
             barrier.wait()
             total = sum(counts.get() for _ in processes)
             barrier.wait()

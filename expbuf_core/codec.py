@@ -140,9 +140,11 @@ def unpack_tree(tree: Any, attachments: Sequence[Buffer]) -> Any:
 
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
 # Those that texts have. The backslash comes first: the others bring some in.
-_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-_ESCAPED_CONTROLS = b"\n\r\t"
+_ESCAPES = {b"\\": rb"\\", b'"': rb"\"", b"\n": rb"\n", b"\r": rb"\r", b"\t": rb"\t"}
+_SEPARATOR = "\x01"  # a control that texts do not have, and that has no escape above
 _FIRST_UNESCAPED = 0x20
+# n texts, in columns: what stands in their first part, in their second, and so on.
+Texts = list[Sequence[Buffer]]
 _quoted = json.encoder.encode_basestring  # what the encoder makes of a string, without its detours
 
 
@@ -249,7 +251,7 @@ def encode_rows(
     return encode_bare_rows(v, q, texts)
 
 
-def _texts_of(fields: Sequence[Mapping[str, Any]]) -> list[bytes] | None:
+def _texts_of(fields: Sequence[Mapping[str, Any]]) -> Texts | None:
     """Payloads' fields as JSON; None if one of them needs attachments."""
     if len(set(map(tuple, fields))) == 1 and fields[0]:  # all alike: field by field
         return encode_texts(
@@ -261,11 +263,11 @@ def _texts_of(fields: Sequence[Mapping[str, Any]]) -> list[bytes] | None:
         texts.append(_text_of(each, attachments))
         if attachments:
             return None
-    return texts
+    return [texts]
 
 
 def encode_bare_rows(
-    v: NDArray[np.float32], q: NDArray[np.float32], texts: list[bytes] | None
+    v: NDArray[np.float32], q: NDArray[np.float32], texts: Texts | None
 ) -> tuple[bytearray, NDArray[np.uint32]]:
     """Encode n payloads without attachments at once.
 
@@ -281,8 +283,10 @@ def encode_bare_rows(
     q_dim = q.shape[1]
     if not n:
         return bytearray(), np.empty(0, np.uint32)
-    texts = texts or [b"{}"] * n
-    sizes = np.fromiter(map(len, texts), np.uint32, n)
+    texts = texts or [[b"{}"] * n]
+    sizes = np.zeros(n, np.uint32)
+    for column in texts:
+        sizes += np.fromiter(map(len, column), np.uint32, n)
     q_at = _FIXED + 4 * v_dim
     width = q_at + 4 * q_dim
     head = _CONTENT.pack(_ROW_VERSION, 0, v_dim, q_dim, 0, 0)
@@ -291,54 +295,81 @@ def encode_bare_rows(
     table[:, _FIXED - 8 : _FIXED - 4] = sizes.astype("<u4").view(np.uint8).reshape(n, 4)
     table[:, _FIXED:q_at] = v.view(np.uint8)
     table[:, q_at:] = q.view(np.uint8)
-    raw = table.reshape(-1).data
-    parts: list[Buffer] = [b""] * (2 * n)
-    parts[0::2] = [raw[at : at + width] for at in range(0, n * width, width)]
-    parts[1::2] = texts
+    raw, step = table.reshape(-1).data, 1 + len(texts)
+    parts: list[Buffer] = [b""] * (step * n)
+    parts[0::step] = [raw[at : at + width] for at in range(0, n * width, width)]
+    for i, column in enumerate(texts, 1):
+        parts[i::step] = column
     return bytearray().join(parts), sizes + np.uint32(width)
 
 
-def encode_texts(columns: Mapping[str, Sequence[Any]], n: int) -> list[bytes] | None:
+def encode_texts(columns: Mapping[str, Sequence[Any]], n: int) -> Texts | None:
     """JSON of n payloads, given by columns; None entries are left out.
 
     Returns:
-        One text each; None if one of them needs attachments.
+        The texts; None if one of them needs attachments.
     """
+    if not columns:
+        return [[b"{}"] * n]
     attachments: list[bytes] = []
     complete, members = True, []
     for name, values in columns.items():
-        key = _key(name)
-        kinds = set(map(type, values))
+        key, kinds = _key(name).encode("utf-8", "surrogatepass"), set(map(type, values))
         if kinds == {str}:
-            members.append([key + text for text in _all_quoted(values)])
+            members.append(_Member(key + b'"', _all_escaped(values), b'"'))
             continue
         complete = complete and type(None) not in kinds
-        members.append(["" if x is None else key + _value(name, x, attachments) for x in values])
+        found = [None if x is None else _value(name, x, attachments) for x in values]
         if attachments:
             return None
-    texts = zip(*members, strict=True)
-    if complete:
-        return [f"{{{','.join(each)}}}".encode("utf-8", "surrogatepass") for each in texts]
-    return [
-        f"{{{','.join(filter(None, each))}}}".encode("utf-8", "surrogatepass") for each in texts
+        coded = [x if x is None else x.encode("utf-8", "surrogatepass") for x in found]
+        members.append(_Member(key, coded, b""))
+    if not complete:
+        return [_without_gaps(members)]
+    texts: Texts = []
+    before = b"{"
+    for member in members:
+        texts += [[before + member.before] * n, member.values]
+        before = member.behind + b","
+    return [*texts, [before[:-1] + b"}"] * n]
+
+
+class _Member(NamedTuple):
+    """Of the JSON of n payloads: the value in each, and what stands around it."""
+
+    before: bytes
+    values: Sequence[Any]  # Buffer, or None where there is none
+    behind: bytes
+
+
+def _without_gaps(members: list[_Member]) -> list[bytes]:
+    """The texts, where some lack some members."""
+    columns = [
+        [b"" if value is None else b"".join((before, value, behind)) for value in values]
+        for before, values, behind in members
     ]
+    return [b"{" + b",".join(filter(None, each)) + b"}" for each in zip(*columns, strict=True)]
 
 
-def _all_quoted(values: Sequence[str]) -> Sequence[str]:
-    """What `_quoted` makes of each.
+def _all_escaped(values: Sequence[str]) -> list[Buffer]:
+    """What `_quoted` makes of each, without the quotes.
 
-    It looks at one character after the other; that hardly any needs an escape, scans of all at once
-    tell in a fraction of the time.
+    It looks at one character after the other, and at one string; that hardly any needs an escape,
+    scans of all at once tell in a fraction of the time.
     """
-    whole = "".join(values).encode("utf-8", "surrogatepass")
-    codes = np.frombuffer(whole, np.uint8)
-    controls = np.count_nonzero(codes < _FIRST_UNESCAPED)
-    if controls and controls != sum(whole.count(code) for code in _ESCAPED_CONTROLS):
-        return list(map(_quoted, values))
+    whole = _SEPARATOR.join(values).encode("utf-8", "surrogatepass")
+    controls = np.count_nonzero(np.frombuffer(whole, np.uint8) < _FIRST_UNESCAPED)
+    known = len(values) - 1
+    if controls != known:
+        known += sum(whole.count(code) for code in b"\n\r\t")
+    if controls != known:
+        return [_quoted(value)[1:-1].encode("utf-8", "surrogatepass") for value in values]
     for character, escape in _ESCAPES.items():
-        if character.encode() in whole:
-            values = [value.replace(character, escape) for value in values]
-    return [f'"{value}"' for value in values]
+        whole = whole.replace(character, escape)
+    ends = np.flatnonzero(np.frombuffer(whole, np.uint8) < _FIRST_UNESCAPED).tolist()
+    view = memoryview(whole)
+    starts = [0, *[end + 1 for end in ends]]
+    return [view[i:j] for i, j in zip(starts, [*ends, len(whole)], strict=True)]
 
 
 def content_crcs(rows: bytearray, lengths: NDArray[np.uint32]) -> list[int]:

@@ -150,24 +150,24 @@ def _rank_error(array: NDArray[Any], name: str, rank: int) -> DimensionError:
     )
 
 
-def _normalised_row(vectors: Vectors) -> Vectors | None:
-    """One row of length 1, finite; None where it takes more care."""
-    square = float(np.vdot(vectors, vectors))  # the one product that overflows without a warning
-    return vectors * (1.0 / math.sqrt(square)) if _SAFE[0] < square < _SAFE[1] else None
+def _normalised_plainly(vectors: Vectors) -> Vectors | None:
+    """Rows of length 1, finite; None where that takes more care."""
+    low, high = _SAFE
+    if len(vectors) == 1:  # as adds and searches come
+        square = float(np.vdot(vectors, vectors))  # the one product that overflows without warning
+        return vectors * (1.0 / math.sqrt(square)) if low < square < high else None
+    squares = np.einsum("ij,ij->i", vectors, vectors)
+    if not (low < squares.min(initial=1) and squares.max(initial=1) < high):
+        return None
+    factors: NDArray[np.float32] = 1.0 / np.sqrt(squares)
+    return vectors * factors[:, None]
 
 
 def normalised(vectors: Vectors) -> Vectors:
     """Scale rows to length 1; rows of zeros stay zero. What is finite stays finite."""
-    low, high = _SAFE
-    if len(vectors) == 1:
-        scaled = _normalised_row(vectors)
-        if scaled is not None:
-            return scaled
-    else:
-        squares = np.einsum("ij,ij->i", vectors, vectors)
-        if low < squares.min(initial=1) and squares.max(initial=1) < high:
-            factors: NDArray[np.float32] = 1.0 / np.sqrt(squares)
-            return vectors * factors[:, None]
+    scaled = _normalised_plainly(vectors)
+    if scaled is not None:
+        return scaled
     wide = vectors.astype(np.float64)
     norms = np.sqrt(np.einsum("ij,ij->i", wide, wide))
     norms[norms == 0] = 1
@@ -183,8 +183,8 @@ def fuse(fusion: EmbeddingFusion, metric: str, v: Vectors, q: Vectors, dim: int)
             f"fusion {type(fusion).__name__} returned {fused.dtype} {fused.shape}; expected "
             f"float32 {(len(v), dim)}"
         )
-    if len(fused) == 1 and metric == "cosine":  # as adds and searches come
-        scaled = _normalised_row(fused)
+    if metric == "cosine":
+        scaled = _normalised_plainly(fused)
         if scaled is not None:
             return scaled
     # Their sum of squares is finite if they are; where it is not, a second look tells.

@@ -84,7 +84,7 @@ def test_bare_rows_are_rows(n: int, equal: bool) -> None:
     rng = np.random.default_rng(1)
     v, q = rng.random((n, 3), np.float32), rng.random((n, 2), np.float32)
     fields = [{"answer": "x" * (3 if equal else i)} for i in range(n)]
-    rows, lengths = codec.encode_bare_rows(v, q, [codec.dump_json(f) for f in fields])
+    rows, lengths = codec.encode_bare_rows(v, q, [[codec.dump_json(f) for f in fields]])
     one_by_one = [codec.encode_row(v[i], q[i], fields[i]) for i in range(n)]
     assert bytes(rows) == b"".join(one_by_one)
     assert lengths.tolist() == [len(row) for row in one_by_one]
@@ -100,8 +100,25 @@ _AWKWARD = st.text(st.sampled_from('a\\"\n\r\t\b\f\0\x1f\x7f é\u2028\ud800😀'
 @given(values=st.lists(st.one_of(_AWKWARD, texts), min_size=1, max_size=5))
 def test_texts_of_a_column_are_those_of_each(values: list[str]) -> None:
     """A column of strings is escaped all at once; the encoder is asked where that falls short."""
-    together = codec.encode_texts({"question": values}, len(values))
-    assert together == [codec.dump_json({"question": value}) for value in values]
+    n = len(values)
+    answers = [value or None for value in reversed(values)]
+    for columns in (
+        {"question": values},
+        {"question": values, "key": values[::-1]},
+        {"metadata": [{"at": value} for value in values], "question": values},
+        {"question": values, "answer": answers},
+        {"answer": answers, "key": values},
+        {"answer": answers},
+        {},
+    ):
+        texts = codec.encode_texts(columns, n)
+        assert texts is not None
+        rows = [
+            dict(zip(columns, each, strict=True)) for each in zip(*columns.values(), strict=True)
+        ]
+        assert [b"".join(each) for each in zip(*texts, strict=True)] == [
+            codec.dump_json({name: x for name, x in row.items() if x is not None}) for row in rows
+        ]
 
 
 def test_what_no_tree_holds_is_named() -> None:
