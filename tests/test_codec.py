@@ -113,9 +113,7 @@ def test_texts_of_a_column_are_those_of_each(values: list[str]) -> None:
     ):
         texts = codec.encode_texts(columns, n)
         assert texts is not None
-        rows = [
-            dict(zip(columns, each, strict=True)) for each in zip(*columns.values(), strict=True)
-        ]
+        rows = [{name: column[i] for name, column in columns.items()} for i in range(n)]
         assert [b"".join(each) for each in zip(*texts, strict=True)] == [
             codec.dump_json({name: x for name, x in row.items() if x is not None}) for row in rows
         ]
