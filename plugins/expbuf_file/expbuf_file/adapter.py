@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from expbuf_core import frames
 from expbuf_core.contracts import (
     Appended,
+    Buffer,
     Damage,
     LogFollower,
     LoggedOperation,
@@ -37,13 +38,14 @@ from expbuf_file.recovering import LogReader
 from expbuf_file.salvage import Salvage, uuid_of
 from expbuf_file.settings import FileSettings
 from expbuf_file.verifying import verify_file
-from expbuf_file.writing import begin_frame, end_frame, lay_out, pages, repeated
+from expbuf_file.writing import begin_frame, end_frame, lay_out, pages, pieces, repeated
 
 # Words shared between processes, written under the append lock (SYNCED: the flush lock).
 _FILE, _DATA_END, _INDEX_END, _SYNCED, _WRITTEN = 0, 1, 2, 3, 4
 
 _ZEROS = bytes(1 << 20)
 _LARGE = 1 << 16  # a commit that pays for its own changes of metadata
+_PIECE = 1 << 20  # of a commit: on its way to the disk while the next one is copied
 _SMALL = 1 << 14  # a log file on a full disk, for what makes room
 _SPARSE = 0.25  # a sealed file with a smaller live share is emptied
 _MOVED_BYTES = 64 << 20  # at a time
@@ -79,6 +81,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
         self._logs = LogFolder(context.path, context.uuid, context.fs, settings.initial_bytes)
         self._reader = LogReader(self._logs)
         self._writable: _Writable | None = None
+        self._hastens = False  # what was appended last
         self._sync_fds: dict[int, tuple[int, Path]] = {}
         self._prepared: tuple[int, Path, Path] | None = None
         self._salvaged: dict[int, LogFile] = {}
@@ -219,7 +222,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
             with storage_errors("write", current.data_path):
                 if data_end > self._words[_WRITTEN]:
                     self._write_ahead(current, data_at, data_end)
-                self._fs.pwritev(current.data_fd, data, data_at)
+                self._write_data(current.data_fd, data, data_at, data_end)
             with storage_errors("write", current.index_path):
                 self._fs.pwritev(current.index_fd, index, index_at)
         except StorageError as exc:
@@ -243,7 +246,21 @@ class FilePersistenceAdapter(PersistenceAdapter):
         else:
             self._words[_WRITTEN] = data_end
 
+    def _write_data(self, fd: int, parts: list[Buffer], at: int, end: int) -> None:
+        """Write a commit; a large one in pieces, if this process is one that syncs each commit."""
+        syncs, self._hastens = self._hastens, False
+        if not syncs or end - at <= _PIECE:
+            self._fs.pwritev(fd, parts, at)
+            return
+        for piece in pieces(parts, _PIECE):
+            self._fs.pwritev(fd, piece, at)
+            size = sum(map(len, piece))
+            if size == _PIECE:  # the rest is hastened behind the append
+                self._fs.start_writing(fd, at, size)
+            at += size
+
     def hasten(self) -> None:
+        self._hastens = True
         current = self._writable
         if current is not None and self._settings.commit != "rename":
             # Should another thread switch logs at this moment, a hint is given in vain.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,21 @@ def lay_out(
         index_at += index_bytes
         places.append(Appended(number << layout.OFFSET_BITS | rows_at, (number, index_at)))
     return data, index, places, data_at, index_at
+
+
+def pieces(parts: Iterable[Buffer], size: int) -> Iterator[list[Buffer]]:
+    """The same bytes as lists of parts, each of `size` bytes, the last one of what remains."""
+    piece: list[Buffer] = []
+    room = size
+    for part in parts:
+        view = memoryview(part)
+        while len(view) > room:
+            yield [*piece, view[:room]]
+            view = view[room:]
+            piece, room = [], size
+        piece.append(view)
+        room -= len(view)
+    yield piece
 
 
 def repeated(file: LogFile, found: Frame) -> Stamped:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from expbuf_core import ExperienceBuffer
 from expbuf_core.contracts import (
@@ -33,11 +35,13 @@ from expbuf_core.testing.persistence_log import (
     places_of,
     rows_of,
 )
+from expbuf_file import adapter as adapter_module
 from expbuf_file import follower as following
 from expbuf_file import layout
 from expbuf_file.adapter import FilePersistenceAdapter
 from expbuf_file.logfile import Frame, LogFile
 from expbuf_file.settings import FileSettings
+from expbuf_file.writing import pieces
 
 UUID = bytes(range(16))
 TINY = FileSettings(initial_bytes=1 << 14, segment_bytes=1 << 14)
@@ -317,6 +321,60 @@ def test_preparing_on_a_full_disk_leaves_nothing(folder: Folder, nth: int) -> No
     adapter.install_prepared()
     adapter.switch(3, 2)
     folder.append(adapter, 3)
+    folder.sync(adapter)
+    folder.check(folder.recover())
+
+
+# ---------------------------------------------------------------- large commits
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), max_size=9),
+    size=st.integers(1, 50),
+)
+def test_pieces_are_the_same_bytes(sizes: list[int], size: int) -> None:
+    parts = [bytes([i + 1]) * n for i, n in enumerate(sizes)]
+    made = [b"".join(map(bytes, piece)) for piece in pieces(parts, size)]
+    assert b"".join(made) == b"".join(parts)
+    assert all(len(piece) == size for piece in made[:-1])
+    assert len(made[-1]) <= size
+
+
+def in_pieces(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> FilePersistenceAdapter:
+    """An adapter that syncs each commit, and writes them in pieces of 256 bytes."""
+    monkeypatch.setattr(adapter_module, "_PIECE", 256)
+    made = folder.new()
+    folder.append(made, 1)
+    made.hasten()
+    folder.sync(made)
+    return made
+
+
+def test_a_commit_in_pieces(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = in_pieces(folder, monkeypatch)
+    before = folder.fs.calls["pwrite"]
+    folder.append(adapter, 2, rows=20)
+    assert folder.fs.calls["pwrite"] - before > 10
+    before = folder.fs.calls["pwrite"]
+    folder.append(adapter, 3, rows=20)  # the last one was not hastened: who knows what it waits for
+    assert folder.fs.calls["pwrite"] - before < 5
+    folder.sync(adapter)
+    folder.check(folder.recover())
+    folder.check(list(adapter.follow(0).read(3)))
+
+
+@pytest.mark.parametrize("nth", range(1, 12))
+def test_a_piece_that_fails_leaves_nothing(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    adapter = in_pieces(folder, monkeypatch)
+    before = folder.file(1).read_bytes()
+    fault = folder.fs.fail("pwrite", error=28, nth=nth, partial=0.5)
+    with pytest.raises(StorageFull):
+        adapter.append([operation(2, rows=20)], folder.durable)
+    folder.fs.faults.remove(fault)
+    assert folder.file(1).read_bytes() == before
+    folder.append(adapter, 2)
     folder.sync(adapter)
     folder.check(folder.recover())
 
