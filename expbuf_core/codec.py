@@ -231,39 +231,27 @@ def encode_row(v: NDArray[np.float32], q: NDArray[np.float32], fields: Mapping[s
     return b"".join((_UNSTAMPED, head, v.data, q.data, sizes, text, *attachments))
 
 
-def encode_rows(
-    v: NDArray[np.float32], q: NDArray[np.float32], fields: Sequence[Mapping[str, Any]]
+def encode_columns(
+    v: NDArray[np.float32], q: NDArray[np.float32], columns: Mapping[str, Sequence[Any]]
 ) -> tuple[bytearray, NDArray[np.uint32]]:
     """Encode n payloads.
 
     Args:
         v: (n, v_dim) float32.
         q: (n, q_dim) float32.
-        fields: Of each, trees by name.
+        columns: Of each field n trees, None where a payload lacks it.
 
     Returns:
         The rows one behind the other, (n,) uint32 lengths.
     """
-    texts = _texts_of(fields)
-    if texts is None:
-        rows = [encode_row(v[i], q[i], each) for i, each in enumerate(fields)]
-        return bytearray().join(rows), np.fromiter(map(len, rows), np.uint32, len(rows))
-    return encode_bare_rows(v, q, texts)
-
-
-def _texts_of(fields: Sequence[Mapping[str, Any]]) -> Texts | None:
-    """Payloads' fields as JSON; None if one of them needs attachments."""
-    if len(set(map(tuple, fields))) == 1 and fields[0]:  # all alike: field by field
-        return encode_texts(
-            {name: [each[name] for each in fields] for name in fields[0]}, len(fields)
-        )
-    attachments: list[bytes] = []
-    texts = []
-    for each in fields:
-        texts.append(_text_of(each, attachments))
-        if attachments:
-            return None
-    return [texts]
+    texts = encode_texts(columns, len(v))
+    if texts is not None:
+        return encode_bare_rows(v, q, texts)
+    rows = []
+    for i, values in enumerate(zip(*columns.values(), strict=True)):
+        fields = {k: x for k, x in zip(columns, values, strict=True) if x is not None}
+        rows.append(encode_row(v[i], q[i], fields))
+    return bytearray().join(rows), np.fromiter(map(len, rows), np.uint32, len(rows))
 
 
 def encode_bare_rows(

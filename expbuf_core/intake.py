@@ -7,6 +7,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -269,6 +271,12 @@ def _tags(value: Any, name: str = "tags") -> list[str]:
     return [_text(tag, name) for tag in value]
 
 
+def _metadata(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidExperience(f"metadata: expected a mapping, found a {type(value).__name__}")
+    return value
+
+
 def _probabilities(value: Any, name: str = "probabilities") -> NDArray[np.float32]:
     array = as_vectors(value, name, rank=1, dim=None)
     total = float(array.sum(dtype=np.float64))
@@ -318,6 +326,31 @@ def as_ids(ids: Any) -> NDArray[np.int64]:
     return np.atleast_1d(array).reshape(-1).astype(np.int64)
 
 
+def _any(value: Any) -> Any:
+    return value
+
+
+# What goes into a payload, in this order, and what checks it.
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "question": partial(_text, name="question"),
+    "answer": _any,
+    "rewards": rewards,
+    "trajectory": _any,
+    "metadata": _metadata,
+    "probabilities": _probabilities,
+    "image": _image,
+    "tags": _tags,
+    "key": partial(_text, name="key"),
+}
+_EMPTY: dict[str, Any] = {"question": "", "tags": ()}  # where nothing is there; elsewhere None
+# Of columns.
+_KINDS = {
+    "question": (str, "strings"),
+    "key": (str, "strings"),
+    "metadata": (Mapping, "mappings"),
+}
+
+
 # ---------------------------------------------------------------- experiences
 
 
@@ -355,6 +388,57 @@ def _numbers(items: Sequence[_Checked]) -> _Numbers:
         np.array([item.confidence for item in items], np.float32),
         np.array([item.reward for item in items], np.float64),
         np.array([item.timestamp for item in items], np.float64),
+    )
+
+
+class _Columns(NamedTuple):
+    """n experiences without their embeddings, checked.
+
+    Attributes:
+        lists: What goes into the payloads, by field: n values, None where one has none.
+        numbers: All the rest.
+    """
+
+    lists: dict[str, list[Any]]
+    numbers: _Numbers
+
+
+def _in_columns(experiences: Sequence[Experience], now: float) -> _Columns:
+    """What `Intake._checked` makes of each, in a fraction of the time it takes for many."""
+    n = len(experiences)
+
+    def values(name: str) -> list[Any]:
+        return list(map(attrgetter(name), experiences))
+
+    for id_ in values("id"):
+        if id_ is not None:
+            raise _has_an_id(id_)
+    lists: dict[str, list[Any]] = {}
+    reward = np.full(n, np.nan)
+    for name, check in _CHECKS.items():
+        found = values(name)
+        empty = _EMPTY.get(name)
+        if set(map(type, found)) == {type(empty)} and not any(found):
+            continue
+        if name == "rewards":
+            pairs = [rewards(value) for value in found]
+            reward = np.array([total for total, _ in pairs], np.float64)
+            lists[name] = [components for _, components in pairs]
+        elif empty is None:
+            lists[name] = [value if value is None else check(value) for value in found]
+        else:
+            lists[name] = [check(value) or None for value in found]
+    confidence = [number(value, "confidence", 0.0, 1.0) for value in values("confidence")]
+    timestamp = [now if x is None else number(x, "timestamp") for x in values("timestamp")]
+    return _Columns(
+        lists, _Numbers(np.array(confidence, np.float32), reward, np.array(timestamp, np.float64))
+    )
+
+
+def _has_an_id(id_: Any) -> InvalidExperience:
+    return InvalidExperience(
+        f"this experience has id {id_} already; to add a copy use "
+        "dataclasses.replace(experience, id=None)"
     )
 
 
@@ -582,25 +666,29 @@ class Intake:
                 )
         v = self._stack([item.v_embed for item in experiences], "v_embed", self.v_dim)
         q = self._stack([item.q_embed for item in experiences], "q_embed", self.q_dim)
-        items = [self._checked(item, now) for item in experiences]
-        numbers = _numbers(items)
+        return self._together(v, q, _in_columns(experiences, now), priorities, now)
+
+    def _together(
+        self, v: Vectors, q: Vectors, columns: _Columns, priorities: Any, now: float
+    ) -> Draft:
+        """What has been checked, as one operation."""
+        lists, n = columns.lists, len(v)
+        rows, lengths = codec.encode_columns(v, q, lists)
         scores = self._priorities(
             priorities,
-            *numbers,
-            [item.fields.get("probabilities") for item in items],
-            [item.fields.get("metadata") for item in items],
+            *columns.numbers,
+            lists.get("probabilities", [None] * n),
+            lists.get("metadata", ()),
             now,
         )
-        rows, lengths = codec.encode_rows(v, q, [item.fields for item in items])
-        return self._draft(v, q, rows, lengths, numbers, scores, _labels_of(items))
+        tags = [each or [] for each in lists["tags"]] if "tags" in lists else [[]] * n
+        labels = _labels(tags, lists.get("key", [None] * n))
+        return self._draft(v, q, rows, lengths, columns.numbers, scores, labels)
 
     def _checked(self, item: Experience, now: float) -> _Checked:
         """Everything of an experience but its embeddings."""
         if item.id is not None:
-            raise InvalidExperience(
-                f"this experience has id {item.id} already; to add a copy use "
-                "dataclasses.replace(experience, id=None)"
-            )
+            raise _has_an_id(item.id)
         fields: dict[str, Any] = {}
         question = item.question
         if type(question) is not str or question:
@@ -613,11 +701,7 @@ class Intake:
         if item.trajectory is not None:
             fields["trajectory"] = item.trajectory
         if item.metadata is not None:
-            if not isinstance(item.metadata, Mapping):
-                raise InvalidExperience(
-                    f"metadata: expected a mapping, found a {type(item.metadata).__name__}"
-                )
-            fields["metadata"] = item.metadata
+            fields["metadata"] = _metadata(item.metadata)
         if item.probabilities is not None:
             fields["probabilities"] = _probabilities(item.probabilities)
         if item.image is not None:
@@ -677,28 +761,27 @@ class Intake:
             for name in ("question", "answer", "trajectory", "metadata", "image", "key")
             if columns.get(name) is not None
         }
-        probabilities: list[NDArray[np.float32] | None] = [None] * n
         if columns.get("probabilities") is not None:
             lists["probabilities"] = [
                 None if p is None else _probabilities(p)
                 for p in _list_column(columns["probabilities"], "probabilities", n, rows=True)
             ]
-            probabilities = list(lists["probabilities"])
         if components is not None:
             lists["rewards"] = components
-        given_tags = columns.get("tags")
-        tags = [] if given_tags is None else _list_column(given_tags, "tags", n)
-        tags = [_tags(item) for item in tags] or [[]] * n
-        if any(tags):
-            lists["tags"] = tags
+        if columns.get("tags") is not None:
+            lists["tags"] = [
+                _tags(tags) or None for tags in _list_column(columns["tags"], "tags", n)
+            ]
+        for name, kind in _KINDS.items():
+            for value in lists.get(name, ()):
+                if value is not None and not isinstance(value, kind[0]):
+                    raise InvalidExperience(
+                        f"column {name!r}: expected {kind[1]}, found a {type(value).__name__}"
+                    )
         if "image" in lists:
             lists["image"] = [None if image is None else _image(image) for image in lists["image"]]
-        rows, lengths = _encode_columns(v, q, lists, n)
         numbers = _Numbers(confidence.astype(np.float32), reward, timestamp)
-        metadata = lists.get("metadata", ())
-        scores = self._priorities(priorities, *numbers, probabilities, metadata, now)
-        labels = _labels(tags, lists.get("key", [None] * n))
-        return self._draft(v, q, rows, lengths, numbers, scores, labels)
+        return self._together(v, q, _Columns(lists, numbers), priorities, now)
 
     def _check_sizes(self, lengths: NDArray[np.uint32]) -> None:
         n = len(lengths)
@@ -867,32 +950,3 @@ def _reward_columns(
         return total, [None if math.isnan(x) else {"reward": x} for x in total.tolist()]
     pairs = [rewards(x) for x in _list_column(value, "rewards", n)]
     return np.array([pair[0] for pair in pairs]), [pair[1] for pair in pairs]
-
-
-_TEXTS = {"question": str, "key": str}
-
-
-def _encode_columns(
-    v: Vectors, q: Vectors, lists: Mapping[str, list[Any]], n: int
-) -> tuple[bytearray, NDArray[np.uint32]]:
-    """Rows of columns; without attachments all at once."""
-    for name, kind in _TEXTS.items():
-        for value in lists.get(name, ()):
-            if value is not None and not isinstance(value, kind):
-                raise InvalidExperience(
-                    f"column {name!r}: expected strings, found a {type(value).__name__}"
-                )
-    for value in lists.get("metadata", ()):
-        if value is not None and not isinstance(value, Mapping):
-            raise InvalidExperience("column 'metadata': expected mappings")
-    if not lists:
-        return codec.encode_bare_rows(v, q, None)
-    names = list(lists)
-    texts = codec.encode_texts(lists, n)
-    if texts is not None:
-        return codec.encode_bare_rows(v, q, texts)
-    rows = []
-    for i, values in enumerate(zip(*lists.values(), strict=True)):
-        fields = {k: x for k, x in zip(names, values, strict=True) if x is not None}
-        rows.append(codec.encode_row(v[i], q[i], fields))
-    return bytearray().join(rows), np.fromiter(map(len, rows), np.uint32, n)
