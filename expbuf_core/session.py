@@ -211,6 +211,8 @@ class Session:
             self._meet_representation()
         if self.path is not None and self._intake is not None and replica.index_is_stale():
             self.upkeep.adopt_later()
+        if replica.tiers.is_short():
+            self.upkeep.take_memory()
 
     def _follow_writers(self) -> None:
         """A reader without a share in the open lock notices that writers came, or came anew."""

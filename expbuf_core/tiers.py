@@ -62,6 +62,7 @@ class Tail:
         self.rows = 0  # in use, dead ones among them
         self.dead = 0
         self._taken = 0  # rows whose memory is there
+        self.is_short = False  # rows to come will soon meet memory that was never touched
         self._ids = np.empty(0, np.int64)
         self._vectors = np.empty((0, 0), np.float32)
         self._squared: NDArray[np.float32] | None = None
@@ -110,11 +111,8 @@ class Tail:
             self._squared[first:behind] = squared_norms(self._vectors[first:behind])
         self._live[first:behind] = True
         self.rows = behind
-
-    def is_short(self) -> bool:
-        """Whether rows to come will soon meet memory that was never touched."""
-        wanted = self._ahead()
-        return self.rows + wanted // 2 > self._taken and wanted > 0
+        ahead = self._ahead()
+        self.is_short = 0 < ahead and behind + ahead // 2 > self._taken
 
     def _ahead(self) -> int:
         """Rows whose memory to take ahead: never more than there are."""
@@ -126,6 +124,7 @@ class Tail:
         """Have the memory of rows to come ready. Needs no lock."""
         vectors, first = self._vectors, max(self.rows, self._taken)
         self._taken = max(first, self.rows + self._ahead())
+        self.is_short = False
         memory.take(vectors[first : self._taken])
 
     def _reserve(self, n: int, dim: int) -> None:
@@ -244,7 +243,7 @@ class IndexTiers:
 
     def is_short(self) -> bool:
         """See `Tail.is_short`."""
-        return self._tail.is_short()
+        return self._tail.is_short
 
     def take_ahead(self) -> None:
         """See `Tail.take_ahead`."""

@@ -56,6 +56,7 @@ class Upkeep:
         self._builder: int | None = None  # pid
         self._asked_for = 0  # what the hint of a damaged index was when a build began last
         self._adopting = threading.Lock()
+        self._taking = threading.Lock()
         # Held by whoever changes files of the folder outside the write path, so that `stop` can
         # wait for threads of the caller's, too.
         self._working = threading.RLock()
@@ -137,8 +138,7 @@ class Upkeep:
         if session.path is None:
             return session.replica.state.lsn - self._dropped_at > _MEMORY_OPERATIONS
         return (
-            session.replica.tiers.is_short()
-            or (self._builds_here() and self.build_is_due())
+            (self._builds_here() and self.build_is_due())
             or self.snapshot_is_due()
             or session.adapter.needs_preparation()
         )
@@ -155,7 +155,6 @@ class Upkeep:
                 self._dropped_at = replica.state.lsn
                 session.adapter.drop_below(self._dropped_at, ids, locations)
             return
-        session.replica.tiers.take_ahead()
         if session.adapter.needs_preparation():
             session.maintenance.try_run(session.commit_log.prepare)
         if self._builds_here() and self.build_is_due():
@@ -256,6 +255,22 @@ class Upkeep:
                 _log.warning("the new index could not be opened; searches stay exact: %s", exc)
         finally:
             self._adopting.release()
+
+    def take_memory(self) -> None:
+        """Have the memory of vectors to come found, in the background."""
+        if self._taking.acquire(blocking=False):
+            try:
+                threading.Thread(
+                    target=self._take_memory, name="expbuf-memory", daemon=True
+                ).start()
+            except RuntimeError:  # no more threads: each page is found when it is touched
+                self._taking.release()
+
+    def _take_memory(self) -> None:
+        try:
+            self._session.replica.tiers.take_ahead()
+        finally:
+            self._taking.release()
 
     def adopt_now(self) -> None:
         """Open what the builder has published last, and search it from now on."""

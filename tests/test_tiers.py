@@ -344,20 +344,20 @@ def test_memory_is_taken_ahead_where_a_tail_grows() -> None:
         for _ in range(times):
             tail.append(np.arange(tail.rows, tail.rows + 256), block)
 
-    assert not tail.is_short()
+    assert not tail.is_short
     grow(1)
-    assert not tail.is_short()  # a small one is left alone
+    assert not tail.is_short  # a small one is left alone
     grow(1)
-    assert tail.is_short()
+    assert tail.is_short
     tail.take_ahead()
-    assert not tail.is_short()  # as much again
+    assert not tail.is_short  # as much again
     grow(1)
-    assert tail.is_short()  # half of that is in use
+    assert tail.is_short  # half of that is in use
     tail.take_ahead()
     np.testing.assert_array_equal(tail.vectors, np.ones((768, 512), np.float32))
     grow(60)
     tail.take_ahead()
     grow(7)
-    assert not tail.is_short()  # never more than 8 MiB
+    assert not tail.is_short  # never more than 8 MiB
     grow(2)
-    assert tail.is_short()
+    assert tail.is_short

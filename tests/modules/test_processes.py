@@ -141,6 +141,20 @@ def test_a_reader_beside_a_writer_in_one_process(open_buffer: OpenBuffer) -> Non
         assert len(reader) == serial + 1
 
 
+def test_memory_is_taken_ahead_by_who_only_reads(open_buffer: OpenBuffer) -> None:
+    """Whoever applies what others add would meet pages that were never touched in its searches."""
+    writer, reader = open_buffer(), open_buffer()
+    vectors = np.random.default_rng(0).standard_normal((700, 512), dtype=np.float32)
+    writer.add_many({"v_embed": vectors, "q_embed": vectors})  # 1.4 MB
+    assert len(reader.search_index(v_embed=vectors[3], q_embed=vectors[3], k=1)) == 1
+    for thread in threading.enumerate():
+        if thread.name == "expbuf-memory":
+            thread.join(TIMEOUT_S)
+    tail = reader._live().replica.tiers._tail
+    assert tail.rows == 700
+    assert tail._taken == 1400
+
+
 def test_logs_are_followed_across_switches_and_snapshots(open_buffer: OpenBuffer) -> None:
     first, second = open_buffer(max_size=50), open_buffer(max_size=50)
     idle = open_buffer(max_size=50)  # looks only at the end, when its place in the log is long gone
