@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ _POPULATE_WRITE = 23  # since Linux 5.14; older ones refuse it
 
 def _madvise() -> Callable[[int, int, int], int] | None:
     """The C library's, since `mmap` offers its own for its own memory only, and holds the GIL."""
+    if not sys.platform.startswith("linux"):
+        return None  # the number means something else, if anything
     try:
         function = ctypes.CDLL(None).madvise
     except (OSError, AttributeError):
