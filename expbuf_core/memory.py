@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import sys
 from collections.abc import Callable
@@ -36,6 +37,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 _MADVISE = _madvise()
 
 
+@functools.cache
 def keep_freed() -> None:
     """Let the allocator keep what a batch took, for the next one.
 

@@ -8,7 +8,6 @@ who is alive has seen the recovery through".
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -69,7 +68,6 @@ def open_session(session: Session) -> RecoveryReport:
     )
 
 
-@functools.cache
 # ---------------------------------------------------------------- parts
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,20 @@ class Held:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lock, name)
+
+
+def test_a_closed_buffer_leaves_nothing_in_memory(folder: Path) -> None:
+    """A process that opens one buffer after the other, for years, does not grow."""
+    kept = []
+    for n in range(3):
+        with open_small(folder) as buffer:
+            buffer.add(experience(n))
+            assert buffer.search_index(v_embed=np.ones(4), q_embed=np.ones(4), k=3)
+            session = buffer._live()
+            kept += [weakref.ref(session), weakref.ref(session.replica)]
+        del buffer, session
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 6
 
 
 def test_closing_waits_for_a_snapshot_under_way(folder: Path) -> None:
