@@ -113,6 +113,9 @@ def main() -> int:
     for name, outcome in outcomes.items():
         if name in results.suites:
             results.suites[name]["outcome"] = outcome
+    if arguments.publish and document.KEPT.exists():
+        # What else lies in the output folder may be of a quick run.
+        results = Results.read(document.KEPT).replaced_by(results, outcomes)
     print("\n" + "\n".join(f"{name}: {outcome}" for name, outcome in outcomes.items()))
     kept = document.KEPT if arguments.publish else arguments.output / "results.json"
     results.write(kept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,11 @@ class Results:
     def read(cls, path: Path) -> Results:
         suites = json.loads(path.read_text(encoding="utf-8"))["suites"]
         return cls({name: {**kept["suite"], "rows": kept["rows"]} for name, kept in suites.items()})
+
+    def replaced_by(self, newer: Results, names: Collection[str]) -> Results:
+        """The same with these suites from another run, where it has them."""
+        suites = self.suites | {name: newer.suites[name] for name in names if name in newer.suites}
+        return Results({name: suites[name] for name in SUITES if name in suites})
 
     def write(self, path: Path) -> None:
         """One row a line, so that two versions can be compared."""

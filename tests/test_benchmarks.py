@@ -67,6 +67,20 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
     assert (figure.median, figure.low, figure.high, figure.count) == (2.0, 1.0, 3.0, 3)
 
 
+def test_publishing_one_suite_keeps_the_others() -> None:
+    from benchmarks.results import SUITES, Results
+
+    first, second, third = list(SUITES)[:3]
+    kept = Results({third: {"rows": [3]}, first: {"rows": [1]}})
+    fresh = Results({first: {"rows": [11]}, second: {"rows": [22]}, third: {"rows": [33]}})
+    both = kept.replaced_by(fresh, [first, second, "of which there are no figures"])
+    assert list(both.suites.items()) == [
+        (first, {"rows": [11]}),
+        (second, {"rows": [22]}),
+        (third, {"rows": [3]}),  # what lies about of another run is not meant
+    ]
+
+
 @pytest.mark.parametrize(
     ("better", "against", "lost"),
     [("higher", 2.0, "2 ×"), ("higher", 0.5, ""), ("lower", 0.5, "2 ×"), ("lower", 2.0, "")],
