@@ -6,6 +6,7 @@ python -m benchmarks.index --quick
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -183,6 +184,8 @@ def sharing(report: Report, arguments: argparse.Namespace) -> None:
             del vectors
             buffer.rebuild_index()
             buffer.save_snapshot()
+        del buffer  # or this process would count among those that map the index
+        gc.collect()
         files = sum(file.stat().st_size for file in (path / "index").iterdir()) / 2**20
         searchers: list[_Searcher] = []
         memory: list[float] = []
