@@ -22,6 +22,7 @@ _BATCH = 32  # queries scored together
 _PRODUCT = 1 << 18  # multiplications up to which OpenBLAS stays in the calling thread
 _CROWD = 8  # times k: so many that reach the floor are too many to sort
 _SPARSE = 8  # gather rows one by one when fewer than 1 in so many is allowed
+_MANY = 200  # candidates that are parted before they are sorted
 
 _Float = NDArray[np.float32]
 _Rows = NDArray[np.int64]
@@ -182,6 +183,8 @@ def exact_among(
     vectors: _Float, rows: _Rows, query: _Float, k: int, metric: str
 ) -> tuple[_Rows, _Float]:
     """Find the k most similar among some rows, rising; otherwise as `exact_best`."""
+    if metric == "cosine":  # nothing overflows
+        return _first(rows, exact_similarities(vectors, rows, query, metric), k)
     with np.errstate(over="ignore", invalid="ignore"):
         return _first(rows, exact_similarities(vectors, rows, query, metric), k)
 
@@ -202,9 +205,12 @@ def exact_rerank(
         As `exact_search`.
     """
     vectors = np.asarray(vectors)
-    if len(queries) == 1 and k <= candidates.shape[1] and candidates.min() >= 0:
+    if len(queries) == 1 and k <= candidates.shape[1] and np.minimum.reduce(candidates[0]) >= 0:
         picked = candidates[0]
         scores = exact_similarities(vectors, picked, queries[0], metric)
+        if len(scores) > _MANY:
+            near = _at_least(scores, k)
+            picked, scores = picked.take(near), scores.take(near)
         order = np.lexsort((picked, -scores))[:k]
         return picked.take(order)[np.newaxis], scores.take(order)[np.newaxis]
     rows = np.full((len(queries), k), -1, np.int64)

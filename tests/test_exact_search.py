@@ -198,6 +198,25 @@ def test_rerank(rng: np.random.Generator, metric: str) -> None:
         np.testing.assert_array_equal(similarities[i], expected[1][0])
 
 
+@each_metric
+@pytest.mark.parametrize("count", [50, 400])
+@pytest.mark.parametrize("padded", [False, True])
+def test_rerank_for_one_query(
+    rng: np.random.Generator, metric: str, count: int, padded: bool
+) -> None:
+    """Few candidates, or so many that they are parted first; many are as similar as others."""
+    vectors = rng.integers(-3, 4, (500, 4)).astype(np.float32)
+    candidates = rng.permutation(500)[:count].astype(np.int64)
+    if padded:
+        candidates[3] = -1
+    mask = np.isin(np.arange(500), candidates)
+    for query in rng.integers(-3, 4, (20, 1, 4)).astype(np.float32):
+        rows, similarities = exact_rerank(vectors, candidates[np.newaxis], query, 10, metric)
+        expected = reference(vectors, query, 10, metric, mask)
+        np.testing.assert_array_equal(rows, expected[0])
+        np.testing.assert_array_equal(similarities, expected[1])
+
+
 def test_arguments_stay_as_they_are(rng: np.random.Generator) -> None:
     vectors = rng.standard_normal((100, 8), dtype=np.float32)
     queries, mask = vectors[:3].copy(), rng.random(100) < 0.5

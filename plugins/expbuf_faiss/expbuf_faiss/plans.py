@@ -15,6 +15,9 @@ _MATRIX_UP_TO_DIM = 512
 # cache is missed by all that follows.
 _LISTS_OF_VECTORS = 4.0
 _LISTS_OF_CODES = 0.7
+_LISTS_OF_HARD_CODES = 1.6  # of which many have to be looked at
+_ID_BYTES = 8
+_SPARE = 2  # FAISS copies each list into as much memory as the next power of two
 
 
 @dataclass(frozen=True)
@@ -66,23 +69,33 @@ def _automatic(settings: FaissSettings, rows: int, dim: int) -> list[Plan]:
     """Codes of a bit a dimension, re-ranked from the raw vectors; full vectors where that fails.
 
     Few long lists also make training a tenth of the work. Codes take 1/32 of the space of the
-    vectors, which are mapped beside the index anyway.
+    vectors, which are mapped beside the index anyway. Where they tell neighbours apart too badly,
+    codes of two bits in FAISS's layout for fast scans are searched two to four times as fast; but
+    that layout cannot be mapped, so there is a limit to what they may take of each process.
     """
     if rows < settings.flat_below:
         return [FLAT]
     lists = Plan(_lists(settings, rows, _LISTS_OF_VECTORS) + ",Flat", optional=True)
     if dim < _CODES_FROM_DIM:
         return [lists]
-    codes = _lists(settings, rows, _LISTS_OF_CODES) + ",RaBitQ"
+    few = _lists(settings, rows, _LISTS_OF_CODES)
     # A rotation spreads what a few dimensions hold over all of them. It costs every query a
     # multiplication by a matrix, so it has to be needed. Beyond some size a Hadamard
     # transformation is cheaper, although it pads the dimension to a power of two.
-    rotation = f"RR{dim}" if dim <= _MATRIX_UP_TO_DIM else "HR"
-    return [
-        Plan(codes, rerank_limit=10, optional=True),
-        Plan(f"{rotation},{codes}", optional=True),
-        lists,
-    ]
+    rotation, rotated = (f"RR{dim}", dim) if dim <= _MATRIX_UP_TO_DIM else ("HR", _padded(dim))
+    chosen = [Plan(f"{few},RaBitQ", rerank_limit=10, optional=True)]
+    for before, width, limit in (("", dim, 20), (f"{rotation},", rotated, 40)):
+        row = _SPARE * (width // 4 + _ID_BYTES)
+        if rows * row <= settings.private_bytes and width % 2 == 0:
+            factory = f"{before}{few},PQ{width // 2}x4fsr"
+            chosen.append(Plan(factory, rerank_limit=limit, optional=True))
+    many = _lists(settings, rows, _LISTS_OF_HARD_CODES)
+    return [*chosen, Plan(f"{rotation},{many},RaBitQ", optional=True), lists]
+
+
+def _padded(dim: int) -> int:
+    """The least power of two that is no less: the width of a Hadamard transformation."""
+    return 1 << (dim - 1).bit_length()
 
 
 def _lists(settings: FaissSettings, rows: int, factor: float) -> str:

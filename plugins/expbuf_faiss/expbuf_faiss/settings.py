@@ -29,6 +29,9 @@ class FaissSettings(BaseModel):
         train_iterations: Iterations of k-means.
         flat_below: "auto" compares every vector below this number of rows.
         calibration_rows: Rows that are held out of training and searched for after each build.
+        private_bytes: Codes that are scanned several times as fast, but cannot be mapped, are
+            chosen by "auto" for data that are hard to search, up to so many bytes of each process
+            that opens the buffer. 0: never.
         mmap: Map the index file, so that processes share one copy, instead of reading it.
     """
 
@@ -46,6 +49,7 @@ class FaissSettings(BaseModel):
     train_iterations: int = Field(default=10, ge=1)
     flat_below: int = Field(default=20_000, ge=1)
     calibration_rows: int = Field(default=256, ge=16)
+    private_bytes: int = Field(default=1 << 25, ge=0)
     mmap: bool = True
 
     @model_validator(mode="after")

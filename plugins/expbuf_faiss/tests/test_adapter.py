@@ -82,8 +82,9 @@ def test_wrong_settings(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("rows", "factories"), [
     (19_999, [""]),
-    (100_000, ["IVF256,RaBitQ", "RR384,IVF256,RaBitQ", "IVF1024,Flat"]),
-    (1_000_000, ["IVF512,RaBitQ", "RR384,IVF512,RaBitQ", "IVF4096,Flat"]),
+    (100_000, ["IVF256,RaBitQ", "IVF256,PQ192x4fsr", "RR384,IVF256,PQ192x4fsr",
+               "RR384,IVF512,RaBitQ", "IVF1024,Flat"]),
+    (1_000_000, ["IVF512,RaBitQ", "RR384,IVF2048,RaBitQ", "IVF4096,Flat"]),
 ])  # fmt: skip
 def test_automatic(rows: int, factories: list[str]) -> None:
     assert [plan.factory for plan in plans(FaissSettings(), rows, 384)] == factories
@@ -91,7 +92,21 @@ def test_automatic(rows: int, factories: list[str]) -> None:
 
 def test_automatic_by_dimension() -> None:
     assert [plan.factory for plan in plans(FaissSettings(), 100_000, 64)] == ["IVF1024,Flat"]
-    assert plans(FaissSettings(), 100_000, 1024)[1].factory == "HR,IVF256,RaBitQ"
+    assert plans(FaissSettings(), 100_000, 1024)[1].factory == "HR,IVF512,RaBitQ"
+    factories = [plan.factory for plan in plans(FaissSettings(), 50_000, 600)]
+    assert factories[1:3] == ["IVF128,PQ300x4fsr", "HR,IVF128,PQ512x4fsr"]
+    factories = [plan.factory for plan in plans(FaissSettings(), 50_000, 97)]
+    assert factories == ["IVF128,RaBitQ", "RR97,IVF256,RaBitQ", "IVF1024,Flat"], "no pairs"
+
+
+def test_copies_of_codes_are_bounded() -> None:
+    def copied(rows: int, **settings: int) -> bool:
+        return any("fs" in plan.factory for plan in plans(FaissSettings(**settings), rows, 384))
+
+    assert copied(150_000)
+    assert not copied(200_000), "more than 32 MiB"
+    assert copied(200_000, private_bytes=1 << 26)
+    assert not copied(30_000, private_bytes=0)
 
 
 def test_explicit() -> None:
@@ -203,14 +218,31 @@ def test_rotates_where_few_dimensions_matter(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     vectors = unit(draw.standard_normal((20_000, DIM)) * scale)
     segment = build(tmp_path, vectors, backend(flat_below=1000))
-    assert segment.info()["factory"].startswith("RR128,")
+    assert segment.info()["factory"] == "RR128,IVF128,PQ64x4fsr"
     queries = unit(draw.standard_normal((100, DIM)) * scale)
     assert recall(segment, vectors, queries) >= 0.94
 
 
+def test_without_copies_of_codes(tmp_path: Path) -> None:
+    scale = np.arange(1, DIM + 1) ** -1.0
+    vectors = unit(np.random.default_rng(0).standard_normal((20_000, DIM)) * scale)
+    segment = build(tmp_path, vectors, backend(flat_below=1000, private_bytes=0))
+    assert segment.info()["factory"] == "RR128,IVF256,RaBitQ"
+
+
 def test_gives_up_where_there_is_no_structure(tmp_path: Path) -> None:
+    """Then so many lists have to be looked at that comparing every vector is as fast."""
     vectors = unit(np.random.default_rng(0).standard_normal((5000, 256)))
-    assert build(tmp_path, vectors, backend(256, flat_below=1000)).info()["kind"] == "flat"
+    made = backend(256, flat_below=1000, private_bytes=0)
+    assert build(tmp_path, vectors, made).info()["kind"] == "flat"
+
+
+def test_codes_alone_where_there_is_no_structure(tmp_path: Path) -> None:
+    """All of them are scanned sooner than the vectors would be, and the recall is as asked for."""
+    everything = unit(np.random.default_rng(0).standard_normal((5200, 256)))
+    segment = build(tmp_path, everything[:5000], backend(256, flat_below=1000))
+    assert segment.info()["effort"] == 64, "all lists"
+    assert recall(segment, everything[:5000], everything[5000:]) >= 0.95
 
 
 def test_building_repeats_itself(tmp_path: Path) -> None:
