@@ -27,6 +27,7 @@ from expbuf_core.commit import Draft
 from expbuf_core.conditions import Condition, matching_slots
 from expbuf_core.config_schema import BufferConfig, load_config
 from expbuf_core.contracts import LogGone
+from expbuf_core.dropped import close_dropped, note_when_dropped
 from expbuf_core.embedding_cache import EmbeddingCache
 from expbuf_core.errors import (
     BufferClosed,
@@ -140,6 +141,7 @@ class ExperienceBuffer:
         self._rng = np.random.default_rng(arguments.get("seed"))
         self._submitter: concurrent.futures.ThreadPoolExecutor | None = None
         self._cache: EmbeddingCache | None = None
+        self._unclosed = note_when_dropped(self, session)
         _open_buffers.add(self)
 
     # ------------------------------------------------------------ opening and closing
@@ -181,6 +183,7 @@ class ExperienceBuffer:
         """
         if mode not in ("r", "a", "x"):
             raise ConfigError(f"mode = {mode!r}: must be 'r', 'a' or 'x'")
+        close_dropped()
         registry: PluginRegistry = default_registry()
         if plugins:
             registry = registry.with_plugins(plugins)
@@ -217,7 +220,8 @@ class ExperienceBuffer:
     def close(self) -> None:
         """Make everything durable and let go. A second call does nothing.
 
-        Nothing is lost without it; closing spares the next opening the recovery.
+        Nothing is lost without it; closing spares the next opening the recovery. A buffer that is
+        dropped without it is closed when the next one is opened.
         """
         if self._forks != _fork_count:
             return
@@ -225,6 +229,7 @@ class ExperienceBuffer:
         if submitter is not None:
             submitter.shutdown(wait=True)
         self._session.close()
+        self._unclosed.detach()
         _open_buffers.discard(self)
 
     def __enter__(self) -> ExperienceBuffer:
@@ -299,6 +304,8 @@ class ExperienceBuffer:
                 )
             parent.abandon()
             self._session = _open_session(self._arguments, parent.registry)
+            self._unclosed.detach()
+            self._unclosed = note_when_dropped(self, self._session)
             self._forks = _fork_count
             return self._session
 
