@@ -62,15 +62,16 @@ with ExperienceBuffer.open(sys.argv[1], **settings) as buffer:
 """
 _BUILDER = """
 import os, sys, threading
-from expbuf_core import ExperienceBuffer
+from expbuf_core.builder import PATIENCE_S, SHARE, IndexBuilder
 os.nice(19)
-settings = {"index": {"builder": "off", "growth": 1e-6}}
-with ExperienceBuffer.open(sys.argv[1], **settings) as buffer:
-    stop = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
-    print("ready", flush=True)
-    while not stop.is_set():
-        buffer.rebuild_index()
+builder = IndexBuilder(sys.argv[1], {"index": {"builder": "off", "growth": 1e-6}})
+builder.yield_to_others(PATIENCE_S, SHARE)
+stop = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+print("ready", flush=True)
+while not stop.is_set():
+    builder.buffer.rebuild_index()
+builder.close()
 """
 
 

@@ -1,4 +1,4 @@
-"""The index builder as a process of its own: lowest priority, one thread, one a buffer.
+"""The index builder as a process of its own: last in line for processors, one thread, one a buffer.
 
     python -m expbuf_core builder FOLDER
 
@@ -12,15 +12,21 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from expbuf_core import control as c
+from expbuf_core import idle
 from expbuf_core.errors import ExpbufError, LockTimeout
 
 _log = logging.getLogger("expbuf")
 _POLL_S = 0.05
+PATIENCE_S = 20.0
+SHARE = 1 / 8
+"""See `idle.run`."""
 
 
 class IndexBuilder:
@@ -76,13 +82,23 @@ class IndexBuilder:
             index.rebuild_every, index.growth * rows
         )
 
+    def yield_to_others(self, patience_s: float, share: float) -> None:
+        """Build with what others leave of the processors; see `idle.run`.
+
+        Where that is too little, this process begins anew and is told to hurry.
+        """
+        self._session.upkeep.build_by = lambda work: _last_in_line(work, patience_s, share)
+
     def close(self) -> None:
         """Let go of the buffer."""
         self.buffer.close()
 
 
-def main(path: str, config: str | None, idle_s: float | None) -> int:
-    """Entry point of the process; its exit code."""
+def main(path: str, config: str | None, idle_s: float | None, *, hurry: bool = False) -> int:
+    """Entry point of the process; its exit code.
+
+    `hurry`: compete for processors, if at the lowest priority.
+    """
     os.nice(19)
     logging.basicConfig(level=logging.WARNING)
     try:
@@ -90,9 +106,11 @@ def main(path: str, config: str | None, idle_s: float | None) -> int:
     except (ExpbufError, LockTimeout) as exc:
         _log.error("the index builder cannot open %s: %s", path, exc)
         return 1
+    if not hurry:
+        builder.yield_to_others(PATIENCE_S, SHARE)
     try:
-        idle = idle_s if idle_s is not None else float(builder.buffer.config.index.idle_s)
-        builder.run(idle_s=idle)
+        idle_for = idle_s if idle_s is not None else float(builder.buffer.config.index.idle_s)
+        builder.run(idle_s=idle_for)
     except Exception:
         if not Path(path).exists():
             return 0  # the buffer was deleted
@@ -103,3 +121,19 @@ def main(path: str, config: str | None, idle_s: float | None) -> int:
             logging.disable()  # deleted under us: there is nothing to close, and nobody to tell
         builder.close()
     return 0
+
+
+def _last_in_line(work: Callable[[], object], patience_s: float, share: float) -> None:
+    """Do something with what others leave of the processors; begin anew where that is nothing.
+
+    For a process that is nothing but a builder: a thread cannot be stopped, but a process may end
+    at any moment.
+    """
+    try:
+        idle.run(work, patience_s=patience_s, share=share)
+    except idle.Starved:
+        _log.info("the index builder hardly gets a processor; it begins anew and competes for one")
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "--hurry"])
+    except KeyboardInterrupt:
+        _log.warning("the index builder was interrupted; the old index stays in use")
+        os._exit(130)

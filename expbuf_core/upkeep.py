@@ -13,7 +13,8 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +46,16 @@ CLOSING_OPERATIONS = 10_000  # a log so long makes a snapshot worth while at clo
 
 
 class Upkeep:
-    """The upkeep of one session. A thread starts with the first need."""
+    """The upkeep of one session. A thread starts with the first need.
+
+    Attributes:
+        build_by: Runs the computing part of a build, during which nothing is held that others wait
+            for.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self.build_by: Callable[[Callable[[], object]], object] = _at_once
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._busy = False
@@ -224,15 +231,18 @@ class Upkeep:
             session.refresh()
             # Nothing derived is written before the log is durable up to it.
             session.commit_log.sync()
-            indexing.build(
-                session.path,
-                session.replica,
-                choice,
-                session.fs,
-                session.uuid,
-                session.config.index.growth,
-                session.config.index.rebuild_every,
-                anew=anew or self.index_is_damaged(),
+            self.build_by(
+                partial(
+                    indexing.build,
+                    session.path,
+                    session.replica,
+                    choice,
+                    session.fs,
+                    session.uuid,
+                    session.config.index.growth,
+                    session.config.index.rebuild_every,
+                    anew=anew or self.index_is_damaged(),
+                )
             )
         except Exception as exc:
             session.control.words[c.BUILDER_FAILURES] += 1
@@ -463,6 +473,10 @@ class Upkeep:
 
 
 # ---------------------------------------------------------------- the builder's process
+
+
+def _at_once(work: Callable[[], object]) -> object:
+    return work()
 
 
 def builder_command(path: Path | None, config: BufferConfig) -> list[str]:

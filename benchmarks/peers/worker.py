@@ -264,6 +264,8 @@ class Worker:
     def rebuild(self, seconds: float) -> dict[str, Any]:
         """Rebuild the index over and over, at low priority as a builder should."""
         os.nice(19)
+        if hasattr(os, "SCHED_IDLE"):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         begun, done = time.perf_counter(), 0
         while done == 0 or time.perf_counter() < begun + seconds:
             self.peer.rebuild()

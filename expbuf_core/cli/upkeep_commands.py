@@ -38,6 +38,9 @@ def add_to(commands: Any) -> None:
     builder.add_argument(
         "--idle-s", type=idle_seconds, metavar="S", help="end after so many seconds without work"
     )
+    builder.add_argument(
+        "--hurry", action="store_true", help="compete for processors, if at the lowest priority"
+    )
     builder.set_defaults(run=_builder, interrupted="the old index stays in use")
 
     reindex = commands.add_parser("reindex", help="another fusion, metric or index, while in use")
@@ -124,4 +127,4 @@ def _builder(options: argparse.Namespace) -> int:
         json.loads(options.config or "{}")
     except ValueError as exc:
         raise WrongUsage(f"argument --config: expected JSON: {exc}") from exc
-    return build(options.folder, options.config, options.idle_s)
+    return build(options.folder, options.config, options.idle_s, hurry=options.hurry)
