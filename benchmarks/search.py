@@ -62,22 +62,23 @@ with ExperienceBuffer.open(sys.argv[1], **settings) as buffer:
 """
 _BUILDER = """
 import os, sys, threading
-from expbuf_core.builder import PATIENCE_S, SHARE, IndexBuilder
+from expbuf_core.builder import IndexBuilder
 os.nice(19)
 builder = IndexBuilder(sys.argv[1], {"index": {"builder": "off", "growth": 1e-6}})
-builder.yield_to_others(PATIENCE_S, SHARE)
+builder.yield_to_others(lambda: print("starved", flush=True))
 stop = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
 print("ready", flush=True)
 while not stop.is_set():
     builder.buffer.rebuild_index()
+    print("built", flush=True)
 builder.close()
 """
 
 
 @contextmanager
-def _beside(program: str, path: Path) -> Iterator[None]:
-    """Run a program in another process for the time of the block."""
+def _beside(program: str, path: Path) -> Iterator[list[str]]:
+    """Run a program in another process for the time of the block; then, the lines that it said."""
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(path)],
         stdin=subprocess.PIPE,
@@ -87,10 +88,11 @@ def _beside(program: str, path: Path) -> Iterator[None]:
     assert process.stdout is not None
     if process.stdout.readline() != "ready\n":
         raise RuntimeError("the process beside did not start")
+    said: list[str] = []
     try:
-        yield
+        yield said
     finally:
-        process.communicate()
+        said += process.communicate()[0].split()
 
 
 def _times(search: Callable[[int], Any], n: int) -> list[float]:
@@ -273,9 +275,11 @@ def _measure_beside(
     settings: dict[str, Any],
 ) -> None:
     """Each turn in a copy of its own: what a writer has added is no burden of the next turn."""
+    builds: list[float] = []
 
     def turn(*programs: str) -> Callable[[], float]:
         def run() -> float:
+            said: list[list[str]] = []
             copy = path.with_name("copy")
             shutil.copytree(path, copy)
             os.sync()
@@ -286,9 +290,13 @@ def _measure_beside(
 
                 _times(search, 200)
                 for program in programs:
-                    stack.enter_context(_beside(program, copy))
+                    said.append(stack.enter_context(_beside(program, copy)))
                 found = percentiles(_times(search, calls))[1]
             shutil.rmtree(copy)
+            if _BUILDER in programs:
+                builds.append(said[-1].count("built"))
+                if "starved" in said[-1]:
+                    print("  the builder hardly got a processor")
             return found
 
         return run
@@ -301,6 +309,7 @@ def _measure_beside(
     report.add(
         "expbuf p99, beside a writer", p99["writer"], "ms", reference=("alone", p99["alone"])
     )
+    report.add("builds meanwhile, the last one seen to its end", builds, "")
     report.add(
         "expbuf p99, beside a writer and the builder",
         p99["builder"],

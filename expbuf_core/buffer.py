@@ -27,7 +27,7 @@ from expbuf_core.commit import Draft
 from expbuf_core.conditions import Condition, matching_slots
 from expbuf_core.config_schema import BufferConfig, load_config
 from expbuf_core.contracts import LogGone
-from expbuf_core.dropped import close_dropped, note_when_dropped
+from expbuf_core.dropped import Unclosed, close_dropped
 from expbuf_core.embedding_cache import EmbeddingCache
 from expbuf_core.errors import (
     BufferClosed,
@@ -141,7 +141,7 @@ class ExperienceBuffer:
         self._rng = np.random.default_rng(arguments.get("seed"))
         self._submitter: concurrent.futures.ThreadPoolExecutor | None = None
         self._cache: EmbeddingCache | None = None
-        self._unclosed = note_when_dropped(self, session)
+        self._unclosed = Unclosed(session)
         _open_buffers.add(self)
 
     # ------------------------------------------------------------ opening and closing
@@ -221,7 +221,7 @@ class ExperienceBuffer:
         """Make everything durable and let go. A second call does nothing.
 
         Nothing is lost without it; closing spares the next opening the recovery. A buffer that is
-        dropped without it is closed when the next one is opened.
+        dropped without it is closed, and its memory given back, when the next one is opened.
         """
         if self._forks != _fork_count:
             return
@@ -229,7 +229,7 @@ class ExperienceBuffer:
         if submitter is not None:
             submitter.shutdown(wait=True)
         self._session.close()
-        self._unclosed.detach()
+        self._unclosed.closed()
         _open_buffers.discard(self)
 
     def __enter__(self) -> ExperienceBuffer:
@@ -304,8 +304,8 @@ class ExperienceBuffer:
                 )
             parent.abandon()
             self._session = _open_session(self._arguments, parent.registry)
-            self._unclosed.detach()
-            self._unclosed = note_when_dropped(self, self._session)
+            self._unclosed.closed()
+            self._unclosed = Unclosed(self._session)
             self._forks = _fork_count
             return self._session
 

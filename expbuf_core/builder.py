@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from expbuf_core.errors import ExpbufError, LockTimeout
 
 _log = logging.getLogger("expbuf")
 _POLL_S = 0.05
-PATIENCE_S = 20.0
-SHARE = 1 / 8
-"""See `idle.run`."""
+_PATIENCE_S = 20.0
+_SHARE = 1 / 8
 
 
 class IndexBuilder:
@@ -82,22 +82,28 @@ class IndexBuilder:
             index.rebuild_every, index.growth * rows
         )
 
-    def yield_to_others(self, patience_s: float, share: float) -> None:
-        """Build with what others leave of the processors; see `idle.run`.
-
-        Where that is too little, this process begins anew and is told to hurry.
-        """
-        self._session.upkeep.build_by = lambda work: _last_in_line(work, patience_s, share)
+    def yield_to_others(self, starved: Callable[[], object]) -> None:
+        """Build with what others leave of the processors; see `idle.run`."""
+        self._session.upkeep.build_by = partial(
+            idle.run, patience_s=_PATIENCE_S, share=_SHARE, starved=starved
+        )
 
     def close(self) -> None:
         """Let go of the buffer."""
         self.buffer.close()
 
 
-def main(path: str, config: str | None, idle_s: float | None, *, hurry: bool = False) -> int:
+def main(
+    path: str, config: str | None, idle_s: float | None, *, whole: bool, hurry: bool = False
+) -> int:
     """Entry point of the process; its exit code.
 
-    `hurry`: compete for processors, if at the lowest priority.
+    Args:
+        path: Folder of the buffer.
+        config: Sections of the configuration, as JSON.
+        idle_s: As in `IndexBuilder.run`.
+        whole: This process is a builder and nothing else: it may end at any moment, or begin anew.
+        hurry: Compete for processors, if at the lowest priority.
     """
     os.nice(19)
     logging.basicConfig(level=logging.WARNING)
@@ -106,11 +112,15 @@ def main(path: str, config: str | None, idle_s: float | None, *, hurry: bool = F
     except (ExpbufError, LockTimeout) as exc:
         _log.error("the index builder cannot open %s: %s", path, exc)
         return 1
-    if not hurry:
-        builder.yield_to_others(PATIENCE_S, SHARE)
+    if whole and not hurry:
+        builder.yield_to_others(partial(_begin_anew, path, config, idle_s))
     try:
         idle_for = idle_s if idle_s is not None else float(builder.buffer.config.index.idle_s)
         builder.run(idle_s=idle_for)
+    except idle.StillAtWork:
+        # Whatever is at work would go on without the builder's lock. As after a kill, the old index
+        # is in place.
+        os._exit(130)
     except Exception:
         if not Path(path).exists():
             return 0  # the buffer was deleted
@@ -123,17 +133,15 @@ def main(path: str, config: str | None, idle_s: float | None, *, hurry: bool = F
     return 0
 
 
-def _last_in_line(work: Callable[[], object], patience_s: float, share: float) -> None:
-    """Do something with what others leave of the processors; begin anew where that is nothing.
-
-    For a process that is nothing but a builder: a thread cannot be stopped, but a process may end
-    at any moment.
-    """
+def _begin_anew(path: str, config: str | None, idle_s: float | None) -> None:
+    """Become a builder that hurries: a thread cannot leave the idle class. Locks go with it."""
+    _log.info("the index builder hardly gets a processor; it begins anew and competes for one")
+    command = [sys.executable, "-m", "expbuf_core", "builder", "--hurry"]
+    if config is not None:
+        command += ["--config", config]
+    if idle_s is not None:
+        command += ["--idle-s", str(idle_s)]
     try:
-        idle.run(work, patience_s=patience_s, share=share)
-    except idle.Starved:
-        _log.info("the index builder hardly gets a processor; it begins anew and competes for one")
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "--hurry"])
-    except KeyboardInterrupt:
-        _log.warning("the index builder was interrupted; the old index stays in use")
-        os._exit(130)
+        os.execv(command[0], [*command, "--", path])
+    except OSError as exc:
+        _log.warning("the index builder cannot begin anew and goes on slowly: %s", exc)

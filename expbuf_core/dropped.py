@@ -9,48 +9,60 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import weakref
+import threading
 
 from expbuf_core.session import Session
 
 _log = logging.getLogger("expbuf")
-_noted: queue.SimpleQueue[Session] = queue.SimpleQueue()  # the queue that finalizers may use
+_WAIT_S = 1.0
+_noted: queue.SimpleQueue[tuple[int, Session]] = queue.SimpleQueue()  # finalizers may use this one
 
 
-def note_when_dropped(owner: object, session: Session) -> weakref.finalize[[Session, int], object]:
-    """Close a session when its owner is gone.
+class Unclosed:
+    """Belongs to a buffer, and goes with it.
 
-    Returns:
-        Whose `detach` takes that back.
+    A finalizer of its own, unlike `weakref.finalize`, keeps nothing alive: plugins of a session may
+    well refer to the buffer.
     """
-    finalizer = weakref.finalize(owner, _note, session, os.getpid())
-    finalizer.atexit = False
-    return finalizer
 
+    def __init__(self, session: Session) -> None:
+        self._session: Session | None = session if session.path is not None else None
+        self._pid = os.getpid()
 
-def _note(session: Session, pid: int) -> None:
-    if os.getpid() == pid:  # a forked child has nothing to close
-        _noted.put(session)
+    def closed(self) -> None:
+        """There is nothing left to do."""
+        self._session = None
+
+    def __del__(self) -> None:
+        if self._session is not None:
+            _noted.put((self._pid, self._session))
 
 
 def close_dropped() -> None:
-    """Close what was dropped since the last call."""
+    """Close what was dropped since the last call; what takes long goes on in the background."""
+    sessions = []
     while True:
         try:
-            session = _noted.get_nowait()
+            pid, session = _noted.get_nowait()
         except queue.Empty:
-            return
-        where = session.path or "a buffer in memory"
-        _log.info("%s was dropped without close and is closed now", where)
+            break
+        if pid == os.getpid():  # a forked child has nothing to close
+            sessions.append(session)
+    if sessions:
+        thread = threading.Thread(target=_close, args=(sessions,), name="expbuf-drop", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads
+            for session in sessions:
+                _noted.put((os.getpid(), session))
+        else:
+            thread.join(_WAIT_S)
+
+
+def _close(sessions: list[Session]) -> None:
+    for session in sessions:
+        _log.info("%s was dropped without close and is closed now", session.path)
         try:
             session.close()
         except Exception as exc:
-            _log.warning("%s was dropped without close; closing it failed: %s", where, exc)
-
-
-def _forget_in_child() -> None:
-    global _noted
-    _noted = queue.SimpleQueue()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
+            _log.warning("%s was dropped without close; closing it failed: %s", session.path, exc)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from expbuf_core.testing.processes import Child, in_child
 
 TIMEOUT_S = 60
 EXACT = {"index": {"backend": "exact", "builder": "off"}}
+SETTINGS = '{"index": {"backend": "exact", "rebuild_every": 1}}'
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "SCHED_IDLE") or not Path("/proc/self/schedstat").exists(),
@@ -25,8 +30,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def plainly(work: object) -> object:
-    return idle.run(work, patience_s=TIMEOUT_S, share=0.1)  # type: ignore[arg-type]
+def plainly(work: Callable[[], object], starved: Callable[[], object] = lambda: None) -> object:
+    return idle.run(work, patience_s=TIMEOUT_S, share=0.1, starved=starved)
 
 
 def test_the_thread_is_in_the_idle_class_and_no_other() -> None:
@@ -45,9 +50,7 @@ def test_what_it_raises_is_raised() -> None:
 @contextmanager
 def _all_taken(processor: int) -> Iterator[None]:
     """Somebody computes there all the time."""
-    code = (
-        f"import os; os.sched_setaffinity(0, {{{processor}}}); print(flush=True)\nwhile True: pass"
-    )
+    code = f"import os; os.sched_setaffinity(0, {{{processor}}}); print(flush=True)\nwhile True: 1"
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         assert other.stdout is not None
@@ -60,31 +63,98 @@ def _all_taken(processor: int) -> Iterator[None]:
 
 def test_starving_is_noticed() -> None:
     processor = min(os.sched_getaffinity(0))
-    stop = threading.Event()
 
     def compute(_: Child) -> None:
+        noticed = threading.Event()
+
         def work() -> None:
             os.sched_setaffinity(0, {processor})  # this thread's
-            while not stop.is_set():
+            while not noticed.is_set():
                 sum(range(10_000))
 
-        with pytest.raises(idle.Starved):
-            idle.run(work, patience_s=1.0, share=0.5)
+        idle.run(work, patience_s=2.0, share=0.25, starved=noticed.set)
 
     with _all_taken(processor):
         in_child(compute)
 
 
-def test_working_is_not_starving() -> None:
-    def work() -> int:
-        return sum(sum(range(10_000)) for _ in range(10_000))
+@pytest.mark.parametrize(
+    ("later", "starves"),
+    [
+        ((1.0, 29.0), True),
+        ((8.0, 22.0), False),  # it had its share
+        ((0.0, 10.0), False),  # it waited for something else: a disk
+        ((0.0, 0.0), False),  # nothing is known
+    ],
+)
+@pytest.mark.parametrize("before", [(0.0, 0.0), (1000.0, 0.0)])
+def test_what_starving_is(
+    monkeypatch: pytest.MonkeyPatch,
+    before: tuple[float, float],
+    later: tuple[float, float],
+    starves: bool,
+) -> None:
+    """Only what was of late counts: 30 seconds, in each of which it is looked at."""
+    now, figures = [0.0], [before]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(idle, "_processor_s", lambda thread: figures[0])
+    watch = idle._Watch(threading.current_thread(), 30.0, 1 / 8)
+    now[0] = 500.0
+    watch.sees_it_starve()
+    for second in range(1, 31):
+        now[0] = 500.0 + second
+        figures[0] = (before[0] + later[0] * second / 30, before[1] + later[1] * second / 30)
+        assert watch.sees_it_starve() == (starves and second == 30), second
 
-    assert idle.run(work, patience_s=0.5, share=0.01) > 0
+
+def test_the_work_goes_on_where_nothing_can_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idle._Watch, "sees_it_starve", lambda watch: True)
+    monkeypatch.setattr(idle, "_LOOK_S", 0.001)
+    told: list[int] = []
+    go_on = threading.Event()
+    assert plainly(lambda: go_on.wait(TIMEOUT_S), lambda: (told.append(1), go_on.set()))
+    assert told == [1], "once"
 
 
 def test_without_figures_nobody_takes_the_last_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idle, "_processor_s", lambda thread: (0.0, 0.0))
     assert plainly(lambda: os.sched_getscheduler(0)) == os.SCHED_OTHER
+
+
+def test_an_interrupt_reaches_the_work() -> None:
+    def compute(_: Child) -> None:
+        ended = []
+
+        def work() -> None:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                while True:
+                    time.sleep(0.001)
+            finally:
+                ended.append(True)
+
+        with pytest.raises(KeyboardInterrupt):
+            plainly(work)
+        assert ended == [True]
+
+    in_child(compute)
+
+
+def test_an_interrupt_that_cannot_reach_the_work() -> None:
+    def compute(_: Child) -> None:
+        idle._GRACE_S = 0.1
+
+        def work() -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(TIMEOUT_S)  # in a call of a library
+
+        with pytest.raises(idle.StillAtWork):
+            plainly(work)
+
+    in_child(compute)
+
+
+# ---------------------------------------------------------------- the builder
 
 
 @pytest.fixture
@@ -101,29 +171,83 @@ def built(path: Path) -> int:
         return sum(segment["rows"] for segment in buffer.stats()["index"]["segments"])
 
 
-def test_a_starved_builder_begins_anew_and_hurries(folder: Path) -> None:
-    program = f"""
+_STARVED = """
 import sys
 from expbuf_core import builder, idle
+from expbuf_core.cli import main
 idle._LOOK_S = 1e-4
-builder.PATIENCE_S, builder.SHARE = 0.0, 1.0
-sys.orig_argv = ["python", "-c", "import sys; print('anew', sys.argv[1:])", "and"]
-builder.main({str(folder)!r}, '{{"index": {{"backend": "exact", "rebuild_every": 1}}}}', 1.0)
+idle._Watch.sees_it_starve = lambda watch: True
+sys.executable = {executable!r}
+sys.argv[1:] = {arguments!r}
+sys.exit(main({given}))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=True,
+
+
+def starved(tmp_path: Path, arguments: list[str], executable: str, given: str = "") -> Any:
+    program = _STARVED.format(executable=executable, arguments=arguments, given=given)
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT_S
     )
-    assert done.stdout == "anew ['and', '--hurry']\n", done.stderr
-    assert built(folder) == 0
+
+
+@pytest.mark.parametrize("shape", ["plain", "double dash", "relative"])
+def test_a_starved_builder_begins_anew_and_hurries(
+    folder: Path, tmp_path: Path, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instead = tmp_path / "python"
+    instead.write_text(f'#!/bin/sh\necho "$@"\nexec {sys.executable} "$@"\n')
+    instead.chmod(0o755)
+    arguments = ["builder", "--idle-s", "0.1", "--config", SETTINGS]
+    monkeypatch.chdir(tmp_path)
+    path = str(folder) if shape == "plain" else "buffer"
+    arguments += ["--", path] if shape == "double dash" else [path]
+    done = starved(tmp_path, arguments, str(instead))
+    assert done.returncode == 0, done.stderr
+    command = f"-m expbuf_core builder --hurry --config {SETTINGS} --idle-s 0.1 -- {path}"
+    assert done.stdout.splitlines() == [command]
+    assert built(folder) == 2000
+
+
+def test_a_starved_builder_that_cannot_begin_anew(folder: Path, tmp_path: Path) -> None:
+    arguments = ["builder", str(folder), "--idle-s", "0.1", "--config", SETTINGS]
+    done = starved(tmp_path, arguments, "/nowhere")
+    assert done.returncode == 0
+    assert "cannot begin anew and goes on slowly" in done.stderr
+    assert built(folder) == 2000
+
+
+def test_a_process_that_is_more_than_a_builder_stays(folder: Path, tmp_path: Path) -> None:
+    arguments = ["builder", str(folder), "--idle-s", "0.1", "--config", SETTINGS]
+    done = starved(tmp_path, ["of", "its", "own"], "/nowhere", given=json.dumps(arguments))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert built(folder) == 2000
 
 
 @pytest.mark.parametrize("options", [[], ["--hurry"]])
 def test_a_builder_builds(folder: Path, options: list[str]) -> None:
     command = [sys.executable, "-m", "expbuf_core", "builder", str(folder), "--idle-s", "0.1"]
-    config = '{"index": {"backend": "exact", "rebuild_every": 1}}'
-    subprocess.run([*command, "--config", config, *options], timeout=TIMEOUT_S, check=True)
+    subprocess.run([*command, "--config", SETTINGS, *options], timeout=TIMEOUT_S, check=True)
     assert built(folder) == 2000
+
+
+def test_an_interrupted_builder_leaves_nothing_behind(folder: Path) -> None:
+    program = f"""
+import os, signal, sys, time
+from expbuf_core import segments
+from expbuf_core.cli import main
+def wait(*arguments, **named):
+    os.kill(os.getpid(), signal.SIGINT)
+    while True:
+        time.sleep(0.001)
+segments.write_manifest = wait
+sys.argv[1:] = ["builder", {str(folder)!r}, "--config", {SETTINGS!r}]
+sys.exit(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert done.returncode == 130, done.stderr
+    assert "builder was interrupted; the old index stays in use" in done.stderr
+    with ExperienceBuffer.open(folder, config=EXACT) as buffer:
+        assert buffer.recovery.clean
+        assert len(buffer) == 2000

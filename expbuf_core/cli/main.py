@@ -41,8 +41,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code."""
+    """Run a command; its exit code. Without arguments: those of this process, which is for that."""
     options = parser().parse_args(arguments)
+    options.own_process = arguments is None
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         code = run(options)

@@ -127,4 +127,10 @@ def _builder(options: argparse.Namespace) -> int:
         json.loads(options.config or "{}")
     except ValueError as exc:
         raise WrongUsage(f"argument --config: expected JSON: {exc}") from exc
-    return build(options.folder, options.config, options.idle_s, hurry=options.hurry)
+    return build(
+        options.folder,
+        options.config,
+        options.idle_s,
+        whole=options.own_process,
+        hurry=options.hurry,
+    )

@@ -6,12 +6,13 @@ import gc
 import logging
 import os
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from expbuf_core import Experience, ExperienceBuffer
+from expbuf_core import Experience, ExperienceBuffer, dropped
 from expbuf_core.locks import opener
 from expbuf_core.testing.faults import FaultyFileSystem
 from expbuf_core.testing.processes import Child, in_child
@@ -63,18 +64,59 @@ def test_it_is_not_closed_before(folder: Path) -> None:
     assert opener(lock) is None
 
 
+class Trainer:
+    """Observes its own buffer: the session refers to the plugin, and that to the buffer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.buffer = ExperienceBuffer.open(folder, config=SETTINGS, plugins=[self])
+
+
 def test_of_a_cycle(folder: Path) -> None:
     before = descriptors()
+    gone = []
     for n in range(3):
-        cycle = [ExperienceBuffer.open(folder, config=SETTINGS)]
-        cycle[0].add(experience(n))
-        cycle.append(cycle)  # type: ignore[arg-type]
-        del cycle
+        trainer = Trainer(folder)
+        trainer.buffer.add(experience(n))
+        gone.append(weakref.ref(trainer))
+        del trainer
         gc.collect()
     with ExperienceBuffer.open(folder, config=SETTINGS) as buffer:
         assert buffer.recovery.clean
         assert len(buffer) == 3
+    gc.collect()
     assert descriptors() == before
+    assert [ref() for ref in gone] == [None] * 3
+
+
+def test_one_in_memory_goes_at_once() -> None:
+    buffer = ExperienceBuffer.open(config=SETTINGS)
+    buffer.add(experience(0))
+    session = weakref.ref(buffer._live())
+    del buffer
+    gc.collect()
+    assert session() is None
+
+
+def test_opening_does_not_wait_for_what_takes_long(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dropped, "_WAIT_S", 0.01)
+    buffer = ExperienceBuffer.open(folder, config=SETTINGS)
+    buffer.add(experience(0))
+    working = buffer._live().upkeep._working
+    with working:  # as during a build
+        del buffer
+        gc.collect()
+        other = ExperienceBuffer.open(folder, config=SETTINGS)
+        other.add(experience(1))
+    assert len(other) == 2
+    other.close()
+    for thread in threading.enumerate():
+        if thread.name == "expbuf-drop":
+            thread.join(30)
+    with ExperienceBuffer.open(folder, config=SETTINGS) as again:
+        assert again.recovery.clean
+        assert len(again) == 2
 
 
 def test_what_was_submitted_is_written_first(folder: Path) -> None:

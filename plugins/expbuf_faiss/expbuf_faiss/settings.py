@@ -30,8 +30,8 @@ class FaissSettings(BaseModel):
         flat_below: "auto" compares every vector below this number of rows.
         calibration_rows: Rows that are held out of training and searched for after each build.
         private_bytes: Codes that are scanned several times as fast, but cannot be mapped, are
-            chosen by "auto" for data that are hard to search, up to so many bytes of each process
-            that opens the buffer. 0: never.
+            chosen by "auto" for data that are hard to search, where a segment's copy in each
+            process takes no more than so many bytes. 0: never.
         mmap: Map the index file, so that processes share one copy, instead of reading it.
     """
 
