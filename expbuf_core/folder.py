@@ -81,7 +81,7 @@ def read_identity(folder: Path) -> Identity | None:
 
 
 def check_new(folder: Path) -> None:
-    """See that a buffer may be created here.
+    """See that a buffer may be created here, or has been by another process by now.
 
     Raises:
         StorageError: The folder holds something else.
@@ -94,18 +94,21 @@ def check_new(folder: Path) -> None:
         names = set(os.listdir(folder))
     leftovers = (".wal", ".tmp", ".mdb", ".mdb-lock")
     foreign = {name for name in names - _OWN if not name.endswith(leftovers)}
+    # A creation that was interrupted leaves the first log at most. More than that was a buffer.
+    logs = sorted(
+        name for name in names if name.startswith("experience_data.") and name.endswith(".wal")
+    )
+    was_one = any((folder / "snapshots").glob("*.snap")) or (
+        bool(logs) and logs[-1] > "experience_data.000002.wal"
+    )
+    if (folder / IDENTITY).exists():  # asked last: what a creation writes last is there
+        return
     if foreign:
         shown = ", ".join(sorted(foreign)[:5])
         raise StorageError(
             f"{folder} is no buffer, and holds other files ({shown}); choose a new or empty folder"
         )
-    # A creation that was interrupted leaves the first log at most. More than that was a buffer.
-    logs = sorted(
-        name for name in names if name.startswith("experience_data.") and name.endswith(".wal")
-    )
-    if any((folder / "snapshots").glob("*.snap")) or (
-        logs and logs[-1] > "experience_data.000002.wal"
-    ):
+    if was_one:
         raise CorruptionError(
             f"{folder}: holds the logs of a buffer, but {IDENTITY} is missing; restore it from a "
             "backup or run `expbuf repair`",

@@ -52,9 +52,9 @@ def run(
     """
     outcome: concurrent.futures.Future[Result] = concurrent.futures.Future()
     thread = threading.Thread(target=_run, args=(work, outcome), name="expbuf-idle", daemon=True)
-    thread.start()
     watch: _Watch | None = _Watch(thread, patience_s, share)
     try:
+        thread.start()
         while not concurrent.futures.wait((outcome,), _LOOK_S).done:
             if watch is not None and watch.sees_it_starve():
                 watch = None
@@ -80,7 +80,10 @@ class _Watch:
     def sees_it_starve(self) -> bool:
         """Whether it has had next to nothing of late."""
         now, seen = time.monotonic(), self._seen
-        had, waited = _processor_s(self._thread.native_id)
+        figures = _processor_s(self._thread.native_id)
+        if figures is None:
+            return False
+        had, waited = figures
         seen.append((now, had, waited))
         while len(seen) > 1 and seen[1][0] <= now - self._patience_s:
             seen.popleft()
@@ -103,18 +106,18 @@ def _run(work: Callable[[], Result], outcome: concurrent.futures.Future[Result])
 
 def _take_the_last_place() -> None:
     """Put this thread into the idle class, where there is one and starving would be noticed."""
-    if hasattr(os, "SCHED_IDLE") and _processor_s(threading.get_native_id()) != (0.0, 0.0):
+    if hasattr(os, "SCHED_IDLE") and _processor_s(threading.get_native_id()) is not None:
         with contextlib.suppress(OSError):  # a sandbox forbids it
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # 0: this thread alone
 
 
-def _processor_s(thread: int | None) -> tuple[float, float]:
-    """How long a thread had a processor, and how long it waited for one; 0 and 0 if unknown."""
+def _processor_s(thread: int | None) -> tuple[float, float] | None:
+    """How long a thread had a processor, and how long it waited for one; None if unknown."""
     try:
         with open(f"/proc/self/task/{thread}/schedstat") as file:
             had, waited, _ = file.read().split()
     except (OSError, ValueError):
-        return 0.0, 0.0
+        return None
     return int(had) / 1e9, int(waited) / 1e9
 
 

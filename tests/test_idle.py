@@ -35,7 +35,8 @@ def plainly(work: Callable[[], object], starved: Callable[[], object] = lambda: 
 
 
 def test_the_thread_is_in_the_idle_class_and_no_other() -> None:
-    assert plainly(lambda: os.sched_getscheduler(0)) == os.SCHED_IDLE
+    for _ in range(200):  # also of one that has hardly begun
+        assert plainly(lambda: os.sched_getscheduler(0)) == os.SCHED_IDLE
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
@@ -84,7 +85,6 @@ def test_starving_is_noticed() -> None:
         ((1.0, 29.0), True),
         ((8.0, 22.0), False),  # it had its share
         ((0.0, 10.0), False),  # it waited for something else: a disk
-        ((0.0, 0.0), False),  # nothing is known
     ],
 )
 @pytest.mark.parametrize("before", [(0.0, 0.0), (1000.0, 0.0)])
@@ -117,7 +117,7 @@ def test_the_work_goes_on_where_nothing_can_be_done(monkeypatch: pytest.MonkeyPa
 
 
 def test_without_figures_nobody_takes_the_last_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(idle, "_processor_s", lambda thread: (0.0, 0.0))
+    monkeypatch.setattr(idle, "_processor_s", lambda thread: None)
     assert plainly(lambda: os.sched_getscheduler(0)) == os.SCHED_OTHER
 
 
