@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any
 from expbuf_core import control as c
 from expbuf_core import idle
 from expbuf_core.errors import ExpbufError, LockTimeout
+from expbuf_core.upkeep import builder_program
 
 _log = logging.getLogger("expbuf")
 _POLL_S = 0.05
@@ -136,7 +136,7 @@ def main(
 def _begin_anew(path: str, config: str | None, idle_s: float | None) -> None:
     """Become a builder that hurries: a thread cannot leave the idle class. Locks go with it."""
     _log.info("the index builder hardly gets a processor; it begins anew and competes for one")
-    command = [sys.executable, "-m", "expbuf_core", "builder", "--hurry"]
+    command = [*builder_program(), "--hurry"]
     if config is not None:
         command += ["--config", config]
     if idle_s is not None:

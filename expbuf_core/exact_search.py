@@ -183,8 +183,6 @@ def exact_among(
     vectors: _Float, rows: _Rows, query: _Float, k: int, metric: str
 ) -> tuple[_Rows, _Float]:
     """Find the k most similar among some rows, rising; otherwise as `exact_best`."""
-    if metric == "cosine":  # nothing overflows
-        return _first(rows, exact_similarities(vectors, rows, query, metric), k)
     with np.errstate(over="ignore", invalid="ignore"):
         return _first(rows, exact_similarities(vectors, rows, query, metric), k)
 

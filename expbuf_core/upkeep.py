@@ -49,8 +49,8 @@ class Upkeep:
     """The upkeep of one session. A thread starts with the first need.
 
     Attributes:
-        build_by: Runs the computing part of a build, during which nothing is held that others wait
-            for.
+        build_by: Runs the computing part of a build, during which nothing is held that readers or
+            writers wait for.
     """
 
     def __init__(self, session: Session) -> None:
@@ -486,8 +486,12 @@ def builder_command(path: Path | None, config: BufferConfig) -> list[str]:
         "snapshot": config.snapshot.model_dump(mode="json"),
         "lock_timeout_s": config.lock_timeout_s,
     }
-    program = [sys.executable, "-m", "expbuf_core", "builder", str(path)]
-    return [*program, "--config", json.dumps(wanted)]
+    return [*builder_program(), str(path), "--config", json.dumps(wanted)]
+
+
+def builder_program() -> list[str]:
+    """What `expbuf builder` is, wherever that command may be."""
+    return [sys.executable, "-m", "expbuf_core", "builder"]
 
 
 def _spawn(command: list[str]) -> int:

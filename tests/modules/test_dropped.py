@@ -109,11 +109,10 @@ def test_opening_does_not_wait_for_what_takes_long(
         gc.collect()
         other = ExperienceBuffer.open(folder, config=SETTINGS)
         other.add(experience(1))
+        (closing,) = (each for each in threading.enumerate() if each.name == "expbuf-drop")
+    closing.join(30)
     assert len(other) == 2
     other.close()
-    for thread in threading.enumerate():
-        if thread.name == "expbuf-drop":
-            thread.join(30)
     with ExperienceBuffer.open(folder, config=SETTINGS) as again:
         assert again.recovery.clean
         assert len(again) == 2
