@@ -229,6 +229,7 @@ class ExperienceBuffer:
         if submitter is not None:
             submitter.shutdown(wait=True)
         self._session.close()
+        self._cache = None
         self._unclosed.closed()
         _open_buffers.discard(self)
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from expbuf_core.contracts import (
 )
 from expbuf_core.control import Control
 from expbuf_core.errors import (
+    BufferClosed,
     BufferReplaced,
     ConfigError,
     CorruptionError,
@@ -65,6 +66,13 @@ class Prepared(NamedTuple):
 
 class Outdated(Exception):
     """An add was fused for a representation that the buffer has left; it was not stored."""
+
+
+class _LetGo:
+    """Stands where a closed session had what takes memory."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise BufferClosed("the buffer is closed; open it again")
 
 
 class Session:
@@ -534,6 +542,10 @@ class Session:
                 self.closed = True
                 self.adapter.close()
                 self.let_go()
+                # Somebody may keep the buffer, and with it maps of files that are long deleted.
+                self.replica = self.commit_log = cast(Any, _LetGo())
+                self.prepared = None
+                self.upkeep.let_go()
 
     def let_go(self) -> None:
         """Close lock files and the control page."""

@@ -79,6 +79,10 @@ class Upkeep:
         self._snapshot_lsn = words[c.SNAPSHOT_LSN]
         self._snapshot_rows = words[c.ROWS_ADDED] - rows
 
+    def let_go(self) -> None:
+        """Keep nothing in memory: the session is closed, and what it has is gone."""
+        self._base = None
+
     def load_base(self) -> None:
         """Begin a replica in memory anew (its lock held)."""
         replica = self._session.replica
@@ -278,7 +282,8 @@ class Upkeep:
 
     def _take_memory(self) -> None:
         try:
-            self._session.replica.tiers.take_ahead()
+            with contextlib.suppress(BufferClosed):
+                self._session.replica.tiers.take_ahead()
         finally:
             self._taking.release()
 

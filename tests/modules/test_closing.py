@@ -62,6 +62,37 @@ def test_a_closed_buffer_leaves_nothing_in_memory(folder: Path) -> None:
     assert [ref() for ref in kept] == [None] * 6
 
 
+@pytest.mark.parametrize("mode", ["a", "r", "memory"])
+def test_a_closed_buffer_that_somebody_keeps_gives_its_memory_back(folder: Path, mode: str) -> None:
+    """A notebook keeps its variables; a mapped index file would keep its room on the disk, too."""
+    with open_small(folder) as buffer:
+        buffer.add_many([experience(n) for n in range(300)])
+        buffer.rebuild_index()
+    buffer = (
+        ExperienceBuffer.open(config={"index": "exact"})
+        if mode == "memory"
+        else ExperienceBuffer.open(folder, mode=mode)
+    )
+    if mode == "memory":
+        buffer.add_many([experience(n) for n in range(300)])
+    found = buffer.search_index(v_embed=np.ones(4), k=3)
+    replica = buffer._live().replica
+    assert len(replica.tiers.segments) == (mode != "memory")
+    assert buffer.sample(4).v_embed.shape == (4, 4)
+    kept = [weakref.ref(thing) for thing in (replica, replica.state, buffer._cache)]
+    del replica
+    buffer.close()
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3
+    assert str(folder / "index") not in Path("/proc/self/maps").read_text()
+    assert found[0].experience.answer  # what was found stays readable
+    for use in (buffer.stats, lambda: len(buffer), lambda: list(buffer), buffer.ids, buffer.sync):
+        with pytest.raises(BufferClosed):
+            use()
+    assert "closed" in repr(buffer)
+    buffer.close()
+
+
 def test_closing_waits_for_a_snapshot_under_way(folder: Path) -> None:
     buffer = open_small(folder)
     for n in range(10):
