@@ -722,31 +722,24 @@ class ExperienceBuffer:
     def __getitem__(self, id_: int) -> Experience:
         return self.get(id_)
 
-    def _pinned(
-        self,
-        ids: NDArray[np.int64],
-        *,
-        missing: str,
-        slots: NDArray[np.int64] | None = None,
-    ) -> PinnedExperiences:
+    def _pinned(self, ids: NDArray[np.int64], *, missing: str) -> PinnedExperiences:
         """Experiences by id, held on to. `missing`: "raise" or "skip"."""
         session = self._live()
         for attempt in range(_PIN_TRIES):
             with session.replica.lock:
                 state = session.replica.state
-                found = state.find(ids) if slots is None else slots
-                if len(found) and np.minimum.reduce(found) < 0:
-                    present = found >= 0
+                slots, complete = state.look_up(ids)
+                here = ids
+                if not complete:
+                    present = slots >= 0
                     if missing == "raise":
                         gone = int(ids[~present][0])
                         raise UnknownExperienceError(
                             f"experience {gone} is no longer here: it was evicted or removed",
                             id=gone,
                         )
-                    found, ids_here = found[present], ids[present]
-                else:
-                    ids_here = ids
-                chosen = PinnedExperiences(ids_here, found, state)
+                    slots, here = slots[present], ids[present]
+                chosen = PinnedExperiences(here, slots, state)
             try:
                 chosen.pin(
                     session.adapter.pin(chosen.ids, chosen.locations, chosen.lengths),
@@ -755,7 +748,6 @@ class ExperienceBuffer:
                 return chosen
             except LogGone:
                 # Evicted and deleted since: look again at what there is.
-                slots = None
                 session.catch_up_after_deletion(attempt)
                 if attempt == _PIN_TRIES - 1:
                     raise CorruptionError(

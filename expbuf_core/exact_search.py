@@ -182,9 +182,11 @@ def exact_best(
 def exact_among(
     vectors: _Float, rows: _Rows, query: _Float, k: int, metric: str
 ) -> tuple[_Rows, _Float]:
-    """Find the k most similar among some rows, rising; otherwise as `exact_best`."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return _first(rows, exact_similarities(vectors, rows, query, metric), k)
+    """Find the k most similar among some rows, rising; otherwise as `exact_best`.
+
+    Of overflows numpy warns unless the caller sees to it.
+    """
+    return _first(rows, exact_similarities(vectors, rows, query, metric), k)
 
 
 def exact_rerank(

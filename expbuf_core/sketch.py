@@ -142,6 +142,8 @@ class Sketch:
     ) -> tuple[NDArray[np.int64], int] | None:
         """Rows that may be at least as similar to a query as `floor`.
 
+        Of overflows numpy warns unless the caller sees to it.
+
         Args:
             rows: How many of the array are filled.
             query: (dim,)
@@ -154,17 +156,16 @@ class Sketch:
         """
         if rows < LEAST_ROWS or self._useless > _PATIENCE:
             return None
-        with np.errstate(over="ignore", invalid="ignore"):
-            made = self._made
-            if made < rows:
-                made = self._bound_until(min(rows, made + max(_STEP, (rows - made) // _CATCH_UP)))
-            asked = self.known.bounding_one(query)
-            bounds = dot(self._bounding[:made], asked)
-            if squared is None:
-                out = bounds < floor
-            else:  # |x - q|² >= |x|² + |q|² - 2 bound, where rounding is a part of the lengths
-                out = (squared[:made] + dot(query, query)) * (1 - _SLACK) - 2 * bounds > -floor
-            found: NDArray[np.int64] = np.invert(out, out=out).nonzero()[0]
+        made = self._made
+        if made < rows:
+            made = self._bound_until(min(rows, made + max(_STEP, (rows - made) // _CATCH_UP)))
+        asked = self.known.bounding_one(query)
+        bounds = dot(self._bounding[:made], asked)
+        if squared is None:
+            out = bounds < floor
+        else:  # |x - q|² >= |x|² + |q|² - 2 bound, where rounding is a part of the lengths
+            out = (squared[:made] + dot(query, query)) * (1 - _SLACK) - 2 * bounds > -floor
+        found: NDArray[np.int64] = np.invert(out, out=out).nonzero()[0]
         if len(found) * _SHARE > made:
             self._useless += 1
             return None

@@ -274,9 +274,9 @@ class State:
 
         Cost O(len(ids)) while no ids are missing, else O(len(ids) * log N).
         """
-        return self._look_up(ids)[0]
+        return self.look_up(ids)[0]
 
-    def _look_up(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], bool]:
+    def look_up(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], bool]:
         """`find`, and whether all are here."""
         n = self.tail - self.head
         if n == 0 or len(ids) == 0:
@@ -622,7 +622,7 @@ class State:
         return self._prioritize(*codec.decode_priority(*[operation.body for operation in run]))
 
     def _prioritize(self, ids: NDArray[np.int64], priorities: NDArray[np.float32]) -> Change:
-        slots, complete = self._look_up(ids)
+        slots, complete = self.look_up(ids)
         if not complete:
             known = slots >= 0
             slots, priorities = slots[known], priorities[known]

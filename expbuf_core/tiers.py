@@ -425,7 +425,10 @@ def search(
         ids (m, k) int64 padded with -1; similarities (m, k) float32 padded with -inf, falling.
     """
     if len(queries) == 1:
-        return _search_one(view, metric, queries, k, allowed)
+        if metric == "cosine":  # nothing overflows
+            return _search_one(view, metric, queries, k, allowed)
+        with np.errstate(over="ignore", invalid="ignore"):  # vectors of 1e19 and more
+            return _search_one(view, metric, queries, k, allowed)
     parts = []
     if len(view.tail_ids):
         mask = view.tail_live if view.tail_dead or allowed is not None else None

@@ -144,8 +144,8 @@ def test_numbers_at_the_limits(rng: np.random.Generator, scale: float) -> None:
     for query in vectors[:20]:
         with np.errstate(all="ignore"):
             truth = vectors @ query
-        floor = float(np.nan_to_num(np.sort(truth)[-10]))
-        told = sketch.candidates(1000, query, floor)
+            floor = float(np.nan_to_num(np.sort(truth)[-10]))
+            told = sketch.candidates(1000, query, floor)
         if told is not None:
             rows = np.concatenate([told[0], np.arange(told[1], 1000)])
             assert np.isin(np.flatnonzero(~(truth < floor)), rows).all()
@@ -220,3 +220,8 @@ def test_a_tail_beside_segments(tmp_path: Path, rng: np.random.Generator, metric
     np.testing.assert_array_equal(found[0], search(tiers.view(), metric, queries[:2], 10)[0][:1])
     if metric != "inner_product":  # there a longer vector is more similar than the same
         assert {10_403, 11_100, 11_800} <= set(found[0][0].tolist())
+    if metric != "cosine":
+        huge = queries[:1] * np.float32(1e25)
+        tiers.add(np.array([11_900]), huge)
+        found = search(tiers.view(), metric, huge, 10)  # overflows, and does not warn
+        assert found[0][0, 0] == 11_900

@@ -508,10 +508,9 @@ class FilePersistenceAdapter(PersistenceAdapter):
         held = self._logs.held()
         # Rather all that are open than to look for each one; but then a few payloads must not keep
         # many files from being deleted.
-        if len(held.files) <= len(numbers) and not self._salvaged:
-            known = held.known.take(numbers, mode="clip")
-            if np.count_nonzero(known) == len(numbers):
-                return FilePin(held.files, locations, lengths)
+        few = len(held.files) <= len(numbers) and not self._salvaged
+        if few and np.logical_and.reduce(held.known.take(numbers, mode="clip")):
+            return FilePin(held.files, locations, lengths)
         files: dict[int, LogFile] = {}
         for number in set(numbers.tolist()):
             try:
