@@ -44,7 +44,8 @@ environment, and by keyword arguments of `ExperienceBuffer.open`. A later source
 | environment | `EXPBUF__INDEX__BACKEND=exact`, `EXPBUF__MAX_SIZE=5000`; values are YAML |
 | keyword arguments | `open("memory", max_size=5000, index={"rebuild_every": 500})` |
 
-Other sections of the file are yours. Every choice of a backend has the form
+Its section is `experience_buffer:`; other sections of the file are yours. A file without that
+section is taken for the section itself. Every choice of a backend has the form
 `{backend: NAME, NAME: {settings}}`; a bare name stands for `{backend: NAME}`. Sections of backends
 that are not installed are skipped, so one file serves every machine. Any other unknown key is a
 `ConfigError` that names the key, the nearest known one, and the file or variable it came from.
@@ -52,7 +53,8 @@ that are not installed are skipped, so one file serves every machine. Any other 
 A key that is given is *explicit*. Explicit keys must agree with what an existing folder was created
 with; keys that are not given take the folder's value. `embedding.*` and `fusion.*` are fixed at
 creation. `max_size` and `receipts_kept` may change: the change is written to the log, for all
-processes, and a smaller `max_size` evicts the oldest at once. All other keys hold for the process
+processes, and a smaller `max_size` evicts the oldest at once. Opened in mode `r` nothing changes:
+there the folder's values hold, whatever the configuration says. All other keys hold for the process
 that gives them.
 
 Sizes (`max_experience_bytes`, `max_commit_bytes`) are integers or texts such as `16MiB`. Times end

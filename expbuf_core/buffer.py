@@ -49,6 +49,7 @@ from expbuf_core.intake import (
     ages,
     as_ids,
     as_vectors,
+    check_batch_size,
     checked_priorities,
     finite32,
     listed,
@@ -79,7 +80,8 @@ from expbuf_core.state import State
 from expbuf_core.tiers import best, search
 
 _PIN_TRIES = 5
-_MOST = 1 << 31  # results of a search, draws of a sample
+_MOST = 1 << 31  # results of a search
+_PADDED = 1 << 24  # results of a batch, as many as whose padding is no matter
 _SEARCH_TRIES = 3
 _INFINITY = int(np.float32(np.inf).view(np.uint32))
 _CHANGES = 100  # of the representation that a search may meet
@@ -183,6 +185,7 @@ class ExperienceBuffer:
         """
         if mode not in ("r", "a", "x"):
             raise ConfigError(f"mode = {mode!r}: must be 'r', 'a' or 'x'")
+        _check_seed(seed)
         close_dropped()
         registry: PluginRegistry = default_registry()
         if plugins:
@@ -657,6 +660,8 @@ class ExperienceBuffer:
                         f"{state.settings['receipts_kept']}); nothing was counted"
                     )
             ids: Any = np.array(receipt.ids, np.int64)
+        elif isinstance(receipt_or_ids, SearchResult | SearchBatch):
+            raise InvalidExperience("record_outcome takes a search's receipt: give its `.receipt`")
         else:
             ids = receipt_or_ids
         session, array = self._known_ids(ids)
@@ -766,7 +771,7 @@ class ExperienceBuffer:
         hybrid_embed: Any = None,
         k: int | None = None,
         where: Condition | None = None,
-        exclude: ArrayLike | Iterable[int] = (),
+        exclude: ArrayLike | Iterable[int] | None = (),
     ) -> SearchResult:
         """Find the k most similar experiences. Sees everything that was acknowledged before.
 
@@ -790,7 +795,7 @@ class ExperienceBuffer:
         session.refresh()
         k = self._checked_k(k)
         asked = _Question(session, v_embed, q_embed, hybrid_embed, rank=1)
-        left_out = as_ids(exclude)
+        left_out = _left_out(exclude)
         for _ in range(_SEARCH_TRIES):
             found, similarities = self._search(session, asked, k, where, left_out)
             ids, values = found[0], similarities[0]
@@ -821,7 +826,7 @@ class ExperienceBuffer:
         hybrid_embed: Any = None,
         k: int | None = None,
         where: Condition | None = None,
-        exclude: ArrayLike | Iterable[int] = (),
+        exclude: ArrayLike | Iterable[int] | None = (),
     ) -> SearchBatch:
         """Find the k most similar experiences for each of n queries.
 
@@ -841,10 +846,14 @@ class ExperienceBuffer:
         started = _started(session)
         session.refresh()
         k = self._checked_k(k)
-        if k == _MOST:
-            raise InvalidExperience(f"k must be below {_MOST:,}: results are padded to it")
         asked = _Question(session, v_embed, q_embed, hybrid_embed, rank=2)
-        left_out, replica = as_ids(exclude), session.replica
+        left_out, replica = _left_out(exclude), session.replica
+        most = int(replica.state.settings.get("max_size", k))
+        if k > most and k * len(asked.vectors) > _PADDED:
+            raise InvalidExperience(
+                f"k = {k:,}: results are padded to it, and this buffer holds at most {most:,} "
+                "experiences; ask for no more"
+            )
         for _ in range(_SEARCH_TRIES):
             ids, similarities = self._search(session, asked, k, where, left_out)
             with replica.lock:
@@ -942,11 +951,11 @@ class ExperienceBuffer:
                 meets the condition.
             InvalidExperience: batch_size < 1, or beta is out of bounds.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
-            raise InvalidExperience(f"batch_size must be an integer, not {shown(batch_size)}")
-        if not 1 <= batch_size < _MOST:
+        check_batch_size(batch_size)
+        if rng is not None and not isinstance(rng, np.random.Generator):
             raise InvalidExperience(
-                f"batch_size must be at least 1 and below {_MOST:,}, not {shown(batch_size)}"
+                f"rng must be a numpy.random.Generator, not {shown(rng)}; "
+                "numpy.random.default_rng(seed) makes one"
             )
         session = self._live()
         beta = session.config.sampling.beta if beta is None else number(beta, "beta", 0.0, 1.0)
@@ -1292,6 +1301,17 @@ class _Question:
             raise InvalidExperience("a search needs v_embed, q_embed or hybrid_embed")
         self.representation = None
         self.vectors = np.empty((1 if rank == 1 else len(given[0]), 0), np.float32)
+
+
+def _check_seed(seed: Any) -> None:
+    try:
+        np.random.default_rng(seed)
+    except (TypeError, ValueError) as exc:
+        raise ConfigError(f"seed = {shown(seed)}: {exc}") from exc
+
+
+def _left_out(exclude: Any) -> NDArray[np.int64]:
+    return as_ids(() if exclude is None else exclude, "exclude")
 
 
 def _started(session: Session) -> float | None:

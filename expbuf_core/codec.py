@@ -168,6 +168,8 @@ def to_numpy(value: Any) -> NDArray[Any] | None:
     gradient, and be bfloat16, which numpy lacks.
     """
     if isinstance(value, np.ndarray):
+        if isinstance(value, np.ma.MaskedArray):
+            return _unmasked(value)
         return value
     if hasattr(value, "detach") and hasattr(value, "cpu"):
         tensor = value.detach().cpu()
@@ -177,6 +179,15 @@ def to_numpy(value: Any) -> NDArray[Any] | None:
     if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
         return np.asarray(value)
     return None
+
+
+def _unmasked(array: Any) -> NDArray[Any]:
+    """What is behind a mask is no value, whatever number stands there."""
+    if np.ma.is_masked(array):
+        raise InvalidExperience(
+            "an array has masked entries, which have no value; fill them first: array.filled(value)"
+        )
+    return np.asarray(array.data)
 
 
 # ---------------------------------------------------------------- rows

@@ -87,6 +87,9 @@ class LiveColumns:
 
     def has_tag(self, *tags: str) -> NDArray[np.bool_]:
         """Bool: which carry all of these tags."""
+        for tag in tags:
+            if not isinstance(tag, str):
+                raise InvalidExperience(f"has_tag takes tags, each for itself: {tag!r} is none")
         wanted = set(tags)
         known = np.array([wanted <= set(tag_set) for tag_set in self._state.tag_sets], bool)
         return known[self._state.tags[self.slots]]

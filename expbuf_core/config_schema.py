@@ -7,7 +7,9 @@ defaults, YAML file or mapping, environment, keyword arguments.
 
 from __future__ import annotations
 
+import difflib
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -451,6 +453,10 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> tuple[An
     if isinstance(source, Mapping):
         where, document = "configuration", source
     else:
+        if not isinstance(source, str | os.PathLike):
+            raise ConfigError(
+                f"config: expected a path, a mapping or a BufferConfig, not {reprlib.repr(source)}"
+            )
         where = os.fspath(source)
         try:
             text = Path(source).read_text(encoding="utf-8")
@@ -462,6 +468,11 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> tuple[An
         if not isinstance(document, Mapping):
             raise ConfigError(f"{where}: expected a mapping, found {type(document).__name__}")
     if SECTION not in document:
+        if document and all(_is_of_others(key, value) for key, value in document.items()):
+            raise ConfigError(
+                f"{where}: it has no section {SECTION!r}, and what it has is not expbuf's: "
+                f"{', '.join(map(str, document))}"
+            )
         return document, where
     section = document[SECTION]
     section = {} if section is None else section
@@ -470,6 +481,12 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> tuple[An
             f"{where}: {SECTION} must be a mapping, not {type(section).__name__}", key=SECTION
         )
     return section, where
+
+
+def _is_of_others(key: Any, value: Any) -> bool:
+    """Whether a section is none of ours, and no misspelt one."""
+    known = BufferConfig.model_fields
+    return isinstance(value, Mapping) and not difflib.get_close_matches(str(key), known, n=1)
 
 
 def _yaml(text: str, where: str) -> Any:

@@ -26,6 +26,7 @@ Vectors = NDArray[np.float32]
 _OLDEST = 1e30  # seconds; finite in float32
 _FLOAT32 = np.dtype(np.float32)
 _BLAS_ALONE = 10_000  # numbers
+_MOST_DRAWN = 1 << 31
 _SHOWN = 80  # characters of a value in a message
 _SAFE = (1e-24, 1e30)  # squared lengths in between have lost nothing to float32's range
 _LARGEST = float(np.finfo(np.float32).max)
@@ -78,9 +79,7 @@ def as_vectors(value: Any, name: str, *, rank: int, dim: int | None) -> Vectors:
             return value
     else:
         array = codec.to_numpy(value)
-        if isinstance(array, np.ma.MaskedArray):  # what is masked is no number
-            array = np.ma.filled(array.astype(np.float64), np.nan)
-        elif array is not None:
+        if array is not None:
             array = np.asarray(array)  # no subclass with multiplication of its own
     if array is None:
         if not isinstance(value, list | tuple):
@@ -306,8 +305,8 @@ def _array_of(values: list[Any], name: str) -> NDArray[Any]:
         raise InvalidExperience(f"{name}: expected a flat sequence of numbers: {exc}") from exc
 
 
-def as_ids(ids: Any) -> NDArray[np.int64]:
-    """(n,) int64 of whatever holds ids.
+def as_ids(ids: Any, name: str = "ids") -> NDArray[np.int64]:
+    """(n,) int64 of whatever holds ids. `name`: for messages.
 
     Raises:
         InvalidExperience: It holds something else.
@@ -316,14 +315,24 @@ def as_ids(ids: Any) -> NDArray[np.int64]:
         return np.empty(0, np.int64)
     array = codec.to_numpy(ids)
     if array is None:
-        array = _array_of([ids] if isinstance(ids, int) else listed(ids, "ids"), "ids")
+        array = _array_of([ids] if isinstance(ids, int) else listed(ids, name), name)
     if array.size == 0:
         return np.empty(0, np.int64)
     if array.dtype.kind not in "iu":
-        raise InvalidExperience(f"ids must be integers, found dtype {array.dtype}")
+        raise InvalidExperience(f"{name} must be integers, found dtype {array.dtype}")
     if array.dtype.kind == "u" and int(array.max()) > np.iinfo(np.int64).max:
-        raise InvalidExperience("ids must fit into int64")
+        raise InvalidExperience(f"{name} must fit into int64")
     return np.atleast_1d(array).reshape(-1).astype(np.int64)
+
+
+def check_batch_size(value: Any) -> None:
+    """Raise unless so many can be drawn."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise InvalidExperience(f"batch_size must be an integer, not {shown(value)}")
+    if not 1 <= value < _MOST_DRAWN:
+        raise InvalidExperience(
+            f"batch_size must be at least 1 and below {_MOST_DRAWN:,}, not {shown(value)}"
+        )
 
 
 def _any(value: Any) -> Any:
@@ -921,7 +930,11 @@ def _list_column(value: Any, name: str, n: int, *, rows: bool = False) -> list[A
         values = list(array) if rows else array.tolist()
     else:
         values = listed(value, f"column {name!r}")
-    if isinstance(value, str | bytes) or len(values) != n:
+    if isinstance(value, str | bytes):
+        raise InvalidExperience(
+            f"column {name!r}: expected a list of {n}, found a {type(value).__name__}"
+        )
+    if len(values) != n:
         raise InvalidExperience(f"column {name!r}: expected {n} entries, found {len(values)}")
     return values
 

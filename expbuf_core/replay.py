@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from expbuf_core.errors import ConfigError, InvalidExperience, SampleLimitError
+from expbuf_core.intake import check_batch_size
 from expbuf_core.sampling import restore_rng, rng_state
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class ReplayBatches:
         samples_per_insert: float | None = None,
         insert_wait_s: float | None = None,
     ) -> None:
+        check_batch_size(batch_size)
         if length is not None and length < 1:
             raise InvalidExperience(f"length must be at least 1, not {length}")
         self._buffer = buffer

@@ -7,7 +7,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, NoReturn, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,6 +126,13 @@ class PinnedExperiences(Sequence[Experience]):
         """Hold on to the payloads. `tell`: called when one of them turns out to be damaged."""
         self._pin = pin
         self._tell = tell
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "what a search or sample has found is read from the buffer's files when it is looked "
+            "at, and cannot be pickled or copied; use `list(found.experiences)`, `found.ids` and "
+            "the other arrays, and `found.receipt`"
+        )
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -7,9 +7,11 @@ import os
 import re
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from expbuf_core._version import __version__
 from expbuf_core.errors import ConfigError
+from expbuf_core.plugins import default_registry
 
 KINDS = ("persistence", "index", "scorer", "fusion")
 
@@ -34,12 +36,16 @@ def new_plugin(name: str, kind: str, parent: str | os.PathLike[str] = ".") -> li
         raise ConfigError(f"name {name!r}; expected lower-case letters, digits and underscores")
     if kind not in KINDS:
         raise ConfigError(f"kind {kind!r}; expected one of {', '.join(KINDS)}")
+    section: Any = {"scorer": "priority"}.get(kind, kind)
+    if name in default_registry().names(section):
+        raise ConfigError(
+            f"name {name!r}: a {kind} of this name is installed; the two could not be told apart"
+        )
     folder = Path(parent) / f"expbuf_{name}"
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
         raise ConfigError(f"{folder} exists already; nothing was written") from None
-    section = {"scorer": "priority"}.get(kind, kind)
     minor = int(__version__.split(".")[1])
     words = {
         "name": name,

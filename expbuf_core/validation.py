@@ -76,7 +76,7 @@ def _describe(model: type[BaseModel], error: ErrorDetails, prefix: str) -> tuple
     if error["type"] == "missing":
         return key, f"{key}: required, and not given"
     message = error["msg"].replace("Input should be", "must be", 1)
-    message = message.removeprefix("Value error, ")
+    message = message.removeprefix("Value error, ").replace("a valid tuple", "a list")
     return key, f"{key} = {reprlib.repr(error['input'])}: {message}"
 
 

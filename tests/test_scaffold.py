@@ -84,6 +84,14 @@ def test_names_that_cannot_be_selected(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("name", "kind"), [("weighted_sum", "scorer"), ("file", "persistence")])
+def test_names_that_are_taken(name: str, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="of this name is installed"):
+        new_plugin(name, kind, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert new_plugin(name, "index", tmp_path)  # each kind has names of its own
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     module, *_ = new_plugin("mine", "scorer", tmp_path)
     before = module.read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from expbuf_core import (
     hookimpl,
 )
 from expbuf_core.plugins import default_registry
+from expbuf_core.replay import ReplayBatches
 from expbuf_core.results import Receipt
 
 NAN, INF = float("nan"), float("inf")
@@ -346,15 +348,17 @@ BAD_IDS: list[Any] = [
 
 @pytest.mark.parametrize("bad", BAD_IDS)
 def test_what_is_no_id(buffer: ExperienceBuffer, bad: Any) -> None:
+    uses: list[Callable[[], Any]] = [
+        lambda: buffer.remove(bad),
+        lambda: buffer.update_priorities(bad, [1.0]),
+        lambda: buffer.update_rewards(bad, [1.0]),
+        lambda: buffer.record_outcome(bad, success=True),
+        lambda: buffer.add_to_index(bad),
+    ]
+    if bad is not None:  # nothing to leave out
+        uses.append(lambda: find(buffer, 1, exclude=bad))
     with unchanged(buffer):
-        for use in (
-            lambda: buffer.remove(bad),
-            lambda: buffer.update_priorities(bad, [1.0]),
-            lambda: buffer.update_rewards(bad, [1.0]),
-            lambda: buffer.record_outcome(bad, success=True),
-            lambda: buffer.add_to_index(bad),
-            lambda: find(buffer, 1, exclude=bad),
-        ):
+        for use in uses:
             with pytest.raises((InvalidExperience, ValueError)):
                 use()
 
@@ -725,3 +729,104 @@ def test_a_path_that_the_system_refuses(tmp_path: Path) -> None:
 def test_a_path_of_bytes(tmp_path: Path) -> None:
     with ExperienceBuffer.open(os.fsencode(tmp_path / "b"), config=CONFIG) as buffer:  # type: ignore[arg-type]
         assert buffer.path == tmp_path / "b"
+
+
+# ---------------------------------------------------------------- what a first user gets wrong
+
+
+def test_a_batch_is_not_padded_to_what_no_buffer_holds(buffer: ExperienceBuffer) -> None:
+    query = np.ones((2, DIM))
+    for k in (300_000_000, 10**12):
+        with pytest.raises(InvalidExperience, match="padded to it, and this buffer holds at most"):
+            buffer.search_many(v_embed=query, q_embed=query, k=k)
+    assert buffer.search_many(v_embed=query, q_embed=query, k=5000).ids.shape == (2, 5000)
+    assert len(buffer.search_index(v_embed=query[0], k=10**12)) == len(buffer)
+
+
+def test_what_is_masked_is_no_value(buffer: ExperienceBuffer) -> None:
+    masked, whole = np.ma.masked_array([1, 2], [0, 1]), np.ma.masked_array([1, 2])
+    v = vector(1)
+    for wrong in (
+        lambda: buffer.add(Experience(v_embed=v, q_embed=v, metadata={"a": masked})),
+        lambda: buffer.add(Experience(v_embed=v, q_embed=v, trajectory=[masked])),
+        lambda: buffer.add(Experience(v_embed=np.ma.masked_array(v, v > 0), q_embed=v)),
+        lambda: buffer.update_priorities([0, 1], masked),
+        lambda: buffer.remove(masked),
+        lambda: buffer.record_outcome([0, 1], success=True, credit=masked / 2),
+    ):
+        with unchanged(buffer), pytest.raises(InvalidExperience, match="masked entries"):
+            wrong()
+    id_ = buffer.add(Experience(v_embed=v, q_embed=v, metadata={"a": whole}))
+    found = buffer.get(id_).metadata
+    assert found is not None
+    assert found["a"].tolist() == [1, 2]
+    buffer.remove(id_)
+
+
+def test_nothing_to_exclude(buffer: ExperienceBuffer) -> None:
+    query = vector(1)
+    assert buffer.search_index(v_embed=query, k=2, exclude=None).ids.tolist() == (
+        buffer.search_index(v_embed=query, k=2).ids.tolist()
+    )
+    assert buffer.search_many(v_embed=query[np.newaxis], k=2, exclude=None).ids.shape == (1, 2)
+    with pytest.raises(InvalidExperience, match="exclude"):
+        buffer.search_index(v_embed=query, k=2, exclude=3.5)  # type: ignore[arg-type]
+
+
+def test_results_say_why_they_are_not_pickled(buffer: ExperienceBuffer) -> None:
+    found = buffer.search_index(v_embed=vector(1), k=2)
+    for result in (found, found[0], buffer.sample(2), found.experiences):
+        with pytest.raises(TypeError, match=r"list\(found\.experiences\)"):
+            pickle.dumps(result)
+    kept = (list(found.experiences), found.ids, found.receipt)
+    again = pickle.loads(pickle.dumps(kept))  # noqa: S301
+    assert [e.answer for e in again[0]] == [hit.experience.answer for hit in found]
+    assert again[2] == found.receipt
+
+
+def test_a_result_is_not_its_receipt(buffer: ExperienceBuffer) -> None:
+    found: Any = buffer.search_index(v_embed=vector(1), k=2)
+    many: Any = buffer.search_many(v_embed=vector(1)[np.newaxis], k=2)
+    for result in (found, many):
+        with unchanged(buffer), pytest.raises(InvalidExperience, match=r"\.receipt"):
+            buffer.record_outcome(result, success=True)
+
+
+def test_arguments_of_sampling(buffer: ExperienceBuffer) -> None:
+    for rng in (5, "x", np.random):
+        with pytest.raises(InvalidExperience, match="default_rng"):
+            buffer.sample(2, rng=rng)  # type: ignore[arg-type]
+    for size in (0, -1, 1.5, True, 1 << 31):
+        with pytest.raises(InvalidExperience, match="batch_size"):
+            ReplayBatches(buffer, size)  # type: ignore[arg-type]
+    with pytest.raises(InvalidExperience, match="each for itself"):
+        buffer.sample(2, where=lambda columns: columns.has_tag(["a"]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [-1, "x", 1.5])
+def test_seeds(folder: Path, seed: Any) -> None:
+    with pytest.raises(ConfigError, match="seed = "):
+        ExperienceBuffer.open(folder, seed=seed)
+    assert not folder.exists()
+
+
+def test_a_text_is_no_column(buffer: ExperienceBuffer) -> None:
+    parts = np.ones((3, DIM))
+    for name in ("answer", "question", "tags"):
+        with unchanged(buffer), pytest.raises(InvalidExperience, match="a list of 3, found a str"):
+            buffer.add_many({"v_embed": parts, "q_embed": parts, name: "abc"})
+
+
+def test_files_of_others(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "training.yaml"
+    file.write_text("training: {lr: 0.1}\nmodel: {layers: 3}\n")
+    with pytest.raises(ConfigError, match=r"no section 'experience_buffer'.*training, model"):
+        ExperienceBuffer.open(folder, config=file)
+    file.write_text("persistance: {backend: file}\n")  # misspelt
+    with pytest.raises(ConfigError, match="did you mean 'persistence'"):
+        ExperienceBuffer.open(folder, config=file)
+    for wrong in (5, ["a"], object()):
+        with pytest.raises(ConfigError, match="expected a path, a mapping"):
+            ExperienceBuffer.open(folder, config=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="must be a list"):
+        ExperienceBuffer.open(folder, index={"fallback": "exact"})
