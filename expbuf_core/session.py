@@ -53,6 +53,7 @@ from expbuf_core.upkeep import Upkeep
 
 _log = logging.getLogger("expbuf")
 _TRIES = 10
+_POLL_S = 1e-3
 CHANGING = 1 << 32  # in the control word REPRESENTATION: a change is under way
 
 
@@ -201,12 +202,10 @@ class Session:
     def refresh(self) -> None:
         """See what has been published, and what the builder has swapped in."""
         if self.mode == "r":
-            self._follow_writers()
+            self._refresh_reader()
+        else:
+            self._refresh_replica()
         replica = self.replica
-        try:
-            replica.refresh()
-        except LogGone:
-            self._start_anew()
         if replica.evicted:
             evicted, replica.evicted = replica.evicted, 0
             self.registry.fire(
@@ -222,8 +221,47 @@ class Session:
         if replica.tiers.is_short():
             self.upkeep.take_memory()
 
-    def _follow_writers(self) -> None:
-        """A reader without a share in the open lock notices that writers came, or came anew."""
+    def _refresh_replica(self) -> None:
+        try:
+            self.replica.refresh()
+        except LogGone:
+            self._start_anew()
+
+    def _refresh_reader(self) -> None:
+        """The same without a share in the open lock.
+
+        All writers may die, and others recover, between any two looks at the control page. What
+        was read by looks at both is not believed.
+        """
+        deadline, meddled = time.monotonic() + self.config.lock_timeout_s, self.replica.broken
+        while True:
+            settled = self._follow_writers()
+            if settled:
+                try:
+                    self._refresh_replica()
+                except StorageError:
+                    if not self._is_overtaken():
+                        raise
+                else:
+                    if not self._is_overtaken():
+                        return
+                meddled = True
+            elif not meddled:
+                return  # until the recovery is through things are as they were
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"{self.path}: is being recovered by another process, for longer than "
+                    "lock_timeout_s; try again"
+                )
+            if not settled:
+                time.sleep(_POLL_S)
+
+    def _is_overtaken(self) -> bool:
+        """Whether a recovery has begun since writers were looked for."""
+        return (self.watched or self.control).words[c.GENERATION] != self.generation
+
+    def _follow_writers(self) -> bool:
+        """Notice that writers came, or came anew; False if there are none, or none is ready."""
         assert self.path is not None
         page = self.watched
         if page is None and not self.control.is_mapped():
@@ -231,12 +269,13 @@ class Session:
         page = page or self.control
         generation = page.words[c.GENERATION]
         if generation in (0, self.generation):
-            return  # nothing new; or being recovered: until then things are as they were
+            return generation != 0
         self.generation = generation
         self.watched = None
         self.control = self.replica.control = page
         self.adapter.attach()
-        self._start_anew()
+        self.replica.broken = True  # of another generation: `_start_anew` makes it anew
+        return True
 
     def _start_anew(self) -> None:
         """Load the newest snapshot and follow from there.

@@ -1,0 +1,108 @@
+"""Readers in mode "r" have no share in the open lock: a recovery may come in the middle of a read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expbuf_core import Experience, ExperienceBuffer, StorageError
+from expbuf_core import control as c
+from expbuf_core.replica import Replica
+
+SETTINGS: dict[str, Any] = {"index": {"backend": "exact", "builder": "off"}}
+
+
+def experience(n: int) -> Experience:
+    return Experience(v_embed=np.full(4, n + 1.0), q_embed=np.full(4, 1.0), answer=str(n))
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from expbuf_core import ExperienceBuffer
+parts = np.ones((5, 4))
+buffer = ExperienceBuffer.open(sys.argv[1], index={"backend": "exact", "builder": "off"})
+buffer.add_many({"v_embed": parts, "q_embed": parts, "answer": list("01234")})
+print("added", flush=True)
+sys.stdin.read()
+"""
+
+
+def before_its_next_refresh(
+    monkeypatch: pytest.MonkeyPatch, reader: ExperienceBuffer, work: Callable[[], None]
+) -> None:
+    """Have something done when the reader has looked at who writes, and not at what yet."""
+    real, mine, todo = Replica.refresh, reader._session.replica, [work]
+
+    def refresh(self: Replica) -> None:
+        if self is mine and todo:
+            todo.pop()()
+        real(self)
+
+    monkeypatch.setattr(Replica, "refresh", refresh)
+
+
+@pytest.mark.parametrize("backend", ["file", "lmdb"])
+def test_a_recovery_between_two_looks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    ExperienceBuffer.open(folder, config={**SETTINGS, "persistence": backend}).close()
+    killed = subprocess.Popen(
+        [sys.executable, "-c", KILLED, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == b"added\n"
+    with ExperienceBuffer.open(folder, config=SETTINGS, mode="r") as reader:
+        assert len(reader) == 5
+        came: list[ExperienceBuffer] = []
+
+        def recover() -> None:
+            killed.kill()
+            killed.communicate()
+            came.append(ExperienceBuffer.open(folder, config=SETTINGS))
+            came[0].add(experience(5))
+
+        before_its_next_refresh(monkeypatch, reader, recover)
+        assert [e.answer for e in reader] == ["0", "1", "2", "3", "4", "5"]
+        came[0].close()
+
+
+def test_what_is_being_recovered_is_as_it_was(folder: Path) -> None:
+    """The page is in flux until the recovery is through."""
+    with ExperienceBuffer.open(folder, config=SETTINGS) as writer:
+        writer.add_many([experience(n) for n in range(5)])
+        with ExperienceBuffer.open(folder, config=SETTINGS, mode="r") as reader:
+            words = writer._session.control.words
+            generation, lsn = words[c.GENERATION], words[c.DURABLE]
+            words[c.GENERATION] = 0
+            for durable in (0, lsn + 1):
+                words[c.DURABLE] = words[c.PUBLISHED] = durable
+                assert len(reader) == 5
+            words[c.DURABLE] = words[c.PUBLISHED] = lsn
+            words[c.GENERATION] = generation
+            writer.add(experience(5))
+            assert len(reader) == 6
+
+
+def test_a_recovery_that_does_not_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExperienceBuffer.open(folder, config=SETTINGS) as writer:
+        writer.add(experience(0))
+        with ExperienceBuffer.open(folder, config=SETTINGS, mode="r", lock_timeout_s=0.2) as reader:
+            words = writer._session.control.words
+            generation, lsn = words[c.GENERATION], words[c.DURABLE]
+
+            def begin() -> None:
+                words[c.GENERATION] = 0
+                words[c.DURABLE] = lsn + 1
+
+            before_its_next_refresh(monkeypatch, reader, begin)
+            with pytest.raises(StorageError, match="is being recovered"):
+                len(reader)
+            words[c.DURABLE], words[c.GENERATION] = lsn, generation
+            assert len(reader) == 1
