@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 _POLL_S = 0.005
 
 
+class Overtaken(Exception):
+    """Others have recovered the buffer while a reader opened it; its cause is what that met."""
+
+
 def open_session(session: Session) -> RecoveryReport:
     """Create, recover or join the buffer; what was found."""
     started = time.monotonic()
@@ -346,7 +350,8 @@ def _to_read(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
     if live is not None:
         session.generation = live.words[c.GENERATION]
         session.adapter.attach()
-        loaded, clean = recovery.follow_from_snapshot(replica, path), False
+        with _unless_overtaken(session, live, path):
+            loaded, clean = recovery.follow_from_snapshot(replica, path), False
         replica.broken = False
     else:
         # Nobody has it open: recover in private, and change nothing.
@@ -355,12 +360,25 @@ def _to_read(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
         if page is not None:
             session.generation = page.words[c.GENERATION]
             witness, clean = page.witness(session.uuid), page.closed_cleanly(session.uuid)
-        with _corruption_told(session):
+        with _corruption_told(session), _unless_overtaken(session, page, path):
             loaded = recovery.recover(replica, path, witness)
         session.control.words[c.PUBLISHED] = replica.state.lsn
     _reconcile(session)
     session.load_index()
     return loaded, live is None, clean
+
+
+@contextlib.contextmanager
+def _unless_overtaken(session: Session, page: Control | None, path: Path) -> Iterator[None]:
+    """What a reader misses where others recover meanwhile is no damage."""
+    try:
+        yield
+    except StorageError as exc:
+        lock = path / folder.LOCKS / "open"
+        came = session.watched is page and lock.exists() and opener(lock) is not None
+        if came or (page is not None and page.words[c.GENERATION] != session.generation):
+            raise Overtaken from exc
+        raise
 
 
 def _live_control(path: Path, timeout_s: float) -> Control | None:

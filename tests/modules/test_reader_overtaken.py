@@ -1,4 +1,4 @@
-"""Readers in mode "r" have no share in the open lock: a recovery may come in the middle of a read."""
+"""A recovery in the middle of a read in mode "r", which has no share in the open lock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expbuf_core import Experience, ExperienceBuffer, StorageError
+from expbuf_core import (
+    CorruptionError,
+    Experience,
+    ExperienceBuffer,
+    StorageError,
+    hookimpl,
+    recovery,
+)
 from expbuf_core import control as c
 from expbuf_core.replica import Replica
 
@@ -106,3 +113,58 @@ def test_a_recovery_that_does_not_end(folder: Path, monkeypatch: pytest.MonkeyPa
                 len(reader)
             words[c.DURABLE], words[c.GENERATION] = lsn, generation
             assert len(reader) == 1
+
+
+@pytest.mark.parametrize("backend", ["file", "lmdb"])
+@pytest.mark.parametrize("writing", [True, False])
+def test_a_recovery_while_a_reader_opens(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, backend: str, writing: bool
+) -> None:
+    """What it then misses is no damage: it opens once more, and tells nobody."""
+    with ExperienceBuffer.open(folder, config={**SETTINGS, "persistence": backend}) as writer:
+        writer.add_many([experience(n) for n in range(5)])
+        if not writing:
+            writer.close()
+        came: list[ExperienceBuffer] = []
+        told: list[str] = []
+
+        name = "follow_from_snapshot" if writing else "recover"
+        real = getattr(recovery, name)
+
+        def once(replica: Replica, path: Path, *more: object) -> object:
+            if came or replica.adapter is getattr(writer._session, "adapter", None):
+                return real(replica, path, *more)
+            writer.close()
+            came.append(None)  # type: ignore[arg-type]  # so that its own recovery is the real one
+            came[0] = ExperienceBuffer.open(folder, config=SETTINGS)
+            came[0].add(experience(5))
+            raise CorruptionError("operation 4 is missing", path=folder, offset=0)
+
+        monkeypatch.setattr(recovery, name, once)
+        with ExperienceBuffer.open(
+            folder, config=SETTINGS, mode="r", plugins=[Told(told)]
+        ) as reader:
+            assert [e.answer for e in reader] == ["0", "1", "2", "3", "4", "5"]
+        assert not told
+        came[0].close()
+
+
+class Told:
+    def __init__(self, told: list[str]) -> None:
+        self.told = told
+
+    @hookimpl
+    def expbuf_on_corruption(self, path: str, offset: int, error: str) -> None:
+        self.told.append(error)
+
+
+def test_damage_stays_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExperienceBuffer.open(folder, config=SETTINGS) as writer:
+        writer.add(experience(0))
+
+        def damaged(*arguments: object) -> None:
+            raise CorruptionError("operation 4 is missing", path=folder, offset=0)
+
+        monkeypatch.setattr(recovery, "follow_from_snapshot", damaged)
+        with pytest.raises(CorruptionError, match="operation 4"):
+            ExperienceBuffer.open(folder, config=SETTINGS, mode="r")
