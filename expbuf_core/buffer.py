@@ -58,7 +58,7 @@ from expbuf_core.intake import (
     shown,
 )
 from expbuf_core.locks import holder
-from expbuf_core.opening import Overtaken, keeps_nothing
+from expbuf_core.opening import keeps_nothing
 from expbuf_core.plugins import PluginRegistry, default_registry
 from expbuf_core.recovery import RecoveryReport
 from expbuf_core.reindexing import Embed, Progress, ReindexReport, reembed
@@ -79,7 +79,6 @@ from expbuf_core.session import Outdated, Session
 from expbuf_core.state import State
 from expbuf_core.tiers import best, search
 
-_OPEN_TRIES = 10
 _PIN_TRIES = 5
 _MOST = 1 << 31  # results of a search
 _PADDED = 1 << 24  # results of a batch, as many as whose padding is no matter
@@ -1146,16 +1145,6 @@ def _resolved(where: object) -> Path:
 
 
 def _open_session(arguments: Mapping[str, Any], registry: PluginRegistry) -> Session:
-    for _ in range(_OPEN_TRIES):
-        with contextlib.suppress(Overtaken):
-            return _opened(arguments, registry)
-    try:
-        return _opened(arguments, registry)
-    except Overtaken as exc:
-        raise exc.__cause__ or exc from None
-
-
-def _opened(arguments: Mapping[str, Any], registry: PluginRegistry) -> Session:
     session = Session(
         arguments["path"],
         arguments["config"],

@@ -36,10 +36,7 @@ if TYPE_CHECKING:
     from expbuf_core.session import Session
 
 _POLL_S = 0.005
-
-
-class Overtaken(Exception):
-    """Others have recovered the buffer while a reader opened it; its cause is what that met."""
+_TRIES = 10
 
 
 def open_session(session: Session) -> RecoveryReport:
@@ -51,7 +48,7 @@ def open_session(session: Session) -> RecoveryReport:
         if session.path is None:
             loaded = _in_memory(session)
         elif session.mode == "r":
-            loaded, first, clean = _to_read(session, session.path)
+            loaded, first, clean = _to_read_in_peace(session, session.path)
         else:
             loaded, first, clean = _to_write(session, session.path)
     except BaseException:
@@ -336,6 +333,24 @@ def _begin_anew(session: Session, loaded: Loaded, *, clean: bool) -> None:
 # ---------------------------------------------------------------- to read
 
 
+class _Overtaken(Exception):
+    """Others have recovered the buffer while a reader opened it; its cause is what that met."""
+
+
+def _to_read_in_peace(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
+    """`_to_read`, and once more where others recover the buffer meanwhile."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(_Overtaken):
+            return _to_read(session, path)
+        session.adapter.close()
+        session.let_go()
+        session.adapter_words = session.watched = None
+    try:
+        return _to_read(session, path)
+    except _Overtaken as exc:
+        raise exc.__cause__ or exc from None
+
+
 def _to_read(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
     identity = folder.read_identity(path)
     if identity is None:
@@ -377,7 +392,7 @@ def _unless_overtaken(session: Session, page: Control | None, path: Path) -> Ite
         lock = path / folder.LOCKS / "open"
         came = session.watched is page and lock.exists() and opener(lock) is not None
         if came or (page is not None and page.words[c.GENERATION] != session.generation):
-            raise Overtaken from exc
+            raise _Overtaken from exc
         raise
 
 

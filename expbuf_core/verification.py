@@ -6,13 +6,19 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from expbuf_core import checksums, frames, segments, snapshots
 from expbuf_core.buffer import ExperienceBuffer
-from expbuf_core.contracts import LogGone, Problem
+from expbuf_core.contracts import LogGone, Pin, Problem
 from expbuf_core.errors import CorruptionError, ExpbufError
 from expbuf_core.inspection import columns_of
+from expbuf_core.session import Session
 
 Progress = Callable[[int, int], None]
+_PART = 1024  # experiences
+_TRIES = 5
 
 
 def verify(
@@ -57,22 +63,17 @@ def _payloads(buffer: ExperienceBuffer, progress: Progress | None) -> Iterator[P
     session = buffer._live()
     with session.replica.lock:
         state = session.replica.state
-        slots = state.live_slots()
-        ids, locations, lengths = state.id[slots], state.location[slots], state.length[slots]
-    for start in range(0, len(ids), 1024):
-        part = slice(start, start + 1024)
+        live = state.id[state.live_slots()]
+    for start in range(0, len(live), _PART):
         if progress is not None:
-            progress(min(part.stop, len(ids)), len(ids))
-        try:
-            pin = session.adapter.pin(ids[part], locations[part], lengths[part])
-        except LogGone:
-            buffer.lsn  # noqa: B018  (catches up)
-            gone = [i for i in ids[part].tolist() if i in buffer]
-            if gone:
-                message = f"payloads of {len(gone)} experiences from id {gone[0]} are missing"
+            progress(min(start + _PART, len(live)), len(live))
+        ids, locations, pin = _held(session, live[start : start + _PART])
+        if pin is None:
+            if len(ids):
+                message = f"payloads of {len(ids)} experiences from id {ids[0]} are missing"
                 yield Problem(str(session.path), -1, message, True)
             continue
-        for i, id_ in enumerate(ids[part].tolist()):
+        for i, id_ in enumerate(ids.tolist()):
             try:
                 checked = frames.check_row(pin.read(i))
             except CorruptionError as exc:
@@ -80,9 +81,28 @@ def _payloads(buffer: ExperienceBuffer, progress: Progress | None) -> Iterator[P
                 continue
             if checked is None or checked[0] != id_:
                 message = f"the payload of experience {id_} is damaged"
-                yield Problem(
-                    str(session.path), int(locations[part][i]) & ((1 << 40) - 1), message, True
-                )
+                yield Problem(str(session.path), int(locations[i]) & ((1 << 40) - 1), message, True)
+
+
+def _held(
+    session: Session, ids: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], Pin | None]:
+    """Which of these are live now, where their payloads are, and a hold on them; None: gone.
+
+    A file that is missing is no damage where its payloads were evicted or moved meanwhile.
+    """
+    for attempt in range(_TRIES):
+        with session.replica.lock:
+            state = session.replica.state
+            slots = state.find(ids)
+            here = slots >= 0
+            found, slots = ids[here], slots[here]
+            locations, lengths = state.location[slots], state.length[slots]
+        try:
+            return found, locations, session.adapter.pin(found, locations, lengths)
+        except LogGone:
+            session.catch_up_after_deletion(attempt)
+    return found, locations, None
 
 
 def _index(home: Path) -> Iterator[Problem]:

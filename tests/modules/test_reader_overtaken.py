@@ -21,6 +21,8 @@ from expbuf_core import (
 )
 from expbuf_core import control as c
 from expbuf_core.replica import Replica
+from expbuf_core.verification import verify
+from expbuf_file.adapter import FilePersistenceAdapter
 
 SETTINGS: dict[str, Any] = {"index": {"backend": "exact", "builder": "off"}}
 
@@ -168,3 +170,30 @@ def test_damage_stays_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(recovery, "follow_from_snapshot", damaged)
         with pytest.raises(CorruptionError, match="operation 4"):
             ExperienceBuffer.open(folder, config=SETTINGS, mode="r")
+
+
+def test_payloads_that_move_while_they_are_verified(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few survivors do not keep a file: they are written again, and it is deleted."""
+    small = {"file": {"initial_bytes": 1 << 14, "segment_bytes": 1 << 14}}
+    with ExperienceBuffer.open(folder, config={**SETTINGS, "persistence": small}) as writer:
+        writer.add_many([experience(n) for n in range(300)])
+        keep = [3, 50, 299]
+        writer.remove(sorted(set(range(300)) - set(keep)))
+        before = set(folder.glob("experience_data.*"))
+        real, todo = FilePersistenceAdapter.pin, [True]
+
+        def pin(self: Any, *arguments: Any) -> Any:
+            if self is not writer._session.adapter and todo:
+                todo.clear()
+                for n in range(300, 303):
+                    writer.save_snapshot()
+                    writer.add(experience(n))
+            return real(self, *arguments)
+
+        monkeypatch.setattr(FilePersistenceAdapter, "pin", pin)
+        assert not [problem for problem in verify(folder) if problem.damage]
+        assert not todo
+        assert before - set(folder.glob("experience_data.*"))
+        assert set(keep) <= set(writer.ids().tolist())
