@@ -834,7 +834,7 @@ class ExperienceBuffer:
             v_embed: (n, v_dim)
             q_embed: (n, q_dim)
             hybrid_embed: (n, dim) instead of both.
-            k: As for `search_index`.
+            k: As for `search_index`; where results are many, no more than `max_size`.
             where: As for `search_index`.
             exclude: As for `search_index`, for all queries.
 
@@ -848,7 +848,7 @@ class ExperienceBuffer:
         k = self._checked_k(k)
         asked = _Question(session, v_embed, q_embed, hybrid_embed, rank=2)
         left_out, replica = _left_out(exclude), session.replica
-        most = int(replica.state.settings.get("max_size", k))
+        most = min(int(replica.state.settings["max_size"]), _MOST - 1)
         if k > most and k * len(asked.vectors) > _PADDED:
             raise InvalidExperience(
                 f"k = {k:,}: results are padded to it, and this buffer holds at most {most:,} "

@@ -334,21 +334,25 @@ def _begin_anew(session: Session, loaded: Loaded, *, clean: bool) -> None:
 
 
 class _Overtaken(Exception):
-    """Others have recovered the buffer while a reader opened it; its cause is what that met."""
+    """Others have recovered the buffer while a reader opened it, which met an error."""
+
+    def __init__(self, met: StorageError) -> None:
+        super().__init__(str(met))
+        self.met = met
 
 
 def _to_read_in_peace(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
     """`_to_read`, and once more where others recover the buffer meanwhile."""
-    for _ in range(_TRIES):
-        with contextlib.suppress(_Overtaken):
+    for attempt in range(_TRIES):
+        try:
             return _to_read(session, path)
+        except _Overtaken as exc:
+            if attempt + 1 == _TRIES:
+                raise exc.met from None
         session.adapter.close()
         session.let_go()
         session.adapter_words = session.watched = None
-    try:
-        return _to_read(session, path)
-    except _Overtaken as exc:
-        raise exc.__cause__ or exc from None
+    raise AssertionError("unreachable")
 
 
 def _to_read(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
@@ -365,7 +369,7 @@ def _to_read(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
     if live is not None:
         session.generation = live.words[c.GENERATION]
         session.adapter.attach()
-        with _unless_overtaken(session, live, path):
+        with _unless_overtaken(session, live):
             loaded, clean = recovery.follow_from_snapshot(replica, path), False
         replica.broken = False
     else:
@@ -375,7 +379,7 @@ def _to_read(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
         if page is not None:
             session.generation = page.words[c.GENERATION]
             witness, clean = page.witness(session.uuid), page.closed_cleanly(session.uuid)
-        with _corruption_told(session), _unless_overtaken(session, page, path):
+        with _corruption_told(session), _unless_overtaken(session, page):
             loaded = recovery.recover(replica, path, witness)
         session.control.words[c.PUBLISHED] = replica.state.lsn
     _reconcile(session)
@@ -384,29 +388,34 @@ def _to_read(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
 
 
 @contextlib.contextmanager
-def _unless_overtaken(session: Session, page: Control | None, path: Path) -> Iterator[None]:
-    """What a reader misses where others recover meanwhile is no damage."""
+def _unless_overtaken(session: Session, page: Control | None) -> Iterator[None]:
+    """What a reader misses where others recover meanwhile is no damage. `page`: as it was found."""
     try:
         yield
     except StorageError as exc:
-        lock = path / folder.LOCKS / "open"
-        came = session.watched is page and lock.exists() and opener(lock) is not None
-        if came or (page is not None and page.words[c.GENERATION] != session.generation):
-            raise _Overtaken from exc
+        assert session.path is not None
+        recovered = page is not None and page.words[c.GENERATION] != session.generation
+        joined = session.control.is_mapped()  # there were writers from the beginning
+        if recovered or (not joined and _has_writer(session.path)):
+            raise _Overtaken(exc) from exc
         raise
+
+
+def _has_writer(path: Path) -> bool:
+    lock = path / folder.LOCKS / "open"
+    return lock.exists() and opener(lock) is not None
 
 
 def _live_control(path: Path, timeout_s: float) -> Control | None:
     """The control page if a process has the buffer open for writing, else None."""
-    lock = path / folder.LOCKS / "open"
-    if not lock.exists() or opener(lock) is None:
+    if not _has_writer(path):
         return None
     control = Control.map_existing(path / folder.CONTROL)
     if control is None:
         return None
     deadline = time.monotonic() + timeout_s
     while control.words[c.GENERATION] == 0:  # being recovered right now
-        if time.monotonic() > deadline or opener(lock) is None:
+        if time.monotonic() > deadline or not _has_writer(path):
             control.close()
             return None
         time.sleep(_POLL_S)

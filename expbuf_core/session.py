@@ -261,15 +261,17 @@ class Session:
         return (self.watched or self.control).words[c.GENERATION] != self.generation
 
     def _follow_writers(self) -> bool:
-        """Notice that writers came, or came anew; False if there are none, or none is ready."""
+        """Notice that writers came, or came anew; False while one is still recovering."""
         assert self.path is not None
         page = self.watched
         if page is None and not self.control.is_mapped():
             page = self.watched = Control.map_existing(self.path / folder.CONTROL)
         page = page or self.control
         generation = page.words[c.GENERATION]
-        if generation in (0, self.generation):
-            return generation != 0
+        if generation == self.generation:
+            return True
+        if generation == 0:
+            return False
         self.generation = generation
         self.watched = None
         self.control = self.replica.control = page

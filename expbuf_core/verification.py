@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from expbuf_core import checksums, frames, segments, snapshots
+from expbuf_core import checksums, segments, snapshots
 from expbuf_core.buffer import ExperienceBuffer
-from expbuf_core.contracts import LogGone, Pin, Problem
+from expbuf_core.contracts import Problem
 from expbuf_core.errors import CorruptionError, ExpbufError
 from expbuf_core.inspection import columns_of
-from expbuf_core.session import Session
 
 Progress = Callable[[int, int], None]
 _PART = 1024  # experiences
-_TRIES = 5
+_ADVICE = re.compile(r"[.;] [Rr]un `expbuf verify`$")
 
 
 def verify(
@@ -37,9 +34,7 @@ def verify(
     try:
         buffer = columns_of(path)
     except CorruptionError as exc:
-        offset = -1 if exc.offset is None else exc.offset
-        message = str(exc).removesuffix(". Run `expbuf verify`")
-        yield Problem(exc.path or str(path), offset, message, True)
+        yield _damage(exc, str(path))
         rest = "reading stops there, so there may be more; `expbuf repair` goes over it"
         yield Problem(str(path), -1, rest, False)
         return
@@ -49,8 +44,7 @@ def verify(
             try:
                 snapshots.read(path, lsn, session.uuid)
             except CorruptionError as exc:
-                offset = -1 if exc.offset is None else exc.offset
-                yield Problem(exc.path or "", offset, str(exc), True)
+                yield _damage(exc, str(path))
             except ExpbufError:
                 continue  # dropped meanwhile
         yield from session.adapter.verify(session.replica.state.lsn)
@@ -59,50 +53,30 @@ def verify(
 
 
 def _payloads(buffer: ExperienceBuffer, progress: Progress | None) -> Iterator[Problem]:
-    """Every live experience has its payload, under its id."""
-    session = buffer._live()
-    with session.replica.lock:
-        state = session.replica.state
-        live = state.id[state.live_slots()]
-    for start in range(0, len(live), _PART):
-        if progress is not None:
-            progress(min(start + _PART, len(live)), len(live))
-        ids, locations, pin = _held(session, live[start : start + _PART])
-        if pin is None:
-            if len(ids):
-                message = f"payloads of {len(ids)} experiences from id {ids[0]} are missing"
-                yield Problem(str(session.path), -1, message, True)
-            continue
-        for i, id_ in enumerate(ids.tolist()):
-            try:
-                checked = frames.check_row(pin.read(i))
-            except CorruptionError as exc:
-                yield Problem(exc.path or "", exc.offset or -1, str(exc), True)
-                continue
-            if checked is None or checked[0] != id_:
-                message = f"the payload of experience {id_} is damaged"
-                yield Problem(str(session.path), int(locations[i]) & ((1 << 40) - 1), message, True)
-
-
-def _held(
-    session: Session, ids: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], Pin | None]:
-    """Which of these are live now, where their payloads are, and a hold on them; None: gone.
+    """Every live experience has its payload, under its id.
 
     A file that is missing is no damage where its payloads were evicted or moved meanwhile.
     """
-    for attempt in range(_TRIES):
-        with session.replica.lock:
-            state = session.replica.state
-            slots = state.find(ids)
-            here = slots >= 0
-            found, slots = ids[here], slots[here]
-            locations, lengths = state.location[slots], state.length[slots]
+    where, live = str(buffer.path), buffer.ids()
+    for start in range(0, len(live), _PART):
+        if progress is not None:
+            progress(min(start + _PART, len(live)), len(live))
         try:
-            return found, locations, session.adapter.pin(found, locations, lengths)
-        except LogGone:
-            session.catch_up_after_deletion(attempt)
-    return found, locations, None
+            held = buffer._pinned(live[start : start + _PART], missing="skip")
+        except CorruptionError as exc:
+            yield _damage(exc, where)
+            continue
+        for i in range(len(held)):
+            try:
+                held.raw(i)
+            except CorruptionError as exc:
+                yield _damage(exc, where)
+
+
+def _damage(exc: CorruptionError, where: str) -> Problem:
+    """`where`: what is damaged, if the error does not say."""
+    offset = -1 if exc.offset is None else exc.offset
+    return Problem(exc.path or where, offset, _ADVICE.sub("", str(exc)), True)
 
 
 def _index(home: Path) -> Iterator[Problem]:

@@ -779,7 +779,7 @@ def test_results_say_why_they_are_not_pickled(buffer: ExperienceBuffer) -> None:
         with pytest.raises(TypeError, match=r"list\(found\.experiences\)"):
             pickle.dumps(result)
     kept = (list(found.experiences), found.ids, found.receipt)
-    again = pickle.loads(pickle.dumps(kept))  # noqa: S301
+    again = pickle.loads(pickle.dumps(kept))  # noqa: S301  (made above)
     assert [e.answer for e in again[0]] == [hit.experience.answer for hit in found]
     assert again[2] == found.receipt
 

@@ -18,8 +18,10 @@ from expbuf_core import (
     StorageError,
     hookimpl,
     recovery,
+    session,
 )
 from expbuf_core import control as c
+from expbuf_core.control import Control
 from expbuf_core.replica import Replica
 from expbuf_core.verification import verify
 from expbuf_file.adapter import FilePersistenceAdapter
@@ -32,7 +34,7 @@ def experience(n: int) -> Experience:
 
 
 KILLED = """
-import os, signal, sys
+import sys
 import numpy as np
 from expbuf_core import ExperienceBuffer
 parts = np.ones((5, 4))
@@ -99,6 +101,27 @@ def test_what_is_being_recovered_is_as_it_was(folder: Path) -> None:
             assert len(reader) == 6
 
 
+def test_a_recovery_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExperienceBuffer.open(folder, config=SETTINGS) as writer:
+        writer.add(experience(0))
+        with ExperienceBuffer.open(folder, config=SETTINGS, mode="r") as reader:
+            words = writer._session.control.words
+            generation, lsn = words[c.GENERATION], words[c.DURABLE]
+
+            def begin() -> None:
+                words[c.GENERATION] = 0
+                words[c.DURABLE] = lsn + 1
+
+            def end(seconds: float) -> None:
+                words[c.DURABLE] = lsn
+                words[c.GENERATION] = generation + 2
+
+            before_its_next_refresh(monkeypatch, reader, begin)
+            monkeypatch.setattr(session.time, "sleep", end)
+            assert len(reader) == 1
+            assert words[c.GENERATION] == generation + 2
+
+
 def test_a_recovery_that_does_not_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ExperienceBuffer.open(folder, config=SETTINGS) as writer:
         writer.add(experience(0))
@@ -117,16 +140,31 @@ def test_a_recovery_that_does_not_end(folder: Path, monkeypatch: pytest.MonkeyPa
             assert len(reader) == 1
 
 
+@pytest.mark.parametrize("page", [True, False])
+def test_without_writers_nothing_is_waited_for(folder: Path, page: bool) -> None:
+    """Also where an exception has left what was read half-way, and it is read anew."""
+    with ExperienceBuffer.open(folder, config=SETTINGS) as writer:
+        writer.add_many([experience(n) for n in range(5)])
+    if not page:
+        (folder / "control").unlink()
+    with ExperienceBuffer.open(folder, config=SETTINGS, mode="r", lock_timeout_s=0.2) as reader:
+        reader._session.replica.broken = True
+        assert [e.answer for e in reader] == ["0", "1", "2", "3", "4"]
+
+
 @pytest.mark.parametrize("backend", ["file", "lmdb"])
-@pytest.mark.parametrize("writing", [True, False])
+@pytest.mark.parametrize("before", ["a writer", "a control page", "no control page"])
 def test_a_recovery_while_a_reader_opens(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, backend: str, writing: bool
+    folder: Path, monkeypatch: pytest.MonkeyPatch, backend: str, before: str
 ) -> None:
     """What it then misses is no damage: it opens once more, and tells nobody."""
     with ExperienceBuffer.open(folder, config={**SETTINGS, "persistence": backend}) as writer:
         writer.add_many([experience(n) for n in range(5)])
+        writing = before == "a writer"
         if not writing:
             writer.close()
+        if before == "no control page":
+            (folder / "control").unlink()
         came: list[ExperienceBuffer] = []
         told: list[str] = []
 
@@ -158,6 +196,23 @@ class Told:
     @hookimpl
     def expbuf_on_corruption(self, path: str, offset: int, error: str) -> None:
         self.told.append(error)
+
+
+def test_recoveries_without_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ExperienceBuffer.open(folder, config=SETTINGS).close()
+    tries = []
+
+    def overtaken(*arguments: object) -> None:
+        page = Control.map(folder / "control", writable=True)
+        page.activate()
+        page.close()
+        tries.append(1)
+        raise CorruptionError("operation 4 is missing", path=folder, offset=0)
+
+    monkeypatch.setattr(recovery, "recover", overtaken)
+    with pytest.raises(CorruptionError, match="operation 4"):
+        ExperienceBuffer.open(folder, config=SETTINGS, mode="r")
+    assert len(tries) == 10
 
 
 def test_damage_stays_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
