@@ -532,10 +532,11 @@ class CommitLog:
         # death, everything that was written whole.
         keep = self._control.published() if failed else words[c.APPENDED]
         next_lsn = words[c.NEXT_LSN] + 1
-        if words[c.APPENDING]:
+        died = words[c.APPENDING] == 1
+        if died:
             next_lsn += RESERVATION  # whoever died may have stamped several
         self._adapter.retire(words[c.DURABLE], keep, next_lsn)
-        if words[c.APPENDING]:
+        if died:
             # The dead appender may have stamped ids; skip more than one commit can hold.
             words[c.NEXT_ID] += frames.MAX_ROWS
         words[c.KEPT] = keep

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from expbuf_core.errors import CorruptionError, StorageError
+from expbuf_core.errors import CorruptionError, StorageError, StorageFull
 
 if TYPE_CHECKING:
     from expbuf_core.filesystem import FileSystem
@@ -438,6 +438,14 @@ class LogInterrupted(StorageError):
     """An append failed and could not be undone; the core retires the log before the next one."""
 
 
+class LogPostponed(StorageFull):
+    """There is no room to begin a new log. All that was recovered is safe and can be read.
+
+    Raised by `PersistenceAdapter.start` alone, by an adapter whose `retire` can begin that log
+    later; the core calls it before the first append, and as often as it fails for lack of room.
+    """
+
+
 class LogGone(Exception):
     """The log behind a follower's position was dropped after a snapshot; reload from it."""
 
@@ -558,6 +566,9 @@ class PersistenceAdapter(ABC):
         """After `recover`: begin to write at `lsn` behind `recovered_lsn`, durable on return.
 
         What `recover` left out can never come back afterwards.
+
+        Raises:
+            LogPostponed: The disk is full, and `retire` will begin the log (optional).
         """
 
     @abstractmethod

@@ -39,7 +39,7 @@ NEXT_LSN = 31  # (a) more than APPENDED + 1 after a crash: numbers may have been
 NEXT_ID = 9  # (a)
 PUBLISHED = 10  # (a) last LSN that readers may see because its writer asked for no more
 DURABLE = 11  # (f) last LSN on disk; readers may see it
-APPENDING = 12  # (a) 1 while an append is under way; found set, its writer died
+APPENDING = 12  # (a) 1 while an append is under way; found set, its writer died. 2: see POSTPONED
 FLUSHING = 13  # (f) 1 while a flush is under way; found set, its leader died
 FLUSH_FAILED = 14  # (f) 1 from a failed flush until the log is retired
 RETIREMENTS = 15  # (a, f) how often a log was retired
@@ -58,6 +58,8 @@ WAITING_FOR_FLUSH = 27  # (anybody) a hint: somebody sleeps until DURABLE change
 DAMAGED_INDEX = 28  # (anybody) a hint: INDEX_GENERATION + 1 of one that could not be opened
 ADAPTER = 32  # eight words of the storage adapter
 WORDS = 64
+
+POSTPONED = 2  # in APPENDING: opened on a full disk; there is no log to append to yet
 
 
 def boot_id() -> bytes:

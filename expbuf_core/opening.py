@@ -8,6 +8,7 @@ who is alive has seen the recovery through".
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from expbuf_core import codec, folder, memory, recovery
 from expbuf_core import control as c
 from expbuf_core.commit import CommitLog, Draft, Lock
-from expbuf_core.contracts import PersistenceAdapter, PersistenceContext, Words
+from expbuf_core.contracts import LogPostponed, PersistenceAdapter, PersistenceContext, Words
 from expbuf_core.control import Control
 from expbuf_core.errors import (
     ConfigError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from expbuf_core.plugins import PluginRegistry
     from expbuf_core.session import Session
 
+_log = logging.getLogger("expbuf")
 _POLL_S = 0.005
 _TRIES = 10
 
@@ -326,7 +328,11 @@ def _begin_anew(session: Session, loaded: Loaded, *, clean: bool) -> None:
     words[c.RESERVED_ID], words[c.RESERVED_LSN] = state.reserved_id, state.reserved_lsn
     words[c.SNAPSHOT_LSN] = loaded.snapshot_lsn
     words[c.REPRESENTATION] = state.representation
-    session.adapter.start(next_lsn, state.lsn)
+    try:
+        session.adapter.start(next_lsn, state.lsn)
+    except LogPostponed as exc:
+        words[c.APPENDING] = c.POSTPONED  # whoever appends next begins the log
+        _log.warning("%s can be read, but not written before there is room: %s", session.path, exc)
     session.replica.settled()
 
 

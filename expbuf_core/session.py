@@ -611,7 +611,9 @@ class Session:
             return
         with self.opening_lock:
             try:
-                if failed is None and self.open_lock.is_last():
+                # Without a log to append to there is none to end.
+                begun = self.control.words[c.APPENDING] != c.POSTPONED
+                if failed is None and begun and self.open_lock.is_last():
                     self.check_folder()  # what is there now may be another buffer
                     self.refresh()
                     self.upkeep.closing_snapshot()

@@ -28,7 +28,9 @@ MAX_SIZE = 20
 DIM = 4
 
 
-def open_buffer(folder: Path, fs: FileSystem | None = None, **settings: Any) -> ExperienceBuffer:
+def open_buffer(
+    folder: Path, fs: FileSystem | None = None, mode: str = "a", **settings: Any
+) -> ExperienceBuffer:
     """A small buffer whose logs are switched every few dozen operations."""
     config: dict[str, Any] = {
         "max_size": MAX_SIZE,
@@ -42,7 +44,7 @@ def open_buffer(folder: Path, fs: FileSystem | None = None, **settings: Any) -> 
         **settings,
     }
     return ExperienceBuffer.open(
-        folder, config=config, mode="a", filesystem=fs if fs is not None else FileSystem()
+        folder, config=config, mode=mode, filesystem=fs if fs is not None else FileSystem()
     )
 
 

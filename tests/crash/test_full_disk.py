@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from crash_model import MAX_SIZE, experience, open_buffer, state_of
 from expbuf_core import ExperienceBuffer
 from expbuf_core.errors import StorageError, StorageFull
 from expbuf_core.testing.faults import FaultyFileSystem
+from expbuf_core.verification import verify
 
 
 @pytest.fixture
@@ -96,20 +98,44 @@ def test_full_disk_at_creation(
         buffer.add(experience(1, None, 0))
 
 
-@pytest.mark.parametrize("storage", ["file"], indirect=True)
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize("room", [0, 1000, 20_000])
 def test_full_disk_at_opening(
-    tmp_path: Path, fs: FaultyFileSystem, storage: dict[str, Any]
+    tmp_path: Path, fs: FaultyFileSystem, storage: dict[str, Any], room: int, clean: bool
 ) -> None:
-    with contextlib.closing(open_buffer(tmp_path / "buffer", fs)) as buffer:
-        buffer.add(experience(1, None, 0))
+    """What is there can be read, whatever room there is; writing waits for room."""
+    first = tmp_path / "buffer"
+    path = first if clean else tmp_path / "copy"
+    with contextlib.closing(open_buffer(first, **storage)) as buffer:
+        ids = [buffer.add(experience(serial, 0.5, 700)) for serial in range(1, 20)]
         before = state_of(buffer)
-    for _ in range(3):
-        fs.limit(1000)
-        with pytest.raises(StorageFull):
-            open_buffer(tmp_path / "buffer", fs)
-        fs.limit(None)
-    with contextlib.closing(open_buffer(tmp_path / "buffer", fs)) as buffer:
-        assert state_of(buffer) == before
+        if not clean:
+            shutil.copytree(first, path)  # as a crash would leave it
+    for _ in range(2):
+        fs.limit(room)
+        with contextlib.closing(open_buffer(path, fs, **storage)) as buffer:
+            assert state_of(buffer) == before
+            if not storage:  # LMDB's file has room ahead, and grows past this file system
+                with pytest.raises(StorageFull, match="free some room"):
+                    buffer.add(experience(50, 0.5, 700_000))
+            assert state_of(buffer) == before
+            with contextlib.closing(open_buffer(path, fs, "r", **storage)) as reader:
+                assert state_of(reader) == before
+            with contextlib.closing(open_buffer(path, fs, **storage)) as second:
+                assert state_of(second) == before
+    fs.limit(room)
+    with contextlib.closing(open_buffer(path, fs, **storage)) as buffer:
+        with contextlib.closing(open_buffer(path, fs, **storage)) as second:
+            fs.limit(None)
+            id_ = second.add(experience(51, 0.5, 700))
+            assert id_ > ids[-1]
+            assert buffer.add(experience(52, 0.5, 700)) == id_ + 1
+            after = state_of(buffer)
+            assert state_of(second) == after
+            assert after[:-2] == (before + after[-2:])[-len(after) : -2]
+    with contextlib.closing(open_buffer(path, **storage)) as buffer:
+        assert state_of(buffer) == after
+    assert not [problem for problem in verify(path) if problem.damage]
 
 
 def test_read_only_disk(buffer: ExperienceBuffer, fs: FaultyFileSystem) -> None:

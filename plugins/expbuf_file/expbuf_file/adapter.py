@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from expbuf_core.contracts import (
     LoggedRun,
     LogGone,
     LogInterrupted,
+    LogPostponed,
     PersistenceAdapter,
     PersistenceContext,
     Pin,
@@ -127,31 +129,64 @@ class FilePersistenceAdapter(PersistenceAdapter):
                     self._fs.fdatasync(fd)
                 finally:
                     self._fs.close(fd)
+        for name in os.listdir(self._folder):
+            if name.endswith(".tmp") and ".wal." in name:
+                with contextlib.suppress(OSError):  # room only
+                    self._fs.unlink(self._folder / name)
         numbers = layout.numbers(self._folder, layout.DATA)
         index_numbers = layout.numbers(self._folder, layout.INDEX)
         number = max([*numbers, *index_numbers, 0]) + 1
         previous = (state.number, state.end, recovered_lsn)
         try:
-            *ends, _ = self._logs.begin_file(number, lsn, previous=previous, durable=recovered_lsn)
-        except StorageFull:  # a small one will do until there is room
-            *ends, _ = self._logs.begin_file(
-                number, lsn, previous=previous, durable=recovered_lsn, small=True
-            )
+            *ends, _ = self._begin(number, lsn, previous, recovered_lsn)
+        except StorageFull as exc:
+            ends = self._begin_on_full_disk(number, lsn, previous, recovered_lsn, exc)
         # From here on the new file rules. What it leaves out goes: torn tails, unused files; and
         # index logs that may be torn (followers read the recovered data logs instead).
         for old in numbers:
             if old > state.number:
                 self._logs.unlink(layout.DATA, old)
-        for old in index_numbers:
-            self._logs.unlink(layout.INDEX, old)
-        for name in os.listdir(self._folder):
-            if name.endswith(".tmp") and ".wal." in name:
-                with contextlib.suppress(OSError):  # room only
-                    self._fs.unlink(self._folder / name)
+        for old in layout.numbers(self._folder, layout.INDEX):
+            if old != number:
+                self._logs.unlink(layout.INDEX, old)
         if state.number:
             self._logs.trim(state.number, state.end)
         self._set_end(number, *ends)
         self._words[_SYNCED] = number
+
+    def _begin(
+        self,
+        number: int,
+        lsn: int,
+        previous: tuple[int, int, int],
+        durable: int,
+        again: Sequence[Stamped] = (),
+    ) -> tuple[int, int, list[Appended]]:
+        """Begin a log; a small one where there is no room for more."""
+        make = partial(self._logs.begin_file, number, lsn, previous=previous, durable=durable)
+        try:
+            return make(again=again)
+        except StorageFull:
+            return make(again=again, small=True)
+
+    def _begin_on_full_disk(
+        self,
+        number: int,
+        lsn: int,
+        previous: tuple[int, int, int],
+        durable: int,
+        cause: StorageFull,
+    ) -> list[int]:
+        """Begin a log in the room of the index logs, which go at a recovery anyhow; or later."""
+        for old in layout.numbers(self._folder, layout.INDEX):
+            self._logs.unlink(layout.INDEX, old)
+        with contextlib.suppress(StorageFull):
+            *ends, _ = self._begin(number, lsn, previous, durable)
+            return ends
+        last, end, _ = previous
+        self._set_end(last, end, layout.HEADER_BYTES)
+        self._words[_SYNCED] = last
+        raise LogPostponed(str(cause)) from cause
 
     def attach(self) -> None:
         self._logs.begins.clear()
@@ -446,9 +481,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
                 f"{last + 1} to {keep_lsn} cannot be read back"
             )
         number = self._free_number()
-        *ends, _ = self._logs.begin_file(
-            number, next_lsn, previous=previous, durable=durable_lsn, again=again
-        )
+        *ends, _ = self._begin(number, next_lsn, previous, durable_lsn, again)
         for given_up in sorted({old, *chain[chain.index(start) :]}):
             if layout.path_of(self._folder, layout.INDEX, given_up).exists():
                 self._end_index(given_up, keep_lsn, number)
