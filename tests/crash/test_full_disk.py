@@ -124,15 +124,17 @@ def test_full_disk_at_opening(
             with contextlib.closing(open_buffer(path, fs, **storage)) as second:
                 assert state_of(second) == before
     fs.limit(room)
-    with contextlib.closing(open_buffer(path, fs, **storage)) as buffer:
-        with contextlib.closing(open_buffer(path, fs, **storage)) as second:
-            fs.limit(None)
-            id_ = second.add(experience(51, 0.5, 700))
-            assert id_ > ids[-1]
-            assert buffer.add(experience(52, 0.5, 700)) == id_ + 1
-            after = state_of(buffer)
-            assert state_of(second) == after
-            assert after[:-2] == (before + after[-2:])[-len(after) : -2]
+    with (
+        contextlib.closing(open_buffer(path, fs, **storage)) as buffer,
+        contextlib.closing(open_buffer(path, fs, **storage)) as second,
+    ):
+        fs.limit(None)
+        id_ = second.add(experience(51, 0.5, 700))
+        assert id_ > ids[-1]
+        assert buffer.add(experience(52, 0.5, 700)) == id_ + 1
+        after = state_of(buffer)
+        assert state_of(second) == after
+        assert after[:-2] == (before + after[-2:])[-len(after) : -2]
     with contextlib.closing(open_buffer(path, **storage)) as buffer:
         assert state_of(buffer) == after
     assert not [problem for problem in verify(path) if problem.damage]
