@@ -110,6 +110,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         self._fs = context.fs
         self._shared_words = context.words
         self._private_words: Words | None = None
+        self._stage_size = 0  # 0: look
         self._writes = context.writable
         self.path = context.path / layout.DATA
         self.uuid = context.uuid
@@ -182,11 +183,11 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
     def create(self, lsn: int) -> None:
         self._refuse_to_replace()
         self.close()
-        self._private_words = None
+        self._private_words, self._stage_size = None, 0
         self.store = Store(self.path, self.uuid)
         salt = secrets.token_bytes(16)
         state = State(floor=lsn - 1, address=STAGE_HEADER_BYTES, generation=1)
-        header = StageHeader(self.uuid, salt, 1, 0, lsn - 1, self._stage_bytes())
+        header = StageHeader(self.uuid, salt, 1, 0, lsn - 1, self._configured_bytes())
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
             self._make_environment(temporary, salt, state, lsn)
@@ -265,8 +266,15 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
             finally:
                 self._fs.close(fd)
 
-    def _stage_bytes(self) -> int:
+    def _configured_bytes(self) -> int:
+        """Of a stage that is made now."""
         return (self._settings.stage_bytes + _PAGE - 1) // _PAGE * _PAGE
+
+    def _stage_bytes(self) -> int:
+        """Of the stage in use, for which another process may have been configured otherwise."""
+        if not self._stage_size:
+            self._stage_size = self.stage.size()
+        return self._stage_size
 
     def _set_words(self, header: StageHeader, last: int, stored: int) -> None:
         words = self.words
@@ -307,14 +315,20 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
                 with contextlib.suppress(OSError):  # room only
                     self._fs.unlink(self._folder / name)
         base = found.address - STAGE_HEADER_BYTES
-        size = self._stage_bytes()
+        size = self._configured_bytes()
         header = StageHeader(self.uuid, self.store.salt, generation, base, recovered_lsn, size)
         # An old stage counts for nothing from now on, whether the new one is on disk or not.
-        if found.stage is not None and self.stage.size() == size:
+        old_size = 0 if found.stage is None else self.stage.size()
+        if old_size != size:
+            try:
+                self.stage.make(header)
+            except StorageFull:  # the old one will do
+                if old_size <= STAGE_HEADER_BYTES:
+                    raise
+                header, size = header._replace(size=old_size), old_size
+        if old_size == size:
             self.stage.begin(header, durable=True)
-        else:
-            self.stage.make(header)
-        self._private_words = None
+        self._private_words, self._stage_size = None, 0
         self._set_words(header, recovered_lsn, recovered_lsn)
         self._environment().clear_dead_readers()
         self._room_until = 0
@@ -339,7 +353,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         store.put_state(txn, tables, state._replace(address=address, generation=generation))
 
     def attach(self) -> None:
-        self._private_words = None
+        self._private_words, self._stage_size = None, 0
         self._give_back()
         self._environment()
 
@@ -591,7 +605,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
 
     def needs_preparation(self) -> bool:
         # At "os" nobody syncs: without this an append would have to wait for LMDB now and then.
-        return self._undrained() > self._settings.stage_bytes // 2
+        return self._undrained() > self._stage_bytes() // 2
 
     def prepare(self) -> None:
         self._drain()

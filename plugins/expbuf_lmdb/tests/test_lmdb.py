@@ -426,6 +426,44 @@ def test_the_room_ahead_is_given_back(tmp_path: Path) -> None:
     core.reopen()
 
 
+def test_the_stage_keeps_its_size_whatever_who_joins_is_configured_for(tmp_path: Path) -> None:
+    core = Core(place(tmp_path)).create().extend(3)
+    stage = adapter_of(core).stage.path
+    size = stage.stat().st_size
+    joined = Core(place(tmp_path, stage_bytes=1 << 20), wrote=core.wrote)
+    joined.adapter.attach()
+    for _ in range(10):
+        joined.append(operation(joined.next_lsn, 2, row_bytes=3000))
+    assert stage.stat().st_size == size
+    joined.sync()
+    joined.adapter.close()
+    core = Core(core.place, core.adapter, joined.wrote)
+    core.extend(3)
+    core.follows()
+    core.reopen()
+
+
+@pytest.mark.parametrize("configured", [1 << 14, 1 << 20])
+def test_where_another_stage_has_no_room_the_old_one_will_do(
+    tmp_path: Path, configured: int
+) -> None:
+    fs = FaultyFileSystem()
+    core = Core(place(tmp_path, stage_bytes=1 << 15)).create().extend(5)
+    stage = adapter_of(core).stage.path
+    core.adapter.close()
+    other = Place(tmp_path, "lmdb", {**SMALL, "stage_bytes": configured}, fs=fs)
+    core = Core(other, wrote=core.wrote)
+    fs.limit(0)
+    core = core.reopen()
+    assert stage.stat().st_size == 1 << 15
+    core.extend(20)
+    core.follows()
+    fs.limit(None)
+    core = core.reopen()
+    assert stage.stat().st_size == configured
+    core.extend(3).reopen()
+
+
 # ---------------------------------------------------------------- failing and dying
 
 
