@@ -405,14 +405,25 @@ class CommitLog:
         """
         words = self._control.words
         count = sum(len(entry.draft.content_crcs) for entry in entries)
-        next_id, next_lsn = words[c.NEXT_ID] + count, words[c.NEXT_LSN] + len(entries) + 1
-        if next_id <= words[c.RESERVED_ID] and next_lsn <= words[c.RESERVED_LSN]:
-            return
-        limit_id, limit_lsn = next_id + RESERVATION, next_lsn + RESERVATION
-        entry = _Entry(Draft(codec.encode_reserve(limit_id, limit_lsn), weight=0), [])
-        self._write([entry])
-        self._flush_lock.run(self._sync_to, entry.lsn)
-        words[c.RESERVED_ID], words[c.RESERVED_LSN] = limit_id, limit_lsn
+        while True:
+            next_id, next_lsn = words[c.NEXT_ID] + count, words[c.NEXT_LSN] + len(entries) + 1
+            if next_id <= words[c.RESERVED_ID] and next_lsn <= words[c.RESERVED_LSN]:
+                return
+            limit_id, limit_lsn = next_id + RESERVATION, next_lsn + RESERVATION
+            entry = _Entry(Draft(codec.encode_reserve(limit_id, limit_lsn), weight=0), [])
+            self._write([entry])
+            if self._flush_lock.run(self._sync_whole_log, entry.lsn):
+                words[c.RESERVED_ID], words[c.RESERVED_LSN] = limit_id, limit_lsn
+                return
+
+    def _sync_whole_log(self, lsn: int) -> bool:
+        """Sync, or give the log up if nobody can tell what it holds (both locks held)."""
+        words = self._control.words
+        if words[c.FLUSHING] or words[c.FLUSH_FAILED]:  # since this append looked
+            self._retire()
+            return False
+        self._sync_to(lsn)
+        return True
 
     # ------------------------------------------------------------ flush
 

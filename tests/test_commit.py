@@ -262,6 +262,41 @@ def test_what_was_published_before_its_sync_failed_stays(scene: Scene, durabilit
     check(scene.open(), list(range(7)))
 
 
+@pytest.mark.parametrize("durability", ["group", "os"])
+@pytest.mark.parametrize("died", [False, True])
+def test_a_reservation_makes_nothing_durable_that_a_flush_lost(
+    scene: Scene, durability: str, died: bool
+) -> None:
+    """The flush fails between the first look of an append and the sync of its reservation."""
+    buffer = scene.open(durability=durability, group_interval_ms=5000.0)
+    add(buffer, range(3))
+    buffer.sync()
+    add(buffer, range(3, 6))
+    log, words = buffer._session.commit_log, buffer._session.control.words
+    look = log._retire_if_broken
+
+    def look_too_early() -> None:
+        look()
+        log._retire_if_broken = look  # type: ignore[method-assign]
+        if died:
+            words[c.FLUSHING] = 1
+            return
+        scene.fs.fail_sync(drop=False)  # that these pages are clean now, is a lie
+        with pytest.raises(StorageError):
+            buffer.sync()
+
+    log._retire_if_broken = look_too_early  # type: ignore[method-assign]
+    words[c.RESERVED_ID] = 0
+    buffer.add(experience(6))
+    assert buffer.stats()["log_retirements"] == 1
+    assert words[c.RESERVED_ID] > words[c.NEXT_ID]
+    assert buffer.sync() >= buffer.lsn
+    check(buffer, list(range(7)))
+    check(scene.open(FileSystem()), list(range(7)))
+    scene.close()
+    check(scene.open(), list(range(7)))
+
+
 def test_sync_after_a_failed_sync(scene: Scene) -> None:
     buffer = scene.open()
     add(buffer, range(2))
