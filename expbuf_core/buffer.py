@@ -381,8 +381,11 @@ class ExperienceBuffer:
         """Experiences, oldest first, as of the beginning; those evicted meanwhile are left out."""
         ids = self.ids()
         for start in range(0, len(ids), 256):
-            experiences = self._pinned(ids[start : start + 256], missing="skip")
-            yield from experiences
+            yield from self._read_on(ids[start : start + 256])
+
+    @_explained
+    def _read_on(self, ids: NDArray[np.int64]) -> Iterable[Experience]:
+        return self._pinned(ids, missing="skip")
 
     def __repr__(self) -> str:
         session = self._session
@@ -1136,7 +1139,8 @@ def _resolved(where: object) -> Path:
     """
     if not isinstance(where, str | os.PathLike | bytes) or not os.fspath(where):
         raise ConfigError(f"path = {where!r}: must be the path of a folder", key="path")
-    path = os.path.abspath(os.fsdecode(where))
+    with storage_errors("open", os.fsdecode(where)):
+        path = os.path.abspath(os.fsdecode(where))  # needs the working directory to be there
     if "\0" in path:
         raise ConfigError(f"path = {where!r}: must not contain NUL", key="path")
     with storage_errors("open", Path(path)), contextlib.suppress(FileNotFoundError):

@@ -347,8 +347,7 @@ class CommitLog:
                     except StorageError as exc:
                         entry.error = exc
         elif self._durability == "group":
-            self._start_flusher()
-            self._dirty.set()
+            self._flush_later()
 
     def _write(self, entries: list[_Entry]) -> None:
         """Number, stamp and append (append lock held)."""
@@ -579,6 +578,18 @@ class CommitLog:
         return int(self._control.words[c.APPENDED])
 
     # ------------------------------------------------------------ group mode
+
+    def _flush_later(self) -> None:
+        """Within the interval; at once where the system gives no thread for that."""
+        try:
+            self._start_flusher()
+        except RuntimeError:
+            try:
+                self.sync()
+            except StorageError as exc:
+                self.flush_error = str(exc)
+        else:
+            self._dirty.set()
 
     def _start_flusher(self) -> None:
         if self._flusher is None or not self._flusher.is_alive():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -63,17 +64,31 @@ class storage_errors:
         raise error from exc
 
 
+def open_for_good(path: str | os.PathLike[str], flags: int) -> int:
+    """`os.open` of what stays open, never as a standard stream.
+
+    A program that has closed its standard output goes on printing: not into a log.
+    """
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    if fd > 2:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
+
+
 class FileSystem:
     """The real file system. A test subclasses it to record writes, or to make them fail."""
 
     def open(self, path: Path, *, create: bool = False, exclusive: bool = False) -> int:
         """Open for reading and writing."""
-        flags = os.O_RDWR | os.O_CLOEXEC
+        flags = os.O_RDWR
         if create or exclusive:
             flags |= os.O_CREAT
         if exclusive:
             flags |= os.O_EXCL
-        return os.open(path, flags, 0o666)
+        return open_for_good(path, flags)
 
     def close(self, fd: int) -> None:
         """Close what `open` returned."""

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from expbuf_core.errors import BufferClosed, LockTimeout, ReentrantCall
-from expbuf_core.filesystem import storage_errors
+from expbuf_core.filesystem import open_for_good, storage_errors
 
 # struct flock on 64-bit Linux and (reordered) macOS; only read to name the holder of a lock.
 _FLOCK = struct.Struct("hhqqi4x")
@@ -38,7 +38,7 @@ class _LockFile:
 
     def __init__(self, path: Path, *, writable: bool) -> None:
         flags = (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY
-        self.fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        self.fd = open_for_good(path, flags)
         self.path = path
         self.mutex: Any = threading.RLock()  # knows its owner; never entered twice
         self.running = False  # by `run`

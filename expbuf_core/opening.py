@@ -28,7 +28,7 @@ from expbuf_core.errors import (
     StorageError,
 )
 from expbuf_core.filesystem import storage_errors
-from expbuf_core.locks import OpenLock, ProcessLock, ThreadLock, opener
+from expbuf_core.locks import OpenLock, ThreadLock, opener
 from expbuf_core.recovery import Loaded, RecoveryReport
 from expbuf_core.replica import Replica
 
@@ -54,8 +54,7 @@ def open_session(session: Session) -> RecoveryReport:
         else:
             loaded, first, clean = _to_write(session, session.path)
     except BaseException:
-        if not session.closed:
-            session.let_go()
+        session.give_up()
         raise
     state = session.replica.state
     return RecoveryReport(
@@ -185,12 +184,11 @@ def _to_write(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
     locks = path / folder.LOCKS
     with storage_errors("create", locks):
         session.fs.mkdir(locks)
-    timeout = session.config.lock_timeout_s
-    session.opening_lock = ProcessLock(locks / "opening", timeout)
-    session.maintenance = ProcessLock(locks / "maintenance", timeout)
-    session.builder_lock = ProcessLock(locks / "builder", timeout)
+    session.opening_lock = session.lock_file("opening")
+    session.maintenance = session.lock_file("maintenance")
+    session.builder_lock = session.lock_file("builder")
     open_lock = session.open_lock = OpenLock(locks / "open")
-    session.locks = [session.opening_lock, session.maintenance, session.builder_lock, open_lock]
+    session.locks.append(open_lock)
     with session.opening_lock:
         first = open_lock.is_first()
         try:
@@ -225,10 +223,7 @@ def _enter(session: Session, path: Path, first: bool) -> tuple[Loaded, bool]:
     identity = folder.read_identity(path)
     if identity is not None and session.mode == "x":
         raise StorageError(f"{path} holds a buffer already; mode 'x' creates a new one")
-    timeout = session.config.lock_timeout_s
-    append_lock = ProcessLock(path / folder.LOCKS / "append", timeout)
-    flush_lock = ProcessLock(path / folder.LOCKS / "flush", timeout)
-    session.locks += [append_lock, flush_lock]
+    append_lock, flush_lock = session.lock_file("append"), session.lock_file("flush")
     if identity is None:
         folder.check_new(path)
         session.uuid, backend = folder.new_uuid(), session.config.persistence.backend
@@ -409,7 +404,8 @@ def _unless_overtaken(session: Session, page: Control | None) -> Iterator[None]:
 
 def _has_writer(path: Path) -> bool:
     lock = path / folder.LOCKS / "open"
-    return lock.exists() and opener(lock) is not None
+    with storage_errors("look at", lock):
+        return lock.exists() and opener(lock) is not None
 
 
 def _live_control(path: Path, timeout_s: float) -> Control | None:

@@ -36,6 +36,7 @@ _MAGIC = b"EXPBUFV1"
 _HEADER = struct.Struct("<8sQQ16s")  # magic, rows, dim, uuid
 _PAGE = 4096
 _SKETCHED = 20_000  # rows; an index over more is faster than bounds for all of them
+_WORTH_A_THREAD = 4 << 20  # bytes of vectors
 VERSION = 1
 
 
@@ -324,7 +325,7 @@ def open_segment(
     vectors_file = vectors_path(home, info.name)
     index_file = index_path(home, info.name, info.backend)
     expected = info.vectors_bytes, info.vectors_crc
-    if hurry and verifies:
+    if hurry and verifies and info.vectors_bytes >= _WORTH_A_THREAD:
         # Each reads as much as the other.
         with ThreadPoolExecutor(1, "expbuf-verify") as other:
             verifying = other.submit(_verify, vectors_file, *expected)

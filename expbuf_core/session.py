@@ -166,6 +166,13 @@ class Session:
 
     # ------------------------------------------------------------ the folder's identity
 
+    def lock_file(self, name: str) -> ProcessLock:
+        """The folder's lock of that name, which is let go of with the session."""
+        assert self.path is not None
+        lock = ProcessLock(self.path / folder.LOCKS / name, self.config.lock_timeout_s)
+        self.locks.append(lock)
+        return lock
+
     def map_control(self, path: Path) -> None:
         """Map the control page, and remember which file it is."""
         self.control = Control.map(path / folder.CONTROL, writable=True)
@@ -369,9 +376,7 @@ class Session:
             if self.path is None:
                 self._representation_lock = ThreadLock(timeout)
             else:
-                lock = ProcessLock(self.path / folder.LOCKS / "representation", timeout)
-                self._representation_lock = lock
-                self.locks.append(lock)
+                self._representation_lock = self.lock_file("representation")
         return self._representation_lock
 
     def _settle_representation(self) -> None:
@@ -587,6 +592,16 @@ class Session:
                 self.replica = self.commit_log = cast(Any, _LetGo())
                 self.prepared = None
                 self.upkeep.let_go()
+
+    def give_up(self) -> None:
+        """Give back what an opening that failed has taken."""
+        if not self.closed:
+            self.closed = True
+            try:
+                if hasattr(self, "adapter"):
+                    self.adapter.close()
+            finally:
+                self.let_go()
 
     def let_go(self) -> None:
         """Close lock files and the control page."""

@@ -125,6 +125,20 @@ def test_it_is_a_module_too(buffer: Path) -> None:
     assert "experiences" in done.stdout
 
 
+def test_a_terminal_that_knows_fewer_letters_than_a_name_has(tmp_path: Path) -> None:
+    folder = tmp_path / "Gedächtnis"
+    ExperienceBuffer.open(folder).close()
+    for command in ("doctor", "info", "verify"):
+        done = subprocess.run(
+            [sys.executable, "-m", "expbuf_core", command, str(folder)],
+            capture_output=True,
+            check=False,
+            env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+        )
+        assert b"Traceback" not in done.stderr
+        assert done.returncode == 0, done.stderr
+
+
 def in_terminal(*arguments: object, columns: int = 80) -> str:
     """What a command shows in a terminal, without colours."""
     command = [sys.executable, "-m", "expbuf_core", *map(str, arguments)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -42,6 +43,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. Without arguments: those of this process, which is for that."""
+    if arguments is None:
+        for stream in (sys.stdout, sys.stderr):  # a terminal may not know all that a name holds
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
     options.own_process = arguments is None
     run: Callable[[argparse.Namespace], int] = options.run

@@ -163,6 +163,19 @@ def test_nothing_is_written_into_a_folder_that_took_its_place(folder: Path, back
         assert len(back) == 30
 
 
+def test_going_through_a_folder_that_was_replaced_says_so(folder: Path) -> None:
+    with open_small(folder) as buffer:
+        buffer.add_many([experience(n) for n in range(30)])
+    buffer = ExperienceBuffer.open(folder, mode="r")
+    going = iter(buffer)
+    shutil.rmtree(folder)
+    with open_small(folder) as other:
+        other.add_many([experience(n) for n in range(40)])
+        with pytest.raises(BufferReplaced, match="open the buffer again"):
+            next(going)
+    buffer.close()
+
+
 @pytest.mark.parametrize("mode", ["a", "r"])
 def test_reading_from_a_folder_that_is_gone_says_so(folder: Path, mode: str) -> None:
     with open_small(folder) as buffer:

@@ -6,6 +6,7 @@ import enum
 import math
 import os
 import shutil
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,28 @@ from module_helpers import (
 )
 
 from expbuf_core import CorruptionError, ExperienceBuffer
+from expbuf_core import control as c
 from expbuf_core.verification import verify
 
 # ---------------------------------------------------------------- killed, and opened again
+
+
+def test_group_without_a_thread_for_it_syncs_at_once(
+    open_buffer: OpenBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    buffer = open_buffer(durability="group", group_interval_ms=60_000.0)
+    words = buffer._session.control.words
+    for n in range(3):
+        buffer.add(experience(n))
+        assert words[c.DURABLE] == words[c.APPENDED]
+    monkeypatch.undo()
+    buffer.add(experience(3))
+    assert words[c.DURABLE] < words[c.APPENDED]
+    assert answers(buffer) == expected(range(4))
 
 
 @pytest.mark.parametrize("durability", ["sync", "group", "os"])

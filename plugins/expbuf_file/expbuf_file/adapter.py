@@ -211,6 +211,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
         current = self._writable
         if current is None or current.number != number:
             self._release()
+            self._logs.let_go_of_deleted()
             data = self._logs.open(layout.DATA, number)
             index = self._logs.open(layout.INDEX, number)
             with storage_errors("open", data.path):
@@ -516,7 +517,9 @@ class FilePersistenceAdapter(PersistenceAdapter):
     # ------------------------------------------------------------ reading
 
     def follow(self, after_lsn: int) -> LogFollower:
-        return FileFollower(self._folder, self._uuid, after_lsn, self._start_of(after_lsn))
+        files = self._start_of(after_lsn)
+        moved = self._logs.let_go_of_deleted
+        return FileFollower(self._folder, self._uuid, after_lsn, files, moved)
 
     def _start_of(self, after_lsn: int) -> list[Part]:
         """Files to follow from `after_lsn` on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,13 +58,22 @@ class FileFollower(LogFollower):
         uuid: Of the buffer.
         after_lsn: Operations up to here are known.
         files: Files to read, oldest first.
+        moved: Called when it goes on to another file.
     """
 
-    def __init__(self, folder: Path, uuid: bytes, after_lsn: int, files: list[Part]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        uuid: bytes,
+        after_lsn: int,
+        files: list[Part],
+        moved: Callable[[], None],
+    ) -> None:
         self._folder = folder
         self._uuid = uuid
         self._lsn = after_lsn
         self._files = files
+        self._moved = moved
         self._file: LogFile | None = None
         self._offset = layout.HEADER_BYTES
 
@@ -126,6 +135,7 @@ class FileFollower(LogFollower):
         return self._advance(0)
 
     def _open(self) -> LogFile:
+        self._moved()
         number = self._files[0].number
         for log in (layout.INDEX, layout.DATA):
             try:

@@ -14,7 +14,7 @@ from expbuf_core import frames
 from expbuf_core.contracts import LoggedOperation, LoggedRun
 from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError
-from expbuf_core.filesystem import storage_errors
+from expbuf_core.filesystem import open_for_good, storage_errors
 from expbuf_file import layout
 
 _FIRST_WINDOW = 1 << 14
@@ -65,7 +65,7 @@ class LogFile:
     ) -> None:
         self.path = layout.path_of(folder, log, number)
         self.number = number
-        self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = open_for_good(self.path, os.O_RDONLY)
         # Given: the stored one is damaged.
         self.header = header or layout.read_header(self.fd, self.path, uuid)
         self.salt_crc = crc32(self.header.salt)

@@ -188,6 +188,15 @@ class LogFolder:
                 held = self._held = Held(files, known)
         return held
 
+    def let_go_of_deleted(self) -> None:
+        """Close what another process has deleted: open, it would keep its room on the disk."""
+        with self._files_mutex:
+            gone = [key for key, file in self._files.items() if not os.fstat(file.fd).st_nlink]
+            for key in gone:
+                del self._files[key]
+            if gone:
+                self._held = None
+
     def _forget(self, log: str, number: int) -> None:
         with self._files_mutex:
             self._files.pop((log, number), None)

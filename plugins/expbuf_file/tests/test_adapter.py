@@ -770,3 +770,33 @@ def test_rows_that_come_from_the_disk_are_announced(
         assert len(announced) == 40 - 8
         assert buffer.get(3).v_embed is not None
         assert len(announced) == 40 - 8, "a single one has nothing to announce"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@pytest.mark.parametrize("mode", ["r", "a"])
+def test_what_another_process_deletes_gives_its_room_back(tmp_path: Path, mode: str) -> None:
+    """A process that reads, or writes now and then, keeps no logs that are gone."""
+    path = tmp_path / "memory"
+    sizes = {"file": {"initial_bytes": 1 << 14, "segment_bytes": 1 << 14}}
+    config = {"max_size": 20, "index": {"builder": "off"}, "persistence": sizes}
+
+    def deleted() -> int:
+        found = 0
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                name = os.readlink(f"/proc/self/fd/{fd}")
+                found += name.startswith(f"{path}/experience_data") and "(deleted)" in name
+        return found
+
+    columns = {"v_embed": np.ones((20, 4), np.float32), "answer": ["x" * 500] * 20}
+    with ExperienceBuffer.open(path, config=config) as writer:
+        writer.add_many(columns)
+        with ExperienceBuffer.open(path, mode=mode, config=config) as other:
+            for turn in range(20):
+                writer.add_many(columns)
+                assert len(other.sample(20, uniform=True).experiences) == 20
+                if mode == "a" and turn % 2:
+                    other.add_many(columns)
+                writer.save_snapshot()
+                assert deleted() <= 8
+            assert len(list(path.glob("experience_data.*"))) < 8
