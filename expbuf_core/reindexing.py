@@ -313,22 +313,27 @@ class _Change:
 
     # ------------------------------------------------------------ rows with new embeddings
 
-    def _without_embedding(self) -> NDArray[np.int64]:
-        """Live ids that the new representation has no embeddings for."""
+    def _without_embedding(self) -> tuple[NDArray[np.int64], int]:
+        """Live ids that the new representation has no embeddings for, and the id that is next."""
         with self.session.replica.lock:
             state = self.session.replica.state
             ids, pending = state.live_ids(), state.reembedded
-            if pending is None or pending.representation != self.number:
-                return ids
-            return ids[~np.isin(ids, pending.columns()["id"], assume_unique=True)]
+            if pending is not None and pending.representation == self.number:
+                ids = ids[~np.isin(ids, pending.columns()["id"], assume_unique=True)]
+            return ids, state.next_id
 
-    def _embed(self) -> None:
-        """Log rows with new embeddings for all that have none."""
+    def _embed(self) -> int:
+        """Log rows with new embeddings for all that have none.
+
+        Returns:
+            The id that was next when it was seen what has none: experiences from there on have
+            come since, and are not embedded.
+        """
         embedding, session = self.embedding, self.session
         assert embedding is not None
         if self._dims is None:
             self._dims = self._dims_so_far()
-        missing = self._without_embedding()
+        missing, next_id = self._without_embedding()
         total = session.replica.state.count
         done = total - len(missing)
         for start in range(0, len(missing), embedding.batch_size):
@@ -340,6 +345,7 @@ class _Change:
                 self._log(chosen, v, q)
             done += embedding.batch_size
             self._progress("embed", min(done, total), total)
+        return next_id
 
     def _dims_so_far(self) -> tuple[int, int] | None:
         """Dimensions of what an interrupted call has embedded."""
@@ -473,7 +479,7 @@ class _Change:
                 state = session.replica.state
                 lsn, next_id, live = state.lsn, state.next_id, state.live_ids()
             if self.embedding is not None:
-                next_id = min([next_id, *self._without_embedding()[:1].tolist()])
+                next_id = min([next_id, *self._without_embedding()[0][:1].tolist()])
             new = live[(live >= end) & (live < next_id)]
             if len(new) <= (_FEW if done else 0):
                 break
@@ -597,14 +603,15 @@ class _Change:
             for _ in range(_TRIES):
                 session.commit_log.sync()
                 session.refresh()
-                settings = self._last_settings()
+                condition = {}
                 if self.embedding is not None:
-                    self._embed()
-                    if self._dims is None:
+                    # An add that had looked before the word was set may still come, now or behind
+                    # the last rows. Then the settings do nothing, and it is embedded as well.
+                    condition = {"if_next_id": self._embed()}
+                    if self._dims is None:  # there is nothing to be embedded
                         words[c.REPRESENTATION] = session.replica.state.representation
                         return session.replica.state.lsn
-                    # An add that had looked before the word was set may still come in between.
-                    settings["if_next_id"] = session.replica.state.next_id
+                settings = {**self._last_settings(), **condition}
                 lsn, _, _ = session.commit(Draft(codec.encode_settings(settings), weight=0))
                 if session.replica.state.representation == self.number:
                     words[c.REPRESENTATION] = self.number

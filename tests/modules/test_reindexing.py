@@ -294,6 +294,64 @@ def test_an_add_that_was_overtaken_is_made_again(open_buffer: OpenBuffer, folder
         assert finds(again, 10)
 
 
+@pytest.mark.parametrize("dim", [DIM, NEW_DIM])
+@pytest.mark.parametrize("durability", ["sync", "os"])
+def test_an_add_that_lands_while_the_last_are_embedded(
+    open_buffer: OpenBuffer, monkeypatch: pytest.MonkeyPatch, dim: int, durability: str
+) -> None:
+    """It had looked before adds had to wait: it is neither embedded yet nor refused."""
+    buffer, other = open_buffer(durability=durability), open_buffer(durability=durability)
+    buffer.add_many(columns(range(10)))
+    session, switch = other._live(), reindexing._Change._switch
+    intake = session.intake()
+    assert intake is not None
+    late = [intake.one(experience(serial), None) for serial in (12, 11)]
+
+    def behind_an_add(change: Any) -> int:
+        other.add(experience(10))  # something is left to be embedded
+        return switch(change)
+
+    def landing(items: Sequence[Experience]) -> dict[str, Any]:
+        if late and session.control.words[c.REPRESENTATION] & CHANGING:
+            session.commit_log.commit(late.pop())
+        return {part: [made(item, dim) for item in items] for part in ("v_embed", "q_embed")}
+
+    def made(item: Experience, dim: int) -> NDArray[np.float32]:
+        return vector(serial_of(item) + 2_000_000, dim)
+
+    monkeypatch.setattr(reindexing._Change, "_switch", behind_an_add)
+    assert buffer.reembed(landing).experiences == 13
+    assert not late
+    buffer.close()
+    for each in (other, open_buffer(mode="r")):
+        assert [serial_of(item) for item in each] == [*range(13)]
+        assert all(np.array_equal(item.v_embed, made(item, dim)) for item in each)
+        v = vector(2_000_012, dim)
+        assert each.search_index(v_embed=v, q_embed=v, k=1)[0].id == 12
+
+
+def test_what_comes_into_an_empty_buffer_before_the_change_counts(
+    open_buffer: OpenBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was nothing to learn the new dimensions from until adds had to wait."""
+    buffer, other = open_buffer(), open_buffer()
+    buffer.add(experience(0))
+    buffer.clear()
+    switch = reindexing._Change._switch
+
+    def behind_an_add(change: Any) -> int:
+        other.add(experience(1))
+        return switch(change)
+
+    monkeypatch.setattr(reindexing._Change, "_switch", behind_an_add)
+    assert buffer.reembed(embed).representation == 1
+    for each in (buffer, other):
+        assert each.stats()["settings"]["v_dim"] == NEW_DIM
+        assert finds_renewed(each, 1)
+    buffer.add(renewed(2))
+    assert finds_renewed(other, 2)
+
+
 def test_a_change_that_died_holds_nobody_up(open_buffer: OpenBuffer) -> None:
     buffer = open_buffer()
     buffer.add_many(columns(range(3)))
