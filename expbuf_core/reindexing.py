@@ -36,7 +36,6 @@ from expbuf_core.errors import ConfigError, CorruptionError, InvalidExperience, 
 from expbuf_core.experience import Experience
 from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_core.intake import as_vectors, fuse
-from expbuf_core.locks import ProcessLock, ThreadLock
 from expbuf_core.plugins import PluginRegistry, default_registry
 from expbuf_core.results import PinnedExperiences
 from expbuf_core.segments import Manifest, SegmentInfo
@@ -111,9 +110,10 @@ def reindex(
     if folder.read_identity(place) is None:
         raise folder.no_buffer(place)
     with _opened(place, wanted, registry, filesystem or FileSystem()) as session:
-        settings = _wanted_settings(session, wanted)
-        if settings != session.replica.state.settings:
-            return _Change(session, progress).to(settings)
+        with _alone(session):
+            settings = _wanted_settings(session, wanted)
+            if settings != session.replica.state.settings:
+                return _Change(session, progress).to(settings)
         return _rebuilt(session)
 
 
@@ -126,9 +126,19 @@ def reembed(
     progress: Progress | None,
 ) -> ReindexReport:
     """Replace the embeddings of all experiences; see `ExperienceBuffer.reembed`."""
-    return _Change(session, progress, _Embedding(embed, batch_size, name)).to(
-        session.replica.state.settings
-    )
+    with _alone(session):
+        change = _Change(session, progress, _Embedding(embed, batch_size, name))
+        return change.to(session.replica.state.settings)
+
+
+@contextlib.contextmanager
+def _alone(session: Session) -> Iterator[None]:
+    """Exclude other changes; inside, all is seen that those before have made of the buffer."""
+    lock = session.change_lock()
+    with contextlib.closing(lock), lock:
+        session.commit_log.sync()  # one may have died before it published its settings
+        session.refresh()
+        yield
 
 
 # ---------------------------------------------------------------- what is wanted
@@ -243,7 +253,10 @@ class _Embedding(NamedTuple):
 
 
 class _Change:
-    """One change of the representation of a buffer that this session has open for writing."""
+    """One change of the representation of a buffer that this session has open for writing.
+
+    It is the only one from its beginning to its end, see `_alone`.
+    """
 
     def __init__(
         self, session: Session, progress: Progress | None, embedding: _Embedding | None = None
@@ -257,26 +270,14 @@ class _Change:
     def to(self, settings: Mapping[str, Any]) -> ReindexReport:
         """Make it, to these settings; their representation is chosen here."""
         session = self.session
-        with contextlib.ExitStack() as held:
-            lock = self._lock()
-            held.callback(lock.close)
-            held.enter_context(lock)
-            session.refresh()
-            self.settings = dict(settings)
-            self.settings["representation"] = self._number()
-            if session.intake() is not None:
-                self._make()
-            lsn = self._switch()
-            self._clear_away()
+        self.settings = dict(settings)
+        self.settings["representation"] = self._number()
+        if session.intake() is not None:
+            self._make()
+        lsn = self._switch()
+        self._clear_away()
         state = session.replica.state
         return ReindexReport(session.path, state.representation, state.count, self._resumed, lsn)
-
-    def _lock(self) -> Lock:
-        """Excludes other changes."""
-        path, timeout = self.session.path, self.session.config.lock_timeout_s
-        if path is None:
-            return ThreadLock(timeout)
-        return ProcessLock(path / folder.LOCKS / "reindex", timeout)
 
     def _number(self) -> int:
         """Number of the new representation; an interrupted call's, if this one goes on with it."""

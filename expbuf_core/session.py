@@ -116,7 +116,10 @@ class Session:
         self.watched: Control | None = None
         self.adapter_words: memoryview | None = None  # a part of the control page's words
         self._intake: Intake | None = None
-        self._representation_lock: Lock | None = None
+        # In memory only threads can meet, and they have to meet at one lock.
+        in_memory, timeout = path is None, config.lock_timeout_s
+        self._representation_lock: Lock | None = ThreadLock(timeout) if in_memory else None
+        self._change_lock = ThreadLock(timeout)
         self.prepared: Prepared | None = None
         self.any_fusion = False  # opened to change it
         self._control_path = "" if path is None else str(path / folder.CONTROL)
@@ -369,14 +372,16 @@ class Session:
 
     # ------------------------------------------------------------ representation
 
+    def change_lock(self) -> Lock:
+        """Held by whoever makes a change of the representation; to be closed."""
+        if self.path is None:
+            return self._change_lock
+        return ProcessLock(self.path / folder.LOCKS / "reindex", self.config.lock_timeout_s)
+
     def representation_lock(self) -> Lock:
-        """Held while the representation is being changed; adds wait for it meanwhile."""
+        """Held while a change comes to count; adds wait for it meanwhile."""
         if self._representation_lock is None:
-            timeout = self.config.lock_timeout_s
-            if self.path is None:
-                self._representation_lock = ThreadLock(timeout)
-            else:
-                self._representation_lock = self.lock_file("representation")
+            self._representation_lock = self.lock_file("representation")
         return self._representation_lock
 
     def _settle_representation(self) -> None:

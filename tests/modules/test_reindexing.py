@@ -27,8 +27,9 @@ from module_helpers import (
 )
 from numpy.typing import NDArray
 
-from expbuf_core import Experience, ExperienceBuffer, indexing, reindexing, segments
+from expbuf_core import Experience, ExperienceBuffer, codec, indexing, reindexing, segments
 from expbuf_core import control as c
+from expbuf_core.commit import Draft
 from expbuf_core.errors import (
     ConfigError,
     DimensionError,
@@ -37,6 +38,7 @@ from expbuf_core.errors import (
     StorageError,
 )
 from expbuf_core.filesystem import FileSystem
+from expbuf_core.locks import ProcessLock
 from expbuf_core.reindexing import reindex
 from expbuf_core.repair import repair
 from expbuf_core.session import CHANGING, Outdated
@@ -387,6 +389,84 @@ def test_one_change_at_a_time(open_buffer: OpenBuffer, folder: Path) -> None:
 
     buffer.reembed(meanwhile)
     assert finds_renewed(buffer, 1)
+
+
+@pytest.mark.parametrize("second", ["fusion", "metric", "reembed"])
+@pytest.mark.parametrize("first", ["metric", "reembed"])
+def test_a_change_that_waited_keeps_what_the_other_made(
+    open_buffer: OpenBuffer,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: str,
+    second: str,
+) -> None:
+    """It was asked for before the other began to count, and finds another buffer then."""
+    buffer, other = open_buffer(), open_buffer()
+    buffer.add_many(columns(range(8)))
+    changes: dict[str, Any] = {
+        "metric": lambda: reindex(folder, config=CONFIG, **{"embedding.metric": "l2"}),
+        "fusion": lambda: reindex(folder, config=CONFIG, fusion="weighted_concat"),
+        "reembed": lambda: other.reembed(embed, name="model"),
+    }
+    lock, waited = ProcessLock.acquire, []
+
+    def behind_the_first(self: ProcessLock, timeout_s: float | None = None) -> None:
+        if self._file.path.name == "reindex" and not waited:
+            waited.append(self)
+            changes[first]()
+        lock(self, timeout_s)
+
+    monkeypatch.setattr(ProcessLock, "acquire", behind_the_first)
+    changes[second]()
+    settings = buffer.stats()["settings"]
+    assert settings["representation"] == (1 if first == second == "metric" else 2)
+    assert settings["metric"] == ("l2" if "metric" in (first, second) else "cosine")
+    assert (settings["fusion"]["name"] == "weighted_concat") == (second == "fusion")
+    assert settings["v_dim"] == (NEW_DIM if "reembed" in (first, second) else DIM)
+    finding = finds_renewed if "reembed" in (first, second) else finds
+    assert all(finding(buffer, serial) for serial in range(8))
+
+
+def test_a_change_behind_one_that_died_unpublished(
+    open_buffer: OpenBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its settings are in the log, and nobody has seen them: their number is taken all the same."""
+    buffer, other = open_buffer(), open_buffer()
+    buffer.add_many(columns(range(4)))
+    log, settings = buffer._live().commit_log, buffer.stats()["settings"]
+    changed = codec.encode_settings({**settings, "metric": "l2", "representation": 1})
+
+    def dying(entries: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(log, "_finish", dying)
+    with pytest.raises(Stopped):
+        log.commit(Draft(changed, weight=0))
+    assert other.reembed(embed).representation == 2
+    assert other.stats()["settings"]["metric"] == "l2"
+    assert all(finds_renewed(other, serial) for serial in range(4))
+
+
+def test_one_change_of_threads_at_a_time(open_buffer: Any) -> None:
+    """Also where there is no folder."""
+    buffer = open_buffer.memory(lock_timeout_s=0.01)
+    buffer.add_many(columns(range(4)))
+    errors: list[BaseException] = []
+
+    def too() -> None:
+        try:
+            buffer.reembed(embed, name="another")
+        except LockTimeout as exc:
+            errors.append(exc)
+
+    def meanwhile(items: Sequence[Experience]) -> dict[str, Any]:
+        thread = threading.Thread(target=too)
+        thread.start()
+        thread.join()
+        return embed(items)
+
+    assert buffer.reembed(meanwhile).representation == 1
+    assert len(errors) == 1
 
 
 def test_it_is_opened_before_it_counts(
