@@ -484,17 +484,19 @@ class _Change:
             new = live[(live >= end) & (live < next_id)]
             if len(new) <= (_FEW if done else 0):
                 break
-            done.append(self._segment(home, choice, new, end, next_id, len(done)))
-            session.commit_log.sync()  # nothing derived is ahead of the log
-            manifest = Manifest(
-                lsn=lsn,
-                generation=len(done),
-                dim=self.dim,
-                metric=str(self.settings["metric"]),
-                representation=wanted,
-                segments=tuple(done),
-            )
-            segments.write_manifest(home, manifest, fs)
+            made = self._segment(home, choice, new, end, next_id, len(done))
+            if made is not None:
+                done.append(made)
+                session.commit_log.sync()  # nothing derived is ahead of the log
+                manifest = Manifest(
+                    lsn=lsn,
+                    generation=len(done),
+                    dim=self.dim,
+                    metric=str(self.settings["metric"]),
+                    representation=wanted,
+                    segments=tuple(done),
+                )
+                segments.write_manifest(home, manifest, fs)
             _drop_parts(home, fs)
             if self.embedding is not None:
                 self._embed()
@@ -508,13 +510,15 @@ class _Change:
         first_id: int,
         end_id: int,
         number: int,
-    ) -> SegmentInfo:
-        """Fuse and index these ids, which lie in [first_id, end_id)."""
+    ) -> SegmentInfo | None:
+        """Fuse and index these ids, which lie in [first_id, end_id); None if all are gone."""
         parts = self._staged(home, ids, first_id)
         backend = choice.chosen()
         with self.session.replica.lock:
             live = self.session.replica.state.live_ids()
         kept = [np.isin(part_ids, live, assume_unique=True) for part_ids, _ in parts]
+        if not any(keep.any() for keep in kept):
+            return None
         self._progress("index", 0, 1)
         made = segments.write_segment(
             home,

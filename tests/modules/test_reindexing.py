@@ -17,6 +17,7 @@ from module_helpers import (
     DIM,
     OpenBuffer,
     Worker,
+    add_all,
     columns,
     contents,
     experience,
@@ -467,6 +468,32 @@ def test_one_change_of_threads_at_a_time(open_buffer: Any) -> None:
 
     assert buffer.reembed(meanwhile).representation == 1
     assert len(errors) == 1
+
+
+@pytest.mark.parametrize("step", ["fuse", "index"])
+@pytest.mark.parametrize("left", [0, 3])
+def test_all_that_was_chosen_goes_meanwhile(
+    open_buffer: OpenBuffer, folder: Path, step: str, left: int
+) -> None:
+    """Nothing is left to be indexed aside; what came instead, if anything, is."""
+    buffer, other = open_buffer(), open_buffer()
+    buffer.add_many(columns(range(5)))
+    steps: list[str] = []
+
+    def going(what: str, done: int, total: int) -> None:
+        if what == step and step not in steps:
+            other.clear()
+            add_all(other, range(5, 5 + left))
+            assert len(buffer) == left, "this thread sees it at once"
+        steps.append(what)
+
+    report = buffer.reembed(embed, progress=going)
+    assert step in steps
+    assert (report.representation, report.experiences) == (1, left)
+    assert all(finds_renewed(buffer, serial) for serial in range(5, 5 + left))
+    assert buffer.add(renewed(20)) == 5 + left
+    assert finds_renewed(other, 20)
+    assert not list((folder / segments.FOLDER).glob("*/part-*")), "parts of what is gone"
 
 
 def test_it_is_opened_before_it_counts(
