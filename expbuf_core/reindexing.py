@@ -350,13 +350,19 @@ class _Change:
 
     def _dims_so_far(self) -> tuple[int, int] | None:
         """Dimensions of what an interrupted call has embedded."""
-        with self.session.replica.lock:
-            pending = self.session.replica.state.reembedded
-            if pending is None or pending.representation != self.number:
+        while True:
+            with self.session.replica.lock:
+                state = self.session.replica.state
+                pending = state.reembedded
+                if pending is None or pending.representation != self.number:
+                    return None
+                ids = pending.columns()["id"]
+                ids = ids[state.find(ids) >= 0]
+            if not len(ids):
                 return None
-            ids = pending.columns()["id"]
-        _, v, q = self._parts(ids[:1])
-        return (v.shape[1], q.shape[1]) if len(v) else None
+            _, v, q = self._parts(ids[-1:])  # the newest, which is evicted last
+            if len(v):
+                return v.shape[1], q.shape[1]
 
     def _fits(self, v_dim: int, q_dim: int) -> None:
         """See that the buffer's fusion takes such embeddings, before any is logged."""

@@ -616,6 +616,39 @@ def test_an_interrupted_call_is_gone_on_with(
     assert all(finds_renewed(again, serial) for serial in rest)
 
 
+def test_gone_on_with_when_the_first_are_gone(open_buffer: OpenBuffer) -> None:
+    """All is embedded, and what the dimensions were learned from was evicted."""
+    buffer = open_buffer()
+    buffer.add_many(columns(range(20)))
+
+    def stop(step: str, done: int, total: int) -> None:
+        if step == "fuse":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        buffer.reembed(embed, progress=stop)
+    buffer.remove([0, 1])
+    seen: list[int] = []
+    report = buffer.reembed(stopping(0, seen))
+    assert (report.representation, report.resumed, seen) == (1, 20, [])
+    assert all(finds_renewed(buffer, serial) for serial in range(2, 20))
+
+
+def test_dimensions_must_agree_when_the_first_are_gone(open_buffer: OpenBuffer) -> None:
+    buffer = open_buffer()
+    buffer.add_many(columns(range(4)))
+    with pytest.raises(Stopped):
+        buffer.reembed(stopping(2, []), batch_size=2)
+    buffer.remove([0])
+
+    def of_others(items: Sequence[Experience]) -> dict[str, Any]:
+        return {part: np.ones((len(items), NEW_DIM + 1)) for part in ("v_embed", "q_embed")}
+
+    with pytest.raises(DimensionError):
+        buffer.reembed(of_others)
+    assert finds(buffer, 2), "what counts is what counted before"
+
+
 def test_another_model_begins_anew(open_buffer: OpenBuffer, folder: Path) -> None:
     buffer = open_buffer()
     buffer.add_many(columns(range(20)))
