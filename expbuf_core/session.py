@@ -400,7 +400,8 @@ class Session:
             raise Outdated
 
     def _check_overtaken(self, lsn: int) -> None:
-        self._settle_representation()
+        # It is published, and what stands before it in the log decides: nobody need be waited for.
+        self.refresh()
         with self.replica.lock:
             if lsn in self.replica.refused:  # for all whose additions it held
                 raise Outdated

@@ -379,6 +379,25 @@ def test_adds_wait_for_the_last_embeddings(open_buffer: OpenBuffer) -> None:
     assert done.is_set()
 
 
+def test_what_has_landed_does_not_wait(
+    open_buffer: OpenBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An add that is in the log when it sees that a change began is acknowledged, however long."""
+    buffer, other = open_buffer(), open_buffer()
+    buffer.add_many(columns(range(4)))
+    session = other._live()
+    commit = session.commit_log.commit
+
+    def beginning(work: Any) -> tuple[int, int]:
+        session.control.words[c.REPRESENTATION] |= CHANGING
+        return commit(work)
+
+    monkeypatch.setattr(session.commit_log, "commit", beginning)
+    with buffer._live().representation_lock():  # this thread cannot have it once more
+        assert other.add(experience(4)) == 4
+    assert finds(buffer, 4)
+
+
 def test_one_change_at_a_time(open_buffer: OpenBuffer, folder: Path) -> None:
     buffer = open_buffer()
     buffer.add_many(columns(range(4)))
