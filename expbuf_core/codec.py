@@ -395,6 +395,16 @@ def reembedded_row(row: Buffer, v: NDArray[np.float32], q: NDArray[np.float32]) 
     return bytearray().join((bytes(ROW_HEADER_BYTES), head, v.tobytes(), q.tobytes(), rest))
 
 
+def dimensions(row: Buffer) -> tuple[int, int]:
+    """(v_dim, q_dim) of a payload whose checksum has been verified.
+
+    Raises:
+        struct.error: It is shorter than its header.
+    """
+    _, _, v_dim, q_dim, _, _ = _CONTENT.unpack_from(row, ROW_HEADER_BYTES)
+    return v_dim, q_dim
+
+
 def decode_row(row: Buffer) -> DecodedRow:
     """Decode a payload whose checksum has been verified.
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core import checksums, codec, folder, frames, indexing, segments
+from expbuf_core import checksums, codec, folder, frames, indexing, payloads, segments
 from expbuf_core import control as c
 from expbuf_core.codec import ReembedBody
 from expbuf_core.commit import Draft, Lock
@@ -434,6 +434,7 @@ class _Change:
                 slots = state.find(ids)
                 ids, slots = ids[slots >= 0], slots[slots >= 0]
                 places, lengths = state.location[slots], state.length[slots]
+                dims = state.dims if self.embedding is None else self._dims
                 if self.embedding is not None and state.reembedded is not None:
                     new = state.reembedded.columns()
                     at = np.searchsorted(new["id"], ids)
@@ -451,18 +452,9 @@ class _Change:
                 session.catch_up_after_deletion(attempt)
         else:
             raise CorruptionError("payloads of live experiences are gone; run `expbuf verify`")
-        v, q = [], []
-        for i, id_ in enumerate(ids.tolist()):
-            raw = pin.read(i)
-            checked = frames.check_row(raw)
-            if checked is None or checked[0] != id_:
-                raise frames.damaged_payload(pin, i, id_)
-            row = codec.decode_row(raw)
-            v.append(row.v_embed)
-            q.append(row.q_embed)
-        if not v:
+        if not len(ids):
             return ids, np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
-        return ids, np.stack(v), np.stack(q)
+        return ids, *payloads.read_embeddings(pin, ids, dims)
 
     # ------------------------------------------------------------ the index, aside
 

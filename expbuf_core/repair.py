@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core import codec, folder, frames, opening, snapshots
+from expbuf_core import codec, folder, frames, opening, payloads, snapshots
 from expbuf_core import control as c
 from expbuf_core.codec import RelogBody
 from expbuf_core.commit import RESERVATION
@@ -610,9 +610,9 @@ class _Replay:
         self.rebuilt_ids[:] = [pair for pair in self.rebuilt_ids if pair[0] in live]
 
     def _unreadable(self, settings: dict[str, Any]) -> list[int]:
-        """Live experiences whose payload is not intact; takes lost dimensions from the others."""
+        """Live experiences without a payload of use; takes lost dimensions from the others."""
         state = self.state
-        ids, unreadable = state.live_ids(), []
+        ids, unreadable, misfits = state.live_ids(), [], []
         for start in range(0, len(ids), _CHUNK):
             part = ids[start : start + _CHUNK]
             slots = state.find(part)
@@ -631,11 +631,17 @@ class _Replay:
                 for name, part_ in (("v_dim", decoded.v_embed), ("q_dim", decoded.q_embed)):
                     if settings[name] is None:
                         settings[name] = len(part_)
-                if (len(decoded.v_embed), len(decoded.q_embed)) != (
-                    settings["v_dim"],
-                    settings["q_dim"],
-                ):
+                dims = settings["v_dim"], settings["q_dim"]
+                message = payloads.misfit_message(damage.path, damage.offset, id_, row, dims)
+                if message is not None:
+                    self.damage.append(damage._replace(message=message))
                     unreadable.append(id_)
+                    misfits.append((id_, id_))
+        if misfits:
+            self.notes.append(
+                "intact, with embeddings of other dimensions than the buffer's: "
+                f"{shown(_merged(misfits))}; `expbuf get {self._path} ID` shows what they hold"
+            )
         return unreadable
 
 

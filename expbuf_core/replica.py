@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core import codec, frames, segments
+from expbuf_core import codec, payloads, segments
 from expbuf_core.contracts import (
     Appended,
     LogFollower,
@@ -23,7 +23,6 @@ from expbuf_core.contracts import (
 )
 from expbuf_core.control import DURABLE, INDEX_GENERATION, NEXT_ID, RETIREMENTS, Control
 from expbuf_core.errors import CorruptionError, ReentrantCall, StorageError
-from expbuf_core.frames import damaged_payload
 from expbuf_core.sampling import PrioritySampler, Settings
 from expbuf_core.segments import Manifest
 from expbuf_core.state import Change, State, runs
@@ -362,11 +361,7 @@ class Replica:
             part = ids[start : start + _REFUSE_CHUNK]
             slots = state.find(part)
             pin = self.adapter.pin(part, state.location[slots], state.length[slots])
-            rows = pin.read_many(np.arange(len(part)))
-            damaged = frames.first_damaged(rows, part.tolist())
-            if damaged >= 0:
-                raise damaged_payload(pin, damaged, int(part[damaged]))
-            yield refuse(*codec.decode_embeddings(rows, "v_embed", "q_embed"))
+            yield refuse(*payloads.read_embeddings(pin, part, state.dims))
 
     def adopt(
         self,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core import codec, frames
+from expbuf_core import codec, frames, payloads
 from expbuf_core.contracts import Buffer, Pin
 from expbuf_core.crc import crc32
 from expbuf_core.embedding_cache import EmbeddingCache
@@ -111,6 +111,7 @@ class PinnedExperiences(Sequence[Experience]):
             state.success_count.take(slots),
             state.flags.take(slots),
         )
+        self._dims = state.dims
         self.locations = state.location.take(slots)
         self.lengths = state.length.take(slots)
         named = state.rewards
@@ -185,6 +186,19 @@ class PinnedExperiences(Sequence[Experience]):
     def raw(self, i: int) -> Buffer:
         """Payload of the i-th as it is stored, checked; raises like `row`."""
         return self._verified(np.array([i]))[0]
+
+    def check(self, i: int) -> None:
+        """See that the payload of the i-th is intact, and has embeddings as the buffer's are.
+
+        Raises:
+            CorruptionError: They are not.
+        """
+        row = self.raw(i)
+        assert self._pin is not None
+        error = payloads.misfit(self._pin, i, int(self.ids[i]), row, self._dims)
+        if error is not None:
+            self._tell(error)
+            raise error
 
     def _verified(self, which: NDArray[np.int64]) -> list[Buffer]:
         """Payloads as they are stored, checked."""

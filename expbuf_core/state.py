@@ -211,6 +211,11 @@ class State:
         """Which representation the fused vectors of the buffer are of."""
         return int(self.settings.get("representation", 0))
 
+    @property
+    def dims(self) -> tuple[Any, Any]:
+        """Dimensions of the embeddings; None while they are not known."""
+        return self.settings.get("v_dim"), self.settings.get("q_dim")
+
     # ------------------------------------------------------------ the ring
 
     def _grow(self, capacity: int) -> None:

@@ -53,7 +53,7 @@ def verify(
 
 
 def _payloads(buffer: ExperienceBuffer, progress: Progress | None) -> Iterator[Problem]:
-    """Every live experience has its payload, under its id.
+    """Every live experience has its payload, under its id, with embeddings as the buffer has them.
 
     A file that is missing is no damage where its payloads were evicted or moved meanwhile.
     """
@@ -68,7 +68,7 @@ def _payloads(buffer: ExperienceBuffer, progress: Progress | None) -> Iterator[P
             continue
         for i in range(len(held)):
             try:
-                held.raw(i)
+                held.check(i)
             except CorruptionError as exc:
                 yield _damage(exc, where)
 

@@ -33,6 +33,7 @@ from expbuf_core import control as c
 from expbuf_core.commit import Draft
 from expbuf_core.errors import (
     ConfigError,
+    CorruptionError,
     DimensionError,
     InvalidExperience,
     LockTimeout,
@@ -860,6 +861,43 @@ def test_repair_without_the_change(open_buffer: OpenBuffer, folder: Path) -> Non
     with ExperienceBuffer.open(target, config={"index": {"builder": "off"}}) as again:
         assert len(again) == 9
         assert all(finds_renewed(again, serial) for serial in range(8))
+
+
+@pytest.mark.parametrize("embedded", [0, 2])
+def test_payloads_of_other_dimensions(open_buffer: OpenBuffer, folder: Path, embedded: int) -> None:
+    """As a change leaves them that counts before all is embedded."""
+    buffer = open_buffer()
+    buffer.add_many(columns(range(4)))
+    with pytest.raises(Stopped):
+        buffer.reembed(stopping(embedded, []), batch_size=2)
+    settings = buffer.stats()["settings"]
+    changed = {**settings, "v_dim": NEW_DIM, "q_dim": NEW_DIM, "representation": 1}
+    said = rf"wal: experience {embedded} at offset \d+ .*\(6, 6\).*\(9, 9\).*`expbuf repair`"
+    with pytest.raises(CorruptionError, match=said):
+        buffer._live().commit(Draft(codec.encode_settings(changed), weight=0))
+    buffer.close()
+    for mode in ("a", "r"):
+        with pytest.raises(CorruptionError, match=said) as caught:
+            open_buffer(mode=mode)
+        assert caught.value.path is not None
+        assert caught.value.offset is not None
+    with pytest.raises(CorruptionError, match=said):
+        reindex(folder, config=CONFIG, fusion="weighted_concat")
+
+    problems = [problem for problem in verify(folder) if problem.damage]
+    assert len(problems) == 4 - embedded
+    for id_, problem in enumerate(problems, embedded):
+        assert f"experience {id_} " in problem.message
+        assert Path(problem.path).parent == folder
+    report = repair(folder, folder.with_name("repaired"))
+    assert report.saved == embedded
+    assert report.lost_ids == ((embedded, 3),)
+    for place, problem in zip(report.damage, problems, strict=True):
+        assert problem.message.startswith(place.message)
+    assert any("other dimensions" in note and "expbuf get" in note for note in report.notes)
+    again = open_buffer(folder.with_name("repaired"))
+    assert [serial_of(item) for item in again] == [*range(embedded)]
+    assert all(finds_renewed(again, serial) for serial in range(embedded))
 
 
 def test_a_copy_of_a_changed_buffer(open_buffer: OpenBuffer, folder: Path) -> None:
