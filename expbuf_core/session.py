@@ -454,8 +454,8 @@ class Session:
             if v is None and q is None:
                 return None
             self._fix_dimensions(v, q)
-            settings = self.replica.state.settings
-        intake = self._make_intake(int(settings["v_dim"]), int(settings["q_dim"]))
+        with self.replica.lock:
+            intake = self._make_intake()
         self._choose_index()
         return intake
 
@@ -468,9 +468,11 @@ class Session:
             with contextlib.suppress(PluginError):
                 self.choice.chosen()
 
-    def _make_intake(self, v_dim: int, q_dim: int) -> Intake:
+    def _make_intake(self) -> Intake:
+        """Make what is fused here of the representation that counts now (replica lock held)."""
         self._follow_fusion()
-        metric = str(self.replica.state.settings["metric"])
+        settings = self.replica.state.settings
+        v_dim, q_dim, metric = int(settings["v_dim"]), int(settings["q_dim"]), settings["metric"]
         dim = self._fused_dim(v_dim, q_dim)
         representation = self.replica.state.representation
         self.choice = self.index_choice(dim, metric, representation)
@@ -518,22 +520,22 @@ class Session:
 
     def load_index(self) -> None:
         """At opening: open the segments, and fuse again what neither they nor the log hold."""
-        settings, replica = self.replica.state.settings, self.replica
+        replica = self.replica
         with replica.lock:
-            self._follow_fusion()
-            if settings["v_dim"] is None or settings["q_dim"] is None:
-                replica.incomplete = replica.broken = False  # there is nothing in it
-                return
-            intake = self._intake
-            if intake is None or self._is_outdated():
-                intake = self._make_intake(int(settings["v_dim"]), int(settings["q_dim"]))
-            assert self.choice is not None
             words = self.control.words
-            if self.path is None:
-                replica.fill(intake.refuse)
-                replica.incomplete = replica.broken = False
-                return
             for _ in range(_TRIES):
+                self._follow_fusion()
+                if None in replica.state.dims:
+                    replica.incomplete = replica.broken = False  # there is nothing in it
+                    return
+                intake = self._intake
+                if intake is None or self._is_outdated():
+                    intake = self._make_intake()
+                assert self.choice is not None
+                if self.path is None:
+                    replica.fill(intake.refuse)
+                    replica.incomplete = replica.broken = False
+                    return
                 manifest, opened = self._next_index() or indexing.load(
                     self.path, replica, self.choice, hurry=True
                 )
@@ -545,7 +547,8 @@ class Session:
                     replica.incomplete = replica.broken = False
                     return
                 except LogGone:
-                    # Payloads were evicted and deleted since this replica looked: look again.
+                    # Payloads were evicted and deleted since this replica looked: look again,
+                    # perhaps at another representation.
                     recovery.follow_from_snapshot(replica, self.path)
         raise CorruptionError(
             f"{self.path}: payloads of live experiences are gone; run `expbuf verify`",

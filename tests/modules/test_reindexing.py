@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from expbuf_core import Experience, ExperienceBuffer, codec, indexing, reindexing, segments
 from expbuf_core import control as c
 from expbuf_core.commit import Draft
+from expbuf_core.contracts import LogGone
 from expbuf_core.errors import (
     ConfigError,
     CorruptionError,
@@ -252,6 +253,48 @@ def test_a_reader_follows(open_buffer: OpenBuffer, folder: Path) -> None:
         assert finds(reader, 3)
         buffer.reembed(embed)
         assert finds_renewed(reader, 3)
+
+
+def test_a_replica_that_starts_anew_meets_it(
+    open_buffer: OpenBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked before the change, what it looked for is gone, and it looks again behind it."""
+    buffer, other = open_buffer(), open_buffer()
+    buffer.add_many(columns(range(30)))
+    session = buffer._live()
+    fill, filled = session.replica.fill, []
+
+    def gone(refuse: Any) -> int:
+        filled.append(refuse)
+        if len(filled) == 1:
+            other.reembed(embed)
+            raise LogGone
+        return fill(refuse)
+
+    monkeypatch.setattr(session.replica, "fill", gone)
+    session._start_anew()
+    assert len(filled) > 1
+    assert finds_renewed(buffer, 3)
+    buffer.add(renewed(30))
+    assert finds_renewed(other, 30)
+
+
+def test_the_first_intake_is_of_one_representation(
+    open_buffer: OpenBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dimensions, fusion and number are read while no other thread can apply a change."""
+    buffer = open_buffer()
+    session, locked = buffer._live(), []
+    follow = session._follow_fusion
+
+    def watched() -> None:
+        locked.append(session.replica.lock._is_owned())  # type: ignore[attr-defined]
+        follow()
+
+    monkeypatch.setattr(session, "_follow_fusion", watched)
+    buffer.add(experience(0))
+    assert locked
+    assert all(locked)
 
 
 def test_what_comes_while_it_is_made(open_buffer: OpenBuffer, folder: Path) -> None:
