@@ -482,10 +482,10 @@ class _Change:
             new = live[(live >= end) & (live < next_id)]
             if len(new) <= (_FEW if done else 0):
                 break
+            session.commit_log.sync()  # nothing derived is ahead of the log, parts neither
             made = self._segment(home, choice, new, end, next_id, len(done))
             if made is not None:
                 done.append(made)
-                session.commit_log.sync()  # nothing derived is ahead of the log
                 manifest = Manifest(
                     lsn=lsn,
                     generation=len(done),

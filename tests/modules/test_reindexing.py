@@ -761,6 +761,24 @@ def test_finished_parts_are_kept(
     assert [item["rows"] for item in buffer.stats()["index"]["segments"]] == [67]
 
 
+def test_nothing_is_fused_ahead_of_the_log(
+    open_buffer: OpenBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power loss must not leave vectors of embeddings that it took."""
+    buffer = open_buffer(durability="os")
+    buffer.add_many(columns(range(20)))
+    words, write, seen = buffer._live().control.words, segments.write_vectors, []
+
+    def watched(*args: Any) -> None:
+        seen.append((words[c.DURABLE], words[c.APPENDED]))
+        write(*args)
+
+    monkeypatch.setattr(segments, "write_vectors", watched)
+    buffer.reembed(embed)
+    assert seen
+    assert all(durable == appended for durable, appended in seen)
+
+
 class Dying(FileSystem):
     """Kills its process at one of its calls."""
 
