@@ -302,15 +302,19 @@ class _Change:
             if self._dims is None:  # there is nothing to be embedded
                 return
             self.settings["v_dim"], self.settings["q_dim"] = self._dims
-        registry, stored = self.session.registry, self.settings["fusion"]
+        self._fuse_by(self.settings)
+        if self.session.path is not None:
+            self._build(self.session.path)
+
+    def _fuse_by(self, settings: Mapping[str, Any]) -> None:
+        """Make the fusion of these settings, and see that it takes their dimensions."""
+        registry, stored = self.session.registry, settings["fusion"]
         model = registry.settings("fusion", stored["name"], stored["settings"])
         self.fusion = _fusion(registry, stored["name"], model)
         try:
-            self.dim = self.fusion.output_dim(self.settings["v_dim"], self.settings["q_dim"])
+            self.dim = self.fusion.output_dim(settings["v_dim"], settings["q_dim"])
         except ValueError as exc:
             raise ConfigError(str(exc), key="fusion") from exc
-        if self.session.path is not None:
-            self._build(self.session.path)
 
     # ------------------------------------------------------------ rows with new embeddings
 
@@ -615,6 +619,8 @@ class _Change:
                         words[c.REPRESENTATION] = session.replica.state.representation
                         return session.replica.state.lsn
                 settings = {**self._last_settings(), **condition}
+                if settings["v_dim"] is not None and settings["q_dim"] is not None:
+                    self._fuse_by(settings)  # the first add may have come meanwhile
                 lsn, _, _ = session.commit(Draft(codec.encode_settings(settings), weight=0))
                 if session.replica.state.representation == self.number:
                     words[c.REPRESENTATION] = self.number

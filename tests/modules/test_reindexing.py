@@ -636,6 +636,24 @@ def test_a_fusion_that_does_not_fit(open_buffer: OpenBuffer, folder: Path) -> No
     assert buffer.stats()["settings"]["representation"] == 0
 
 
+def test_a_fusion_that_does_not_fit_what_came_meanwhile(
+    open_buffer: OpenBuffer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buffer had no dimensions yet when the change began."""
+    buffer = open_buffer(fusion="weighted_concat")
+    switch = reindexing._Change._switch
+
+    def behind_the_first(change: Any) -> int:
+        buffer.add(Experience(v_embed=np.ones(3), q_embed=np.ones(5)))
+        return switch(change)
+
+    monkeypatch.setattr(reindexing._Change, "_switch", behind_the_first)
+    with pytest.raises(ConfigError, match="weighted_sum"):
+        reindex(folder, config=CONFIG, fusion="weighted_sum")
+    assert buffer.add(Experience(v_embed=np.ones(3), q_embed=np.ones(5))) == 1
+    assert buffer.stats()["settings"]["representation"] == 0
+
+
 # ---------------------------------------------------------------- going on
 
 
