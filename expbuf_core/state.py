@@ -713,7 +713,7 @@ class State:
         settings = codec.load_json(operation.body)
         if not isinstance(settings, dict):
             raise ValueError("settings that are no mapping")
-        if settings.pop("if_next_id", self.next_id) != self.next_id:
+        if settings.pop("if_next_id", self.next_id) < self.next_id:
             return Change()  # something was added that whoever wrote these had not seen
         for name in ("v_dim", "q_dim"):
             # Whoever wrote these may not have seen the first add, which decides them for good.

@@ -225,6 +225,22 @@ def test_dimensions_that_are_decided_stay_decided() -> None:
     assert (settings["v_dim"], settings["q_dim"], settings["max_size"]) == (4, 0, 5)
 
 
+def test_settings_that_have_not_seen_an_add_do_nothing() -> None:
+    log = Log()
+    log.add(3)
+
+    def change(max_size: int, seen: int) -> bool:
+        wanted = {"metric": "cosine", **log.sizes, "max_size": max_size, "if_next_id": seen}
+        return log.apply(codec.encode_settings(wanted)).settings
+
+    assert not change(9, seen=2)
+    assert log.state.settings["max_size"] == 8
+    assert change(9, seen=3)
+    assert change(10, seen=5), "what it has seen is lost, as a repair may find it"
+    assert log.state.settings["max_size"] == 10
+    assert "if_next_id" not in log.state.settings
+
+
 def test_reservations_are_remembered() -> None:
     log = Log()
     log.apply(codec.encode_reserve(500, 700))
