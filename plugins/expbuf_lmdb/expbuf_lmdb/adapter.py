@@ -295,6 +295,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         if self._private_words is None:
             # Until `start`, or for as long as this is a reader that nobody else is beside.
             self._private_words = [0] * 8
+            self.stage.close()  # read what is there now
             if not self._writes:
                 self._give_back()
         found = self._recovered = Recovered(after_lsn)
@@ -354,6 +355,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
 
     def attach(self) -> None:
         self._private_words, self._stage_size = None, 0
+        self.stage.close()  # whoever recovered may have made another
         self._give_back()
         self._environment()
 
@@ -664,7 +666,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
             missing = [i for i, row in enumerate(rows) if row is None]
             if not missing:
                 break
-            staged = [self._staged_row(places[i], sizes[i]) for i in missing]
+            staged = [self._staged_row(generation, places[i], sizes[i]) for i in missing]
             # Read first, asked then: a stage that was begun anew meanwhile has other bytes there.
             if generation and generation == self.words[GENERATION]:
                 if None in staged:
@@ -680,13 +682,13 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         db = tables.rows
         return [txn.get(key(place), db=db) for place in places]
 
-    def _staged_row(self, place: int, length: int) -> bytes | None:
+    def _staged_row(self, generation: int, place: int, length: int) -> bytes | None:
         """The row at this address, if the stage reaches there."""
         words = self.words
         offset = place - words[BASE]
         if offset < STAGE_HEADER_BYTES or offset + length > words[END]:
             return None
-        return self.stage.read(offset, length)
+        return self.stage.read(generation, offset, length)
 
     # ------------------------------------------------------------ upkeep
 

@@ -29,8 +29,29 @@ class StagedFrame(NamedTuple):
     data: memoryview
 
 
+class _Reading:
+    """A descriptor for reading. Closed with its last reference, so that no read loses it.
+
+    Attributes:
+        generation: One that was seen in this file; 0: none yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.generation = 0
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        fd = getattr(self, "fd", -1)
+        if fd >= 0:
+            self.fd = -1
+            os.close(fd)
+
+
 class Stage:
     """The file, open in this process.
+
+    Whoever recovers may put another file in its place. A reader that is still there finds it by the
+    generation that it looks for: each is in one file only, and its header is written first.
 
     Args:
         folder: Of the buffer.
@@ -40,22 +61,34 @@ class Stage:
     def __init__(self, folder: Path, fs: FileSystem) -> None:
         self.path = folder / layout.STAGE
         self._fs = fs
-        self._reading = -1
+        self._reading: _Reading | None = None
         self._writing = -1
 
     def close(self) -> None:
         """Let go of the file."""
-        if self._reading >= 0:
-            os.close(self._reading)
+        self._reading = None
         if self._writing >= 0:
             self._fs.close(self._writing)
-        self._reading = self._writing = -1
+        self._writing = -1
 
-    def _fd(self) -> int:
-        if self._reading < 0:
+    def _file(self) -> _Reading:
+        file = self._reading
+        if file is None:
             with storage_errors("open", self.path):
-                self._reading = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._reading
+                file = self._reading = _Reading(self.path)
+        return file
+
+    def _file_of(self, generation: int) -> _Reading:
+        """The file that this generation is in, if it is in any."""
+        file = self._file()
+        if file.generation != generation:
+            header = self._header_in(file)
+            if header is not None and header.generation == generation:
+                file.generation = generation
+            else:
+                self._reading = None
+                file = self._file()
+        return file
 
     def _writable(self) -> int:
         if self._writing < 0:
@@ -112,20 +145,24 @@ class Stage:
             FormatVersionError: A newer version wrote it.
             StorageError: The file is missing or cannot be read.
         """
-        if self._reading < 0 and not self.path.exists():
+        if self._reading is None and not self.path.exists():
             raise layout.corrupt(self.path, "the file is missing")
+        return self._header_in(self._file())
+
+    def _header_in(self, file: _Reading) -> StageHeader | None:
         with storage_errors("read", self.path):
-            raw = os.pread(self._fd(), STAGE_HEADER_BYTES, 0)
+            raw = os.pread(file.fd, STAGE_HEADER_BYTES, 0)
         return layout.decode_stage_header(raw, self.path)
 
     def size(self) -> int:
         """Bytes in the file."""
-        return os.fstat(self._fd()).st_size
+        return os.fstat(self._file().fd).st_size
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Up to so many bytes."""
+    def read(self, generation: int, offset: int, length: int) -> bytes:
+        """Up to so many bytes of the file that this generation is, or was, in."""
+        file = self._file_of(generation)
         with storage_errors("read", self.path):
-            return os.pread(self._fd(), length, offset)
+            return os.pread(file.fd, length, offset)
 
     def frames(
         self, offset: int, end: int, salt: bytes, generation: int, base: int
@@ -137,7 +174,8 @@ class Stage:
         while offset + frames.HEADER_BYTES <= end:
             at = offset - start
             if at + frames.HEADER_BYTES > len(window):
-                window, start, at = self.read(offset, min(step, end - offset)), offset, 0
+                window = self.read(generation, offset, min(step, end - offset))
+                start, at = offset, 0
                 step = _WINDOW
             header = frames.decode_header(window, at, salt_crc)
             if header is None or header.epoch != epoch or header.data_offset != base + offset:
@@ -146,7 +184,8 @@ class Stage:
             if offset + size > end:
                 return
             if at + size > len(window):
-                window, start, at = self.read(offset, max(size, _WINDOW)), offset, 0
+                window = self.read(generation, offset, max(size, _WINDOW))
+                start, at = offset, 0
                 if size > len(window):
                     return
             yield StagedFrame(offset, header, memoryview(window)[at : at + size])
@@ -156,7 +195,7 @@ class Stage:
         """The highest LSN that any frame in it says was durable."""
         best, salt_crc = 0, crc32(salt)
         with contextlib.suppress(StorageError):
-            raw = self.read(STAGE_HEADER_BYTES, self.size())
+            raw = self.read(generation, STAGE_HEADER_BYTES, self.size())
             at = 0
             while (found := frames.find_header(raw, at, salt_crc)) is not None:
                 if found[1].epoch == generation & 0xFFFFFFFF:

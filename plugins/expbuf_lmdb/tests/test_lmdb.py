@@ -443,6 +443,46 @@ def test_the_stage_keeps_its_size_whatever_who_joins_is_configured_for(tmp_path:
     core.reopen()
 
 
+@pytest.mark.parametrize("attaches", [True, False])
+def test_a_reader_follows_where_the_stage_is_made_anew(tmp_path: Path, attaches: bool) -> None:
+    """It joins the writers that have made another, or has not noticed them yet."""
+    core = Core(place(tmp_path)).create().extend(3)
+    reader = Core(core.place, core.place.adapter(writable=False), core.wrote)
+    reader.adapter.attach()
+    reader.follows()
+    pin, rows = core.pin(core.wrote)
+    core.finish()
+    core = Core(place(tmp_path, stage_bytes=1 << 15), wrote=core.wrote).reopen().extend(2)
+    if attaches:
+        reader.adapter.attach()
+    reader.wrote = core.wrote
+    reader.follows()
+    assert all(bytes(pin.read(i)) == row for i, row in enumerate(rows))
+    core.extend(40, rows=2, row_bytes=1000)  # and in place, now
+    reader.follows()
+
+
+def test_a_read_that_is_overtaken_keeps_its_file(tmp_path: Path) -> None:
+    """While one thread reads the stage, another joins the writers and lets go of it."""
+    core = Core(place(tmp_path)).create().extend(3)
+    reader = core.place.adapter(writable=False)
+    assert isinstance(reader, LMDBPersistenceAdapter)
+    reader.attach()
+    read = os.pread
+    opened_since: list[int] = []
+
+    def overtaken(fd: int, length: int, offset: int) -> bytes:
+        if offset and not opened_since:  # behind the header
+            reader.attach()
+            opened_since.append(os.open(os.devnull, os.O_RDONLY))
+        return read(fd, length, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("expbuf_lmdb.stage.os.pread", overtaken)
+        Core(core.place, reader, core.wrote).follows()
+    os.close(opened_since[0])
+
+
 @pytest.mark.parametrize("configured", [1 << 14, 1 << 20])
 def test_where_another_stage_has_no_room_the_old_one_will_do(
     tmp_path: Path, configured: int
