@@ -35,7 +35,7 @@ from expbuf_core.contracts import (
 )
 from expbuf_core.control import Control
 from expbuf_core.crc import crc32
-from expbuf_core.errors import BufferClosed, StorageError
+from expbuf_core.errors import BufferClosed, LockTimeout, StorageError
 
 RESERVATION = 1 << 16
 _EVERYBODY = 1 << 30
@@ -258,7 +258,8 @@ class CommitLog:
 
         Raises:
             StorageError: It was not written, or its durability is not known.
-            LockTimeout: The append lock was not free in time; nothing was written.
+            LockTimeout: A lock was not free in time: that for appends, and nothing was written; or
+                one that a sync needs, and its durability is not known.
         """
         call = _Call(work)
         if self._outer is None:
@@ -315,7 +316,7 @@ class CommitLog:
             self._reserve(entries)
         try:
             self._write(entries)
-        except LogInterrupted:
+        except (LogInterrupted, LockTimeout):
             raise
         except StorageError:
             if len(entries) == 1 and len(entries[0].calls) < 2:
@@ -329,25 +330,39 @@ class CommitLog:
 
     def _write_singly(self, entries: list[_Entry]) -> None:
         """After a failure: what is too large for the log or the disk must not take others along."""
-        for entry in entries:
+        for i, entry in enumerate(entries):
             try:
                 self._write([entry])
             except LogInterrupted:
                 raise
+            except LockTimeout as exc:  # the others would wait as long, and for the same
+                for each in entries[i:]:
+                    each.error = exc
+                return
             except StorageError as exc:
                 entry.error = exc
 
     def _finish(self, entries: list[_Entry]) -> None:
         """Return when the operations are as durable as configured."""
         if self._syncs:
-            for entry in reversed(entries):  # the last one's flush is that of all
-                if entry.error is None:
-                    try:
-                        self.flush(entry.lsn, entry.retirements)
-                    except StorageError as exc:
-                        entry.error = exc
+            # The last one's flush is that of all.
+            written = [entry for entry in reversed(entries) if entry.error is None]
+            for i, entry in enumerate(written):
+                try:
+                    self.flush(entry.lsn, entry.retirements)
+                except LockTimeout as exc:  # the others would wait as long, and for the same
+                    for each in written[i:]:
+                        each.error = None if self._is_durable(each) else exc
+                    return
+                except StorageError as exc:
+                    entry.error = exc
         elif self._durability == "group":
             self._flush_later()
+
+    def _is_durable(self, entry: _Entry) -> bool:
+        words = self._control.words
+        durable = words[c.DURABLE]  # read first; see `flush`
+        return bool(words[c.RETIREMENTS] == entry.retirements and durable >= entry.lsn)
 
     def _write(self, entries: list[_Entry]) -> None:
         """Number, stamp and append (append lock held)."""
@@ -513,6 +528,9 @@ class CommitLog:
         words[c.FLUSHING] = 1
         try:
             self._adapter.sync()
+        except LockTimeout:  # none was tried
+            words[c.FLUSHING] = 0
+            raise
         except BaseException as exc:
             # Linux reports a write error once and then calls the pages clean: a second sync
             # would lie. A mere interrupt took no report away with it.

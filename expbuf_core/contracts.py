@@ -482,6 +482,8 @@ class PersistenceContext:
             adapter's own use. Written only under the append lock, except where the adapter says
             otherwise; all 0 when the first process recovers. A cache, never the truth.
         writable: False: nothing in the folder may change.
+        lock_timeout_s: How long the user wants another process to be waited for. An adapter that
+            waits for others gives up then, with a `LockTimeout`, before anything has happened.
     """
 
     path: Path | None
@@ -489,6 +491,7 @@ class PersistenceContext:
     fs: FileSystem
     words: Words
     writable: bool = True
+    lock_timeout_s: float = 30.0
 
 
 class Problem(NamedTuple):
@@ -593,6 +596,10 @@ class PersistenceAdapter(ABC):
         """Make durable what any process appended before the call (flush lock held).
 
         Runs beside `append` in other threads and processes.
+
+        Raises:
+            StorageError: The log may lie about its pages from now on: the core retires it.
+            LockTimeout: No sync was tried, and none has failed: it is called again.
         """
 
     @abstractmethod

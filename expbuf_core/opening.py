@@ -90,6 +90,7 @@ def _make_replica(session: Session, backend: str) -> Replica:
             fs=session.fs,
             words=own,
             writable=session.writable,
+            lock_timeout_s=config.lock_timeout_s,
         ),
     )
     if not isinstance(adapter, PersistenceAdapter):

@@ -20,7 +20,7 @@ import pytest
 
 from expbuf_core import Experience, ExperienceBuffer, StorageError, StorageFull
 from expbuf_core import control as c
-from expbuf_core.errors import ExpbufError
+from expbuf_core.errors import ExpbufError, LockTimeout
 from expbuf_core.filesystem import Buffer, FileSystem
 from expbuf_core.testing.crash import scratch_folder
 from expbuf_core.testing.faults import FaultyFileSystem
@@ -295,6 +295,37 @@ def test_a_reservation_makes_nothing_durable_that_a_flush_lost(
     check(scene.open(FileSystem()), list(range(7)))
     scene.close()
     check(scene.open(), list(range(7)))
+
+
+@pytest.mark.parametrize("durability", ["sync", "group", "os"])
+def test_a_sync_that_was_not_tried_has_not_failed(scene: Scene, durability: str) -> None:
+    """Another process keeps the storage for too long: no error of the disk went with it."""
+    buffer = scene.open(durability=durability, group_interval_ms=5000.0)
+    add(buffer, range(2))
+    words = buffer._session.control.words
+
+    def busy() -> None:
+        raise LockTimeout("simulated", pid=1)
+
+    def add_and_sync() -> None:
+        buffer.add(experience(2))
+        buffer.sync()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buffer._session.adapter, "sync", busy)
+        with pytest.raises(LockTimeout):
+            add_and_sync()
+        assert words[c.FLUSH_FAILED] == words[c.FLUSHING] == 0
+        if durability != "sync":
+            words[c.RESERVED_ID] = 0
+            with pytest.raises(LockTimeout):  # of a reservation
+                buffer.add(experience(77))
+    buffer.add(experience(3))
+    assert buffer.sync() >= buffer.lsn
+    assert buffer.stats()["log_retirements"] == 0
+    check(buffer, list(range(4)))
+    scene.close()
+    check(scene.open(), list(range(4)))
 
 
 def test_sync_after_a_failed_sync(scene: Scene) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from expbuf_core import Experience, ExperienceBuffer, StorageFull
-from expbuf_core.errors import InvalidExperience
+from expbuf_core.errors import InvalidExperience, LockTimeout
 from expbuf_core.filesystem import Buffer
 from expbuf_core.hookspecs import hookimpl
 from expbuf_core.testing.faults import FaultyFileSystem
@@ -219,3 +219,44 @@ def test_a_full_disk_refuses_only_what_does_not_fit(scene: Scene) -> None:
     for serial, id_ in enumerate(ids, 1):
         assert is_stored(scene.buffer, id_, serial)
     assert len(scene.buffer) == 5
+
+
+def failing(scene: Scene, method: str, errors: list[Exception | None]) -> list[int]:
+    """Let calls of the adapter fail one after the other, the last kind of them for ever; counts."""
+    adapter, calls = scene.buffer._live().adapter, [0]
+    real = getattr(adapter, method)
+
+    def call(*args: Any) -> Any:
+        error = errors[min(calls[0], len(errors) - 1)]
+        calls[0] += 1
+        if error is not None:
+            raise error
+        return real(*args)
+
+    setattr(adapter, method, call)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("method", "errors", "stored"),
+    [
+        ("append", [None, LockTimeout("simulated")], 0),
+        ("append", [None, StorageFull("simulated"), None, LockTimeout("simulated")], 1),
+        ("sync", [None, LockTimeout("simulated")], 0),
+    ],
+    ids=["append", "apart", "sync"],
+)
+def test_a_lock_that_is_not_free_is_waited_for_once(
+    scene: Scene, method: str, errors: list[Exception | None], stored: int
+) -> None:
+    """Not once for each of them."""
+    calls = failing(scene, method, errors)
+    others: list[Callable[[], Any]] = [
+        lambda: scene.buffer.update_priorities([0], [7.0]),
+        lambda: scene.buffer.remove([0]),
+    ]
+    results = scene.together([*adds(scene, range(1, 4)), *others])
+    assert [isinstance(result, LockTimeout) for result in results].count(False) == stored
+    assert calls == [len(errors)]
+    delattr(scene.buffer._live().adapter, method)
+    assert is_stored(scene.buffer, scene.buffer.add(experience(50)), 50)
