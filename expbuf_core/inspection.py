@@ -25,7 +25,7 @@ from expbuf_core.plugins import default_registry
 from expbuf_core.session import Session
 from expbuf_core.state import State
 
-_LOCKS = ("opening", "append", "flush", "maintenance", "builder")
+_LOCKS = ("opening", "append", "flush", "maintenance", "builder", "transaction")
 
 
 class _ColumnsSession(Session):

@@ -15,6 +15,7 @@ import contextlib
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -23,7 +24,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core import frames
+from expbuf_core import folder, frames
 from expbuf_core.contracts import (
     Appended,
     Buffer,
@@ -90,6 +91,7 @@ _TAIL = 256 << 10
 _DELETED_AT_ONCE = 2000
 _LOOKED_AT_ONCE = 20_000
 _TRIES = 50
+_GIVEN_WAY_S = 2e-3  # locks are looked at once a millisecond
 
 
 class LMDBPersistenceAdapter(PersistenceAdapter):
@@ -112,6 +114,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         self._private_words: Words | None = None
         self._stage_size = 0  # 0: look
         self._writes = context.writable
+        self._lock_timeout_s = context.lock_timeout_s
         self.path = context.path / layout.DATA
         self.uuid = context.uuid
         self.store = Store(self.path, context.uuid)
@@ -147,7 +150,12 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         settings = self._settings
         if not self.path.exists():
             raise layout.corrupt(self.path, "the file is missing")
-        env = acquire(self.path, mode, settings.map_bytes, settings.max_readers)
+        if mode == WRITING:
+            with storage_errors("create", self._folder / folder.LOCKS):
+                self._fs.mkdir(self._folder / folder.LOCKS)
+        env = acquire(
+            self.path, mode, settings.map_bytes, settings.max_readers, self._lock_timeout_s
+        )
         try:
             env.read(self.store.read_header)
         except BaseException:
@@ -175,7 +183,11 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        """Run `work` in a transaction that is durable on return."""
+        """Run `work` in a transaction that is durable on return.
+
+        Raises:
+            LockTimeout: Another process, or thread, writes for too long; nothing was begun.
+        """
         return self._environment().write(lambda txn, tables: work(txn, tables, *args, **kwargs))
 
     # ------------------------------------------------------------ creation and recovery
@@ -207,7 +219,9 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         if not self.path.exists():
             return
         settings = self._settings
-        env = acquire(self.path, PRIVATE, settings.map_bytes, settings.max_readers)
+        env = acquire(
+            self.path, PRIVATE, settings.map_bytes, settings.max_readers, self._lock_timeout_s
+        )
         try:
             found = env.stats()["rows"]
         finally:
@@ -710,11 +724,17 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
             for start in range(0, len(dead), _DELETED_AT_ONCE):
                 part = [key(place) for place in dead[start : start + _DELETED_AT_ONCE]]
                 self._write(self._delete, layout.ROWS, part)
+                self._give_way()
         while keys := self.read(self._keys, layout.OPERATIONS, 0, lsn + 1):
             for start in range(0, len(keys), _DELETED_AT_ONCE):
                 part = keys[start : start + _DELETED_AT_ONCE]
                 self._write(self._delete, layout.OPERATIONS, part)
+                self._give_way()
         self._environment().clear_dead_readers()
+
+    def _give_way(self) -> None:
+        """Between two transactions: who waits for their lock looks at it now and then only."""
+        time.sleep(_GIVEN_WAY_S)
 
     def _raise_floor(self, txn: Txn, tables: Tables, lsn: int) -> int:
         """Let nobody begin below `lsn` any more; the address below which rows may go."""

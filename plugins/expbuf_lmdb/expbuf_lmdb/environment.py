@@ -4,6 +4,13 @@ LMDB allows a process to open a file once only: its locks are record locks, whic
 process, and go when any descriptor of the lock file is closed. So there is one object a file here,
 however many buffers use it. All transactions are short and run inside `read` or `write`; nothing
 that LMDB owns leaves them. That is what makes it possible to grow the map, and to fork.
+
+LMDB lets those who write wait for each other without end: behind a process that is stopped, too. So
+whoever is about to take its writer lock takes the lock file `transaction` first, which knows a time
+limit and its holder. Behind it nobody ever waits for LMDB's lock, but for an instant when a holder
+dies. Lock order: it is the last of all, behind append, flush and maintenance. Who waits for it is
+not inside the gate, so that neither a fork nor a map that grows waits for them; who has it asks for
+`_mutex` and the gate, and nobody asks for it who has one of those.
 """
 
 from __future__ import annotations
@@ -17,12 +24,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import lmdb
 
+from expbuf_core import folder
 from expbuf_core.errors import FormatVersionError, StorageError, StorageFull
 from expbuf_core.filesystem import storage_errors
+from expbuf_core.locks import ProcessLock
 from expbuf_lmdb import layout
 from expbuf_lmdb.pages import check_file
 
@@ -132,12 +141,16 @@ class Environment:
         lost: The process has forked since: acquire it anew.
     """
 
-    def __init__(self, path: Path, mode: int, map_bytes: int, max_readers: int) -> None:
+    def __init__(
+        self, path: Path, mode: int, map_bytes: int, max_readers: int, lock_timeout_s: float
+    ) -> None:
         self.path = path
         self.lost = False
         self._mode = mode
         self._map_bytes = map_bytes
         self._max_readers = max_readers
+        self._lock_timeout_s = lock_timeout_s
+        self._lock: ProcessLock | None = None  # around all that takes LMDB's writer lock
         self._gate = _Gate()
         self._open()
 
@@ -152,6 +165,8 @@ class Environment:
                     self._env.set_mapsize(0)
                     self.tables = Tables(self._env)
                 self._map_size = self._env.info()["map_size"]
+                if self._mode == WRITING and self._lock is None:
+                    self._lock = transaction_lock(self.path, self._lock_timeout_s)
             except BaseException:
                 # LMDB refuses to open a file twice, so nobody could try again.
                 self._env.close()
@@ -194,9 +209,13 @@ class Environment:
                 self._mode = PRIVATE
         return opened(self._mode)
 
+    def can(self, mode: int) -> bool:
+        """Whether it is open for that."""
+        return mode <= self._mode
+
     def strengthen(self, mode: int) -> None:
-        """Be able to do what `mode` can."""
-        if mode <= self._mode:
+        """Be able to do what `mode` can; for WRITING, the transaction lock is held."""
+        if self.can(mode):
             return
         with self._gate.alone():
             if mode > self._mode:
@@ -208,6 +227,8 @@ class Environment:
         """For `release` alone."""
         with self._gate.alone():
             self._env.close()
+        if self._lock is not None:
+            self._lock.close()
 
     # ------------------------------------------------------------ transactions
 
@@ -241,7 +262,7 @@ class Environment:
             finally:
                 self._gate.leave()
             if panic:
-                self._reopen()
+                self._in_turn(self._reopen)
             else:
                 self._adopt_map()
         raise StorageError(f"{self.path}: changes faster than it can be read")
@@ -276,7 +297,20 @@ class Environment:
         """Run `work` in a transaction that is durable on return; if it raises, nothing happened.
 
         `work` may be run again where the map had to grow.
+
+        Raises:
+            LockTimeout: Another process, or thread, writes for too long; nothing was begun.
         """
+        result: T = self._in_turn(self._write, work)
+        return result
+
+    def _in_turn(self, work: Callable[..., T], *args: Any) -> T:
+        """Do what takes LMDB's writer lock, when no other process is at it."""
+        lock = self._lock
+        return work(*args) if lock is None else cast(T, lock.run(work, *args))
+
+    def _write(self, work: Callable[[Txn, Tables], T]) -> T:
+        """`write` (transaction lock held)."""
         for _ in range(_TRIES):
             try:
                 self._gate.enter()
@@ -390,11 +424,26 @@ _mutex = threading.RLock()
 _leaked: list[object] = []  # what a fork left unusable; closing it could hang
 
 
-def acquire(path: Path, mode: int, map_bytes: int, max_readers: int) -> Environment:
+def transaction_lock(path: Path, timeout_s: float) -> ProcessLock:
+    """The lock around all that takes LMDB's writer lock; its folder exists."""
+    return ProcessLock(path.parent / folder.LOCKS / layout.TRANSACTION, timeout_s)
+
+
+def acquire(
+    path: Path, mode: int, map_bytes: int, max_readers: int, lock_timeout_s: float
+) -> Environment:
     """The environment in this file, able to do what `mode` says.
+
+    Args:
+        path: Of the file.
+        mode: For WRITING, `locks/` must exist beside it.
+        map_bytes: As configured; what is open already stays as it is,
+        max_readers: and so with this
+        lock_timeout_s: and with the time that is waited for another process that writes.
 
     Raises:
         CorruptionError: The file is no environment, or was cut.
+        LockTimeout: Another process, or thread, writes for too long.
         StorageError: It cannot be opened.
     """
     with storage_errors("open", path):
@@ -402,12 +451,28 @@ def acquire(path: Path, mode: int, map_bytes: int, max_readers: int) -> Environm
     key = (where.st_dev, where.st_ino)
     with _mutex:
         env, users = _registry.get(key, (None, 0))
-        if env is None:
-            env = Environment(path, mode, map_bytes, max_readers)
-        else:
-            env.strengthen(mode)
-        _registry[key] = (env, users + 1)
-        return env
+        if env is not None and env.can(mode):
+            _registry[key] = (env, users + 1)
+            return env
+
+    def opened() -> Environment:
+        with _mutex:
+            env, users = _registry.get(key, (None, 0))
+            if env is None:
+                env = Environment(path, mode, map_bytes, max_readers, lock_timeout_s)
+            else:
+                env.strengthen(mode)
+            _registry[key] = (env, users + 1)
+            return env
+
+    if mode != WRITING:
+        return opened()
+    # LMDB's binding looks for the databases in a transaction for writing then.
+    lock = transaction_lock(path, lock_timeout_s)
+    try:
+        return cast(Environment, lock.run(opened))
+    finally:
+        lock.close()
 
 
 def release(env: Environment) -> None:

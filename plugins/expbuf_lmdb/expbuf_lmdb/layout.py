@@ -13,6 +13,7 @@ from expbuf_core.errors import CorruptionError, FormatVersionError
 DATA = "log.mdb"
 STAGE = "stage.wal"
 LOCK = "log.mdb-lock"  # LMDB's own; it holds nothing that outlives its users
+TRANSACTION = "transaction"  # in `locks/`: who writes to LMDB
 VERSION = 1
 
 # Databases in the environment.

@@ -21,7 +21,8 @@ class LMDBSuite(PersistenceSuite):
     writes_through_fs = False  # LMDB writes and syncs its file itself
 
     def stored_files(self, folder: Path) -> list[Path]:
-        return [path for path in super().stored_files(folder) if not path.name.endswith("-lock")]
+        found = super().stored_files(folder)
+        return [p for p in found if not p.name.endswith("-lock") and p.parent.name != "locks"]
 
     @contextlib.contextmanager
     def failing_sync(

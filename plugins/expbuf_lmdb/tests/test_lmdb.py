@@ -54,7 +54,7 @@ def environment_of(core: Core) -> Environment:
 
 @contextlib.contextmanager
 def opened(path: Path, mode: int = WRITING) -> Iterator[Environment]:
-    env = environment.acquire(path, mode, 1 << 20, 64)
+    env = environment.acquire(path, mode, 1 << 20, 64, 30.0)
     try:
         yield env
     finally:
