@@ -141,7 +141,8 @@ class LockTimeout(StorageError, TimeoutError):
     """A lock was not free in time.
 
     Attributes:
-        pid: The process that holds it, or None where that cannot be told.
+        pid: The process that holds it; where that waits for another lock, the one that holds that;
+            None where it cannot be told.
     """
 
     def __init__(self, message: str, *, pid: int | None = None) -> None:

@@ -13,6 +13,7 @@ builtin returns. So that no lock stays held then, what a lock protects is handed
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -131,17 +132,22 @@ def holder(path: Path) -> int | None:
 
     Needs permission to read the file only.
     """
+    return _looked_at(path, _holder)
+
+
+def _looked_at(path: Path, look: Callable[[int], Result | None]) -> Result | None:
+    """What a descriptor of a lock file says; None if there is none."""
     with _registry_mutex:
         file = _known(path)
         if file is not None:
-            return _holder(file.fd)
+            return look(file.fd)
         # This process holds no lock on it, so a descriptor may come and go.
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
         try:
-            return _holder(fd)
+            return look(fd)
         finally:
             os.close(fd)
 
@@ -161,6 +167,63 @@ def _holder(fd: int) -> int | None:
     return pid if kind != fcntl.F_UNLCK and pid > 0 else None
 
 
+# ---------------------------------------------------------------- who is to blame
+
+# Who waits while it holds other locks notes in their files what for, so that those behind it learn
+# whom all of them wait for: "PID NAME\n", the waiting process and the lock beside this one. A note
+# of a process that does not hold the lock counts for nothing.
+_NOTE_BYTES = 256
+_NOTED_AFTER_S = 0.005
+
+
+def _note_waiting(file: _LockFile) -> list[_LockFile]:
+    """Note that this thread waits for a lock; where."""
+    note = f"{os.getpid()} {file.path.name}\n".encode()
+    noted = []
+    for each in list(_files.values()):
+        if each is not file and each.mutex._is_owned() and each.path.parent == file.path.parent:
+            with contextlib.suppress(OSError):  # such as a full disk
+                os.pwrite(each.fd, note, 0)
+                noted.append(each)
+    return noted
+
+
+def _erase_notes(noted: list[_LockFile]) -> None:
+    for each in noted:
+        with contextlib.suppress(OSError):
+            os.ftruncate(each.fd, 0)
+
+
+def _awaited_by(path: Path, pid: int) -> Path | None:
+    """The lock that a process waits for while it holds this one."""
+    raw = _looked_at(path, lambda fd: os.pread(fd, _NOTE_BYTES, 0)) or b""
+    who, _, name = raw.partition(b"\n")[0].partition(b" ")
+    return path.with_name(name.decode()) if name and who == str(pid).encode() else None
+
+
+def _root_of(path: Path, pid: int | None) -> tuple[Path, int | None]:
+    """The lock, and the process, that all wait for who wait behind this holder of this lock."""
+    seen = set()
+    while pid is not None and path not in seen:
+        seen.add(path)
+        awaited = _awaited_by(path, pid)
+        following = None if awaited is None else holder(awaited)
+        if awaited is None or following is None:
+            break
+        path, pid = awaited, following
+    return path, pid
+
+
+def _timed_out(path: Path, who: str, pid: int | None, timeout: float) -> LockTimeout:
+    root, culprit = _root_of(path, pid)
+    message = f"{path}: {who} has held the lock for {timeout:g} s"
+    if root != path:
+        message += f", and waits for {root.name}, which process {culprit} holds"
+    return LockTimeout(
+        f"{message}; is it stopped or hung? The lock is freed when it ends", pid=culprit
+    )
+
+
 def _has_it_already(what: object, running: bool) -> ReentrantCall | LockTimeout:
     if not running:
         return _kept_by_a_thread(what, 0, "this thread")
@@ -173,10 +236,10 @@ def _has_it_already(what: object, running: bool) -> ReentrantCall | LockTimeout:
 def _kept_by_a_thread(
     what: object, timeout: float, who: str = "another thread of this process"
 ) -> LockTimeout:
-    return LockTimeout(
-        f"{what}: {who} (pid {os.getpid()}) has held the lock for {timeout:g} s",
-        pid=os.getpid(),
-    )
+    me = os.getpid()
+    if isinstance(what, Path) and _root_of(what, me)[0] != what:
+        return _timed_out(what, f"{who} (pid {me})", me, timeout)
+    return LockTimeout(f"{what}: {who} (pid {me}) has held the lock for {timeout:g} s", pid=me)
 
 
 class ProcessLock:
@@ -279,24 +342,27 @@ class ProcessLock:
     def _wait(self, file: _LockFile, timeout: float, pause: Callable[[], bool] | None) -> bool:
         """Wait for the record lock; False if `pause` gives up."""
         # The kernel's blocking call knows no timeout; holders need some 50 microseconds.
-        deadline = time.monotonic() + timeout
+        started = time.monotonic()
         sleep_s = 2e-5
-        while True:
-            if pause is None:
-                time.sleep(sleep_s)
-                sleep_s = min(sleep_s * 1.5, 1e-3)
-            elif not pause():
-                return False
-            if _try_record_lock(file.fd, fcntl.LOCK_EX):
-                return True
-            if time.monotonic() > deadline:
-                pid = _holder(file.fd)
-                who = f"process {pid}" if pid else "another process"
-                raise LockTimeout(
-                    f"{file.path}: {who} has held the lock for {timeout:g} s; is it stopped or "
-                    "hung? The lock is freed when it ends",
-                    pid=pid,
-                )
+        noted: list[_LockFile] | None = None
+        try:
+            while True:
+                if pause is None:
+                    time.sleep(sleep_s)
+                    sleep_s = min(sleep_s * 1.5, 1e-3)
+                elif not pause():
+                    return False
+                if _try_record_lock(file.fd, fcntl.LOCK_EX):
+                    return True
+                waited = time.monotonic() - started
+                if waited > timeout:
+                    pid = _holder(file.fd)
+                    who = f"process {pid}" if pid else "another process"
+                    raise _timed_out(file.path, who, pid, timeout)
+                if noted is None and waited > _NOTED_AFTER_S:
+                    noted = _note_waiting(file)
+        finally:
+            _erase_notes(noted or [])
 
     def try_acquire(self) -> bool:
         """Take the lock if it is free now; `try_run` is to be preferred."""

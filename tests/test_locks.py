@@ -36,6 +36,20 @@ sys.stdin.readline()
 _SHARE = _HOLD.replace("ProcessLock(Path(sys.argv[1]), 5)", "OpenLock(Path(sys.argv[1]))")
 _SHARE = _SHARE.replace("lock.acquire()", "lock.share()").replace("lock.release()", "lock.leave()")
 
+_WAIT = """
+import sys
+from pathlib import Path
+from expbuf_core.locks import ProcessLock
+path = Path(sys.argv[1])
+last = ProcessLock(path.with_name("last"), 30)
+with ProcessLock(path, 5):
+    print("held", flush=True)
+    with last:
+        pass
+print("released", flush=True)
+sys.stdin.readline()
+"""
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -71,11 +85,11 @@ class Process:
 
 
 @pytest.fixture
-def elsewhere(path: Path) -> Iterator[Callable[[str], Process]]:
+def elsewhere(path: Path) -> Iterator[Callable[..., Process]]:
     made: list[Process] = []
 
-    def start(code: str) -> Process:
-        made.append(Process(code, path))
+    def start(code: str, where: Path = path) -> Process:
+        made.append(Process(code, where))
         return made[-1]
 
     yield start
@@ -181,6 +195,55 @@ def test_a_timeout_names_the_holder(path: Path, elsewhere: Any) -> None:
     assert holder(path) is None
     with lock:
         pass
+
+
+def until_it_waits(path: Path) -> None:
+    """Another process that holds this lock has been waiting for the other one for a while."""
+    lock = ProcessLock(path, 0)  # closing another descriptor would drop the lock in this process
+    while not os.pread(lock._file.fd, 100, 0):
+        time.sleep(1e-3)
+    lock.close()
+
+
+def test_a_timeout_names_whom_the_holder_waits_for(path: Path, elsewhere: Any) -> None:
+    root = elsewhere(_HOLD, path.with_name("last"))
+    middle = elsewhere(_WAIT)
+    until_it_waits(path)
+    lock = ProcessLock(path, 0.02)
+    with pytest.raises(LockTimeout, match=f"{middle.pid} .* for last, .* {root.pid} ") as caught:
+        lock.acquire()
+    assert caught.value.pid == root.pid
+    middle.kill()
+    with lock, ThreadPoolExecutor(1) as pool:  # what the dead one waited for counts for nothing
+        with pytest.raises(LockTimeout) as caught:
+            pool.submit(lock.acquire).result(TIMEOUT_S)
+        assert caught.value.pid == os.getpid()
+
+
+def test_a_holder_that_waits_no_longer_is_named_itself(path: Path, elsewhere: Any) -> None:
+    with ProcessLock(path.with_name("last"), TIMEOUT_S):
+        middle = elsewhere(_WAIT)
+        until_it_waits(path)
+        with pytest.raises(LockTimeout) as caught:  # it waits for this process
+            ProcessLock(path, 0.02).acquire()
+        assert caught.value.pid == middle.pid
+    middle.expect("released")
+    assert path.read_bytes() == b""
+
+
+def test_between_threads_too_the_process_that_they_wait_for_is_named(
+    path: Path, elsewhere: Any
+) -> None:
+    root = elsewhere(_HOLD, path.with_name("last"))
+    lock, last = ProcessLock(path, 0.02), ProcessLock(path.with_name("last"), TIMEOUT_S)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lock.run, last.run, lambda: None)
+        until_it_waits(path)
+        with pytest.raises(LockTimeout, match=f"another thread .* {root.pid} ") as caught:
+            lock.acquire()
+        assert caught.value.pid == root.pid
+        root.go_on()
+        waiting.result(TIMEOUT_S)
 
 
 def test_it_dies_with_its_holder(path: Path, elsewhere: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,31 @@ def test_a_write_names_the_process(buffer: ExperienceBuffer) -> None:
     # At "sync" it had been written, and nobody was told that it is durable.
     unknown = [len(written)] if buffer._session.config.durability == "sync" else []
     assert answers(buffer) == [*written, *unknown, 100]
+
+
+def test_a_write_behind_another_that_waits_names_the_stuck_process(tmp_path: Path) -> None:
+    """Not the one that has the flush lock meanwhile, with which nothing is wrong."""
+    folder = tmp_path / "buffer"
+
+    def work(child: Child) -> None:
+        with opened(folder, lock_timeout_s=60.0) as mine:
+            child.say("open")
+            child.hear()
+            mine.add(experience(1))
+
+    with opened(folder) as buffer:
+        buffer.add(experience(0))
+        leader = Child(work)
+        assert leader.hear() == "open", leader.join()
+        with stuck(folder) as pid:
+            leader.say("go on")
+            while not (folder / "locks" / "flush").read_bytes():
+                time.sleep(1e-3)  # until it has waited for a while
+            with pytest.raises(LockTimeout, match=f"{leader.pid} .*, and waits for") as caught:
+                buffer.add(experience(2))
+            assert caught.value.pid == pid
+        leader.join()
+        assert answers(buffer) == [0, 1, 2]
 
 
 def test_opening_names_the_process(buffer: ExperienceBuffer) -> None:
