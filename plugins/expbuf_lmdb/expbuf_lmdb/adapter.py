@@ -682,7 +682,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
                 break
             staged = [self._staged_row(generation, places[i], sizes[i]) for i in missing]
             # Read first, asked then: a stage that was begun anew meanwhile has other bytes there.
-            if generation and generation == self.words[GENERATION]:
+            if generation and generation == self._stage_generation():
                 if None in staged:
                     raise LogGone
                 for i, row in zip(missing, staged, strict=True):
@@ -695,6 +695,13 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
     def _rows_at(self, txn: Txn, tables: Tables, places: list[int]) -> list[bytes | None]:
         db = tables.rows
         return [txn.get(key(place), db=db) for place in places]
+
+    def _stage_generation(self) -> int:
+        """Of the stage now. Nobody changes words of our own, so then the file is asked."""
+        if self._private_words is None:
+            return self.words[GENERATION]
+        header = self.stage.header()
+        return 0 if header is None else header.generation
 
     def _staged_row(self, generation: int, place: int, length: int) -> bytes | None:
         """The row at this address, if the stage reaches there."""

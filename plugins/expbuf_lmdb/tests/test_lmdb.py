@@ -462,6 +462,28 @@ def test_a_reader_follows_where_the_stage_is_made_anew(tmp_path: Path, attaches:
     reader.follows()
 
 
+def test_a_lonely_reader_takes_no_row_from_a_stage_that_was_begun_anew(tmp_path: Path) -> None:
+    """It has not seen yet that writers came, and what it looks for is dropped by now."""
+    core = Core(place(tmp_path)).create().extend(3, rows=1)
+    core.adapter.close()  # killed: only the stage has them
+    core.place.forget()
+    adapter = core.place.adapter(writable=False, words=[0] * 8)
+    reader = Core(core.place, adapter, core.wrote)
+    reader.at = dict(core.at)
+    reader.recovers()
+    old = dict(core.wrote)
+    core = core.reopen()
+    pin, rows = reader.pin(old)
+    core.extend(30, rows=2, row_bytes=1000).sync()
+    core.adapter.drop_below(core.last, *core.live([core.last]))
+    with pytest.raises(LogGone):
+        reader.pin(old)
+    assert all(bytes(pin.read(i)) == row for i, row in enumerate(rows))
+    reader.adapter.attach()
+    with pytest.raises(LogGone):
+        reader.pin(old)
+
+
 def test_a_read_that_is_overtaken_keeps_its_file(tmp_path: Path) -> None:
     """While one thread reads the stage, another joins the writers and lets go of it."""
     core = Core(place(tmp_path)).create().extend(3)
