@@ -1,7 +1,7 @@
 """A buffer's folder: what makes it one, what it is called, where it may lie.
 
 expbuf.json                      identity: format, UUID, storage backend; written last at creation
-migration.json                   in its place, while a buffer is being copied into the folder
+migration.json                   while it is there: a buffer is being copied into the folder
 control                          words shared by the processes that have it open; a cache
 locks/                           lock files, used for nothing else
 snapshots/  index/               see those modules
@@ -24,7 +24,7 @@ from expbuf_core.filesystem import FileSystem, storage_errors
 
 IDENTITY = "expbuf.json"
 UNFINISHED = "migration.json"
-"""Stands in a folder that a buffer is being copied into, until the copy is whole."""
+"""Stands in a folder that a buffer is being copied into; the copy is whole when it goes."""
 CONTROL = "control"
 LOCKS = "locks"
 FORMAT = 1
@@ -44,7 +44,7 @@ class Identity(NamedTuple):
 
 
 def read_identity(folder: Path) -> Identity | None:
-    """The identity of a buffer's folder; None if it has none.
+    """The identity of a buffer's folder; None if it has none, or is an unfinished copy.
 
     Raises:
         StorageError: There is a file in the place of the folder, or it cannot be read.
@@ -61,6 +61,8 @@ def read_identity(folder: Path) -> Identity | None:
         if isinstance(exc.__cause__, FileNotFoundError):
             return None
         raise
+    if (folder / UNFINISHED).exists():
+        return None
     try:
         document = json.loads(raw)
         version = int(document["format"])
@@ -121,6 +123,8 @@ def no_buffer(folder: Path) -> StorageError:
     """The error for a folder without an identity: what it is instead."""
     if not folder.exists():
         return StorageError(f"{folder} is no buffer: there is no such folder")
+    if (folder / UNFINISHED).exists():
+        return _unfinished(folder)
     message = f"{folder} is no buffer: it has no {IDENTITY}"
     if any((folder / "snapshots").glob("*.snap")):
         message += ", but the rest of one; `expbuf repair` finds the identity again"
@@ -128,18 +132,21 @@ def no_buffer(folder: Path) -> StorageError:
 
 
 def check_finished(folder: Path) -> None:
-    """See that a folder without an identity is not an unfinished copy of a buffer.
+    """See that a folder is not an unfinished copy of a buffer.
 
     Raises:
         StorageError: It is one.
     """
-    if not (folder / UNFINISHED).exists():
-        return
+    if (folder / UNFINISHED).exists():
+        raise _unfinished(folder)
+
+
+def _unfinished(folder: Path) -> StorageError:
     known = ""
     with contextlib.suppress(StorageError):
         known = str((read_unfinished(folder) or {}).get("command", ""))
     command = f"`{known}`" if known else "the command that began it"
-    raise StorageError(
+    return StorageError(
         f"{folder} is no buffer yet: it is an unfinished copy of one ({UNFINISHED}). To finish it, "
         f"run {command} again. To discard it, remove the folder; the buffer that it is copied from "
         "is as it was"

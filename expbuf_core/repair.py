@@ -234,7 +234,10 @@ def _identify(
         identity = folder.read_identity(path)
         if identity is not None:
             return identity.uuid, persistence or identity.backend
-        damage.append(Damage(str(file), -1, 0, 0, f"{file.name}: missing"))
+        missing = f"{file.name}: missing"
+        if (path / folder.UNFINISHED).exists():
+            missing = f"{folder.UNFINISHED}: the folder is a copy that was not finished"
+        damage.append(Damage(str(file), -1, 0, 0, missing))
     except CorruptionError as exc:
         damage.append(Damage(str(file), exc.offset or 0, 0, 0, str(exc)))
     names = [persistence] if persistence else registry.names("persistence")

@@ -5,9 +5,11 @@ stay, and its log goes on behind the LSN of the source. So receipts and ids that
 valid; only the place is new.
 
     migration.json -> SETTINGS, RELOG …, CARRY, synced -> read back and compared -> expbuf.json
+    -> migration.json goes
 
-A target without `expbuf.json` does not open. So a copy that was interrupted at any instant is no
-buffer yet; the next call goes on behind the last experience that is in the target's log.
+A folder with `migration.json` does not open. So a copy that was interrupted at any instant is no
+buffer yet; the next call goes on behind the last experience that is in the target's log, and reads
+all of it back, or begins anew where the source has changed.
 """
 
 from __future__ import annotations
@@ -324,15 +326,6 @@ class _Copy:
         """See `copy`."""
         content, fs = self.content, self.fs
         note = folder.read_unfinished(self.target)
-        if folder.read_identity(self.target) is not None:
-            # Interrupted behind the very last step but one.
-            if note is None or note["uuid"] != content.uuid.hex():
-                raise StorageError(f"{self.target} holds a buffer already; choose a new folder")
-            adapter = self._open(writable=False)
-            with contextlib.closing(adapter):
-                lsn = _recovered(adapter, 0).lsn
-            self._finish_note()
-            return self._report(len(self.ids), lsn)
         wanted = self._note()
         resumable = note is not None and not anew
         if note is not None:
@@ -356,11 +349,10 @@ class _Copy:
         finally:
             control.close()
         folder.write_identity(self.target, self.storage.name, content.uuid, fs)
-        self._finish_note()
-        return self._report(resumed, lsn)
-
-    def _report(self, resumed: int, lsn: int) -> TransferReport:
-        uuid = self.content.uuid.hex()
+        with storage_errors("remove", self.target / NOTE):
+            fs.unlink(self.target / NOTE)  # from here on it is a buffer
+            fs.sync_folder(self.target)
+        uuid = content.uuid.hex()
         return TransferReport(self.target, uuid, self.storage.name, len(self.ids), resumed, lsn)
 
     def _note(self) -> dict[str, Any]:
@@ -371,11 +363,6 @@ class _Copy:
             "command": self._command,
         }
         return {**facts, "crc": crc32(json.dumps(facts).encode())}
-
-    def _finish_note(self) -> None:
-        with storage_errors("remove", self.target / NOTE):
-            self.fs.unlink(self.target / NOTE)
-            self.fs.sync_folder(self.target)
 
     def _open(self, words: Any = None, *, writable: bool) -> PersistenceAdapter:
         return self.storage.open(self.target, self.content.uuid, self.fs, words, writable=writable)

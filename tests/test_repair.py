@@ -19,6 +19,7 @@ import pytest
 from expbuf_core import Experience, ExperienceBuffer, snapshots
 from expbuf_core.contracts import Damage, PersistenceAdapter
 from expbuf_core.errors import CorruptionError, StorageError
+from expbuf_core.filesystem import FileSystem
 from expbuf_core.repair import RepairReport, repair, shown
 from expbuf_core.testing.crash import scratch_folder
 from expbuf_core.verification import verify
@@ -567,6 +568,33 @@ def test_a_repair_that_was_killed_begins_anew(scenes: dict[str, Scene], home: Pa
     assert repair(folder, target).complete
     with contextlib.closing(opened(target)) as buffer:
         assert state_of(buffer) == scenes["plain"].state
+
+
+def test_a_repair_that_was_killed_at_its_end_begins_anew(
+    scenes: dict[str, Scene], home: Path
+) -> None:
+    """What it had saved may be less than what is there by now."""
+    scene, folder = scenes["bare"], home / "buffer"
+
+    class Killed(BaseException):
+        pass
+
+    class KilledAtTheEnd(FileSystem):
+        def unlink(self, path: Path) -> None:
+            if path.name == "migration.json":
+                raise Killed
+            super().unlink(path)
+
+    shutil.copytree(scene.folder, folder)
+    aside = find(scene, b'"answer 20"')[0]
+    (folder / aside).rename(home / aside)
+    with pytest.raises(Killed):
+        repair(folder, filesystem=KilledAtTheEnd())
+    (home / aside).rename(folder / aside)
+    report = repair(folder)
+    with opened(report.target) as buffer:
+        assert state_of(buffer) == scene.state
+    assert (report.saved, report.complete) == (len(scene.state), True)
 
 
 def test_a_backend_without_a_salvage_of_its_own_stops_at_damage() -> None:

@@ -423,6 +423,59 @@ def test_a_source_that_has_changed_is_copied_anew(scene: Scene, home: Path) -> N
         assert known(buffer) == expected
 
 
+class StoppedAtTheEnd(FileSystem):
+    """Stops where all is written and read back, and only the note is still to go."""
+
+    def unlink(self, path: Path) -> None:
+        if path.name == NOTE:
+            raise Stopped
+        super().unlink(path)
+
+
+def stopped_at_the_end(source: Path, target: Path, backend: str = "file") -> None:
+    with pytest.raises(Stopped):
+        migrate(source, target, backend, config=SMALL, filesystem=StoppedAtTheEnd())
+    assert (target / "expbuf.json").exists()
+    with pytest.raises(StorageError, match="is an unfinished copy of one"):
+        opened(target)
+    with pytest.raises(StorageError, match="is an unfinished copy of one"):
+        opened(target, mode="r")
+
+
+def test_it_is_no_buffer_before_the_note_is_gone(scene: Scene, home: Path) -> None:
+    stopped_at_the_end(scene.folder, home / "target")
+    report = migrate(scene.folder, home / "target", "file", config=SMALL)
+    assert report.resumed == report.experiences == len(scene.known.items)
+    check(home / "target", scene)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_source_that_changed_behind_the_last_step_but_one_is_copied_anew(
+    scene: Scene, home: Path, backend: str
+) -> None:
+    shutil.copytree(scene.folder, home / "source")
+    stopped_at_the_end(home / "source", home / "target", backend)
+    with opened(home / "source") as buffer:
+        buffer.remove(buffer.ids()[:30])
+        buffer.add(experience(90))
+    with opened(home / "source", seed=1) as buffer:
+        expected = known(buffer)
+    report = migrate(home / "source", home / "target", backend, config=SMALL)
+    assert (report.experiences, report.resumed) == (len(expected.items), 0)
+    with opened(home / "target", seed=1) as buffer:
+        assert known(buffer) == expected
+        assert buffer.lsn == report.lsn
+
+
+@pytest.mark.skipif("lmdb" not in BACKENDS, reason="needs expbuf-lmdb")
+def test_another_backend_behind_the_last_step_but_one(scene: Scene, home: Path) -> None:
+    stopped_at_the_end(scene.folder, home / "target", "file")
+    report = migrate(scene.folder, home / "target", "lmdb")
+    assert (report.backend, report.resumed) == ("lmdb", 0)
+    assert not list((home / "target").glob("experience_data.*"))
+    check(home / "target", scene)
+
+
 def test_an_unfinished_copy_of_another_buffer_is_left_alone(scene: Scene, home: Path) -> None:
     with pytest.raises(Stopped):
         migrate(scene.folder, home / "target", "file", config=SMALL, progress=stop_after(0))
