@@ -33,7 +33,7 @@ from expbuf_core.filesystem import FileSystem
 from expbuf_core.plugins import default_registry
 from expbuf_core.testing.crash import explore, scratch_folder
 from expbuf_core.testing.recording import RecordingFileSystem
-from expbuf_core.transfer import NOTE, Storage, migrate
+from expbuf_core.transfer import NOTE, Content, Storage, migrate
 from expbuf_core.verification import verify
 
 LONG = os.environ.get("EXPBUF_LONG", "") not in ("", "0")
@@ -474,6 +474,40 @@ def test_another_backend_behind_the_last_step_but_one(scene: Scene, home: Path) 
     assert (report.backend, report.resumed) == ("lmdb", 0)
     assert not list((home / "target").glob("experience_data.*"))
     check(home / "target", scene)
+
+
+@pytest.mark.parametrize("durability", ["group", "os"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_of_a_killed_writer_do_not_stop_a_copy_that_goes_on(
+    home: Path, backend: str, durability: str
+) -> None:
+    """The first call closes the source in order, so the second finds less to be reserved."""
+    with opened(home / "live", durability=durability) as buffer:
+        buffer.add_many([experience(serial) for serial in range(20)])
+        expected = [facts_of(item) for item in buffer]
+        buffer._live().upkeep.stop()  # so that no file comes or goes while they are copied
+        shutil.copytree(home / "live", home / "source")
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        migrate(home / "source", home / "target", backend, config=SMALL, progress=stop)
+    report = migrate(home / "source", home / "target", backend, config=SMALL)
+    assert report.resumed == report.experiences == 20
+    with opened(home / "target") as buffer:
+        assert [facts_of(item) for item in buffer] == expected
+        assert buffer.add(experience(50)) >= 1 << 16, "behind all that was reserved"
+
+
+def test_what_is_not_as_in_the_source_is_named(
+    scene: Scene, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried = Content.carried
+    monkeypatch.setattr(Content, "carried", lambda self: {**carried(self), "receipts": []})
+    with pytest.raises(StorageError, match="target: the list of receipts, read back, differs"):
+        migrate(scene.folder, home / "target", "file", config=SMALL)
 
 
 def test_an_unfinished_copy_of_another_buffer_is_left_alone(scene: Scene, home: Path) -> None:
