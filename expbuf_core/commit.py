@@ -591,6 +591,14 @@ class CommitLog:
             self.flush(target, retirements)
         return int(words[c.DURABLE])
 
+    def settle(self) -> None:
+        """`sync`, for whoever keeps all appenders out (append lock held by this thread)."""
+        words = self._control.words
+        if words[c.FLUSH_FAILED]:
+            self._flush_lock.run(self._retire)
+        while words[c.DURABLE] < words[c.APPENDED]:
+            self._flush_lock.run(self._sync_whole_log, words[c.APPENDED])
+
     def appended(self) -> int:
         """Last LSN written by any process."""
         return int(self._control.words[c.APPENDED])

@@ -232,9 +232,9 @@ def _opened(path: Path) -> Iterator[Content]:
             if session.writable:
                 lock = ProcessLock(path / folder.LOCKS / "append", config.lock_timeout_s)
                 held.callback(lock.close)
-                session.commit_log.sync()
+                session.commit_log.sync()  # so that little is left to do while writers wait
                 held.enter_context(lock)
-                session.commit_log.sync()  # what others have written before the lock was ours
+                session.commit_log.settle()  # what others have written before the lock was ours
             session.refresh()
             with session.replica.lock:
                 state = session.replica.state

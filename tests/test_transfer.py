@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from expbuf_core import Experience, ExperienceBuffer, cli, codec
+from expbuf_core import control as c
 from expbuf_core.config_schema import load_config
 from expbuf_core.contracts import Stamped
 from expbuf_core.errors import (
@@ -30,6 +31,7 @@ from expbuf_core.errors import (
     StorageError,
 )
 from expbuf_core.filesystem import FileSystem
+from expbuf_core.locks import ProcessLock
 from expbuf_core.plugins import default_registry
 from expbuf_core.testing.crash import explore, scratch_folder
 from expbuf_core.testing.recording import RecordingFileSystem
@@ -311,6 +313,34 @@ def test_a_process_that_waits_is_told_who_copies(scene: Scene, home: Path) -> No
 
     migrate(home / "source", home / "target", "file", config=SMALL, progress=progress)
     assert told == [str(os.getpid())]
+
+
+@pytest.mark.parametrize("left", [c.FLUSHING, c.FLUSH_FAILED])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_writer_that_dies_while_the_copy_takes_the_append_lock(
+    home: Path, monkeypatch: pytest.MonkeyPatch, backend: str, left: int
+) -> None:
+    """Its log is given up under the lock that the copy holds already."""
+    with opened(home / "source", durability="os", persistence=backend) as writer:
+        writer.add_many([experience(serial) for serial in range(5)])
+        words = writer._live().control.words
+
+        class Lock(ProcessLock):
+            def __enter__(self) -> None:
+                if self._file.path.name == "append":
+                    added.append(writer.add(experience(5)))
+                    assert words[c.DURABLE] < words[c.APPENDED]
+                    words[left] = 1
+                super().__enter__()
+
+        added: list[int] = []
+        monkeypatch.setattr("expbuf_core.transfer.ProcessLock", Lock)
+        report = migrate(home / "source", home / "target", "file", config=SMALL)
+        assert (len(added), report.experiences) == (1, 6)
+        assert words[left] == 0
+        assert writer.add(experience(6)) > added[0]
+    with opened(home / "target") as copy, opened(home / "source") as source:
+        assert [facts_of(item) for item in copy] == [facts_of(item) for item in source][:6]
 
 
 # ---------------------------------------------------------------- interruptions
