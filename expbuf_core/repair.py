@@ -21,7 +21,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core import codec, folder, frames, opening, payloads, snapshots
+from expbuf_core import (
+    codec,
+    damaged_snapshots,
+    folder,
+    frames,
+    opening,
+    payloads,
+    snapshots,
+)
 from expbuf_core import control as c
 from expbuf_core.codec import RelogBody
 from expbuf_core.commit import RESERVATION
@@ -36,7 +44,6 @@ from expbuf_core.contracts import (
     Pin,
 )
 from expbuf_core.control import Control
-from expbuf_core.crc import crc32
 from expbuf_core.errors import (
     ConfigError,
     CorruptionError,
@@ -49,7 +56,7 @@ from expbuf_core.intake import fuse
 from expbuf_core.locks import opener
 from expbuf_core.plugins import PluginRegistry, default_registry
 from expbuf_core.session import Session
-from expbuf_core.state import COLUMNS, State
+from expbuf_core.state import State
 from expbuf_core.transfer import (
     Content,
     Progress,
@@ -85,8 +92,9 @@ class RepairReport:
         snapshot_lsn: Of the snapshot that was used; 0: none.
         lost_ids: Experiences that should be there and are not. Where the operation itself is lost
             that added them: the ids that it may have given.
-        rebuilt_ids: Saved from the payload alone, since their columns are lost: reward as at the
-            add; confidence, priority, timestamp and counts are made up.
+        rebuilt_ids: Saved, while some or all of their columns are lost, and neither the log nor
+            the payload says for certain what stood there. What it says is taken, such as the reward
+            of the add; else confidence, priority, timestamp and counts are made up.
         lost_lsns: Operations that could not be read: additions, removals, updates, outcomes.
         damage: Bad places, each with file and offset; those that cost nothing among them.
         notes: What else is worth knowing.
@@ -114,7 +122,7 @@ class RepairReport:
         lines = [f"{self.saved} experiences saved to {self.target}"]
         for ranges, what in (
             (self.lost_ids, "lost experiences: ids"),
-            (self.rebuilt_ids, "saved from their payloads alone: ids"),
+            (self.rebuilt_ids, "saved with columns that are made up or not the newest: ids"),
             (self.lost_lsns, "lost operations: lsn"),
         ):
             if ranges:
@@ -354,17 +362,9 @@ def _replayed(
     replay = _Replay(state, adapter, path, witness)
     replay.run()
     if replay.lost_lsns:
-        for lsn in snapshots.available(path):
-            partial = _partial_snapshot(snapshots.path_of(path, lsn), uuid)
-            if partial is not None:
-                replay = _Replay(partial[0], adapter, path, witness)
-                replay.run()
-                if partial[1]:
-                    names = ", ".join(partial[1])
-                    replay.notes.append(
-                        f"of the experiences up to lsn {lsn} these columns are lost: {names}"
-                    )
-                break
+        replays = list(_behind_damaged_snapshots(path, adapter, witness))
+        if replays:
+            replay = min(replays, key=lambda each: (each.count_lost(), len(each.rebuilt_ids)))
         else:
             replay.notes.append(
                 "experiences that were removed by lost operations may have come back, and updates "
@@ -374,40 +374,35 @@ def _replayed(
     return replay
 
 
-def _partial_snapshot(file: Path, uuid: bytes) -> tuple[State, list[str]] | None:
-    """What is intact of a damaged snapshot, and the columns that are not; None: too little."""
-    header = snapshots._HEADER
-    try:
-        raw = file.read_bytes()
-        _, _, tree_crc, tree_bytes, _, _ = header.unpack_from(raw)
-        text = raw[header.size : header.size + tree_bytes]
-        if crc32(text) != tree_crc:
-            return None
-        tree = codec.load_json(text)
-        at, lost = header.size + tree_bytes, []
-        columns: dict[str, NDArray[Any]] = {}
-        for name, (dtype, n, crc) in tree["columns"].items():
-            part = raw[at : at + np.dtype(dtype).itemsize * n]
-            at += np.dtype(dtype).itemsize * n
-            if crc32(part) == crc:
-                columns[name] = np.frombuffer(part, dtype)
-            else:
-                lost.append(name)
-        if not {"id", "location", "length"} <= set(columns):
-            return None
-        n = len(columns["id"])
-        made_up = {
-            "reward": np.full(n, np.nan),
-            "confidence": np.ones(n, np.float32),
-            "priority": np.ones(n, np.float32),
-            "sequence": np.arange(n) + int(tree["total_added"]) - n,
-            "live": np.ones(n, bool),
-        }
-        for name in lost:
-            columns[name] = made_up.get(name, np.zeros(n, COLUMNS[name]))
-        return State.load(tree, columns), lost
-    except (OSError, *codec.UNDECODABLE):
-        return None
+def _behind_damaged_snapshots(
+    path: Path, adapter: PersistenceAdapter, witness: int
+) -> Iterator[_Replay]:
+    """What each of the snapshots leads to, newest first, of which enough is intact."""
+
+    def fields(state: State, ids: NDArray[np.int64]) -> Iterator[Mapping[str, Any] | None]:
+        slots = state.find(ids)
+        for row, _ in _rows(adapter, ids, state.location[slots], state.length[slots]):
+            try:
+                found = None if frames.check_row(row) is None else codec.decode_row(row).fields
+            except codec.UNDECODABLE:
+                found = None
+            yield found
+
+    for lsn in snapshots.available(path):
+        file = snapshots.path_of(path, lsn)
+        remains = damaged_snapshots.read(file, lambda: adapter.salvage(0), fields)
+        if remains is None:
+            continue
+        replay = _Replay(remains.state, adapter, path, witness)
+        replay.run()
+        replay.rebuilt_ids += [(id_, id_) for id_ in remains.unknown.tolist()]
+        if remains.lost:
+            names, unknown = ", ".join(remains.lost), len(remains.unknown)
+            replay.notes.append(
+                f"of the experiences up to lsn {lsn} these columns are lost: {names}; what stood "
+                f"there is known otherwise{f' but for {unknown} of them' if unknown else ''}"
+            )
+        yield replay
 
 
 class _Replay:
@@ -431,6 +426,10 @@ class _Replay:
         self._path = path
         self._witness = witness
         self._gap = False  # since the last add that was applied
+
+    def count_lost(self) -> int:
+        """How many operations, at most."""
+        return sum(last - first + 1 for first, last in _merged(self.lost_lsns))
 
     def run(self) -> None:
         """Apply all that can be read behind the state."""

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-from expbuf_core import Experience, ExperienceBuffer, snapshots
+from expbuf_core import Experience, ExperienceBuffer, damaged_snapshots, snapshots
+from expbuf_core.config_schema import load_config
 from expbuf_core.contracts import Damage, PersistenceAdapter
+from expbuf_core.damaged_snapshots import Remains
 from expbuf_core.errors import CorruptionError, StorageError
 from expbuf_core.filesystem import FileSystem
+from expbuf_core.folder import read_identity
+from expbuf_core.plugins import default_registry
 from expbuf_core.repair import RepairReport, repair, shown
+from expbuf_core.state import COLUMNS, State
 from expbuf_core.testing.crash import scratch_folder
+from expbuf_core.transfer import Storage
 from expbuf_core.verification import verify
 
 LONG = os.environ.get("EXPBUF_LONG", "") not in ("", "0")
@@ -443,6 +450,120 @@ def test_columns_of_a_damaged_snapshot_are_used(home: Path) -> None:
     assert report.snapshot_lsn == lsn
     assert found == state
     assert any("columns are lost: live" in note for note in report.notes)
+
+
+def spoil(file: Path, names: Iterable[str]) -> None:
+    """Damage these columns of a snapshot."""
+    raw, header = bytearray(file.read_bytes()), snapshots._HEADER
+    at = header.size + header.unpack_from(raw)[3]
+    for name, (dtype, n, _) in json.loads(raw[header.size : at])["columns"].items():
+        if name in names:
+            raw[at] ^= 1
+        at += np.dtype(dtype).itemsize * n
+    file.write_bytes(raw)
+
+
+SPOILED = [name for name in COLUMNS if name not in ("id", "location", "length")]
+UPDATED = ("reward", "priority", "retrieval_count", "success_count", "flags")
+
+
+@pytest.fixture(scope="module")
+def updated() -> Iterator[Scene]:
+    """Both snapshots are behind updates that the log no longer has."""
+    home = scratch_folder()
+    with opened(home / "updated") as buffer:
+        for _ in range(6):
+            ids = buffer.add_many([experience(serial, 900) for serial in range(30)])
+            buffer.record_outcome(ids[:20], success=True)
+            buffer.save_snapshot()
+        buffer.update_rewards(ids[:10], [9.0] * 10)
+        buffer.update_rewards(ids[10:20], [{"late": 2.0}] * 10)
+        buffer.update_priorities(ids[5:15], [5.0] * 10)
+        buffer.record_outcome(ids[15:25], success=False)
+        for _ in range(3):
+            buffer.save_snapshot()
+            buffer.remove([buffer.add(experience(50))])
+        buffer.save_snapshot()
+        state = state_of(buffer)
+    yield Scene(home / "updated", state, "", "")
+    shutil.rmtree(home)
+
+
+@pytest.mark.parametrize("name", [*SPOILED, "all"])
+def test_whose_columns_are_lost_is_listed(updated: Scene, home: Path, name: str) -> None:
+    names = SPOILED if name == "all" else [name]
+
+    def damage(folder: Path) -> None:
+        for lsn in snapshots.available(folder):
+            spoil(snapshots.path_of(folder, lsn), names)
+
+    report, state = repaired(updated, home, damage)  # whoever differs is in `rebuilt_ids`
+    assert report.lost_ids == report.lost_lsns == ()
+    assert set(state) == set(updated.state)
+    updates_are_lost = name in (*UPDATED, "all")
+    assert bool(report.rebuilt_ids) == updates_are_lost
+    assert report.complete != updates_are_lost
+    assert ("nothing was lost" in str(report)) == report.complete
+    for id_, facts in state.items():  # what the log says of the add is right in any case
+        assert facts[4] == updated.state[id_][4]
+        assert facts[6:8] == updated.state[id_][6:8]
+    if name == "flags":  # an updated total is known by what it is not
+        assert state == updated.state
+
+
+@pytest.mark.parametrize("name", ["snapshot", "killed"])
+@pytest.mark.parametrize("column", [*SPOILED, "all"])
+def test_lost_columns_are_found_in_the_log(
+    scenes: dict[str, Scene], home: Path, name: str, column: str
+) -> None:
+    """All of them, where it is whole up to the snapshot."""
+    folder = home / "buffer"
+    shutil.copytree(scenes[name].folder, folder)
+    names = SPOILED if column == "all" else [column]
+    for intact, remains in spoiled_and_read(folder, names):
+        assert set(remains.lost) == set(names)
+        assert columns_of(remains.state) == columns_of(intact)
+        assert remains.state.receipts == intact.receipts
+        assert remains.unknown.tolist() == []
+
+
+def spoiled_and_read(folder: Path, names: Sequence[str]) -> Iterator[tuple[State, Remains]]:
+    """Each snapshot as it was, and what is left of it without these columns or any payload."""
+    identity = read_identity(folder)
+    assert identity is not None
+    storage = Storage.choose(default_registry(), "file", load_config({}, env={}))
+    adapter = storage.open(folder, identity.uuid, FileSystem(), writable=False)
+    with contextlib.closing(adapter):
+        for lsn in snapshots.available(folder):
+            intact, file = (
+                snapshots.read(folder, lsn, identity.uuid),
+                snapshots.path_of(folder, lsn),
+            )
+            spoil(file, names)
+            remains = damaged_snapshots.read(
+                file, lambda: adapter.salvage(0), lambda state, ids: iter([None] * len(ids))
+            )
+            assert remains is not None
+            yield intact, remains
+
+
+def test_outcomes_of_receipts_that_are_forgotten_are_not_certain(home: Path) -> None:
+    """Nothing says whether they counted: another outcome of the same receipt may have."""
+    with opened(home / "buffer", receipts_kept=1) as buffer:
+        buffer.add_many([experience(serial) for serial in range(9)])
+        found = [buffer.search_index(v_embed=experience(n).v_embed, k=2) for n in (1, 2)]
+        for result in (*found, found[1]):
+            buffer.record_outcome(result.receipt, success=True)
+        buffer.save_snapshot()
+    first = set(found[0].ids.tolist())
+    ((intact, remains),) = spoiled_and_read(home / "buffer", ["retrieval_count"])
+    assert columns_of(remains.state) == columns_of(intact)
+    assert set(remains.unknown.tolist()) == first
+
+
+def columns_of(state: State) -> dict[str, list[Any]]:
+    columns = {name: getattr(state, name)[: state.count].tolist() for name in COLUMNS}
+    return {**columns, "tags": [state.tag_sets[code] for code in columns["tags"]]}
 
 
 # ---------------------------------------------------------------- identity, control page, index
