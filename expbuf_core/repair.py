@@ -426,6 +426,7 @@ class _Replay:
         self._path = path
         self._witness = witness
         self._gap = False  # since the last add that was applied
+        self._lost_rows: list[int] = []  # ids of payloads without columns that are damaged, too
 
     def count_lost(self) -> int:
         """How many operations, at most."""
@@ -477,6 +478,7 @@ class _Replay:
                 self._not_lost(id_)
         elif operation.kind == codec.CLEAR:
             self.lost_ids.clear()
+            self._lost_rows.clear()
 
     def _follow_representation(self, operation: LoggedOperation) -> None:
         """Where a change of representation is lost, go over at the first add behind it."""
@@ -502,6 +504,8 @@ class _Replay:
 
     def _not_lost(self, id_: int) -> None:
         """It was removed later, so nothing is missing."""
+        with contextlib.suppress(ValueError):
+            self._lost_rows.remove(id_)
         for i, (first, last) in enumerate(self.lost_ids):
             if first <= id_ <= last:
                 parts = [(first, id_ - 1), (id_ + 1, last)]
@@ -523,7 +527,7 @@ class _Replay:
             if checked is None or (is_add and checked[0] != ids[i]):
                 self.damage.append(damage)
                 if is_add:
-                    self.lost_ids.append((int(ids[i]), int(ids[i])))
+                    self._lost_rows.append(int(ids[i]))
                 continue
             if not is_add and self._is_readable(checked[0]):
                 continue  # what wrote it anew is lost; it may have meant other embeddings
@@ -594,7 +598,7 @@ class _Replay:
                 f"operations are lost at the end of the log; what they added had ids from "
                 f"{state.next_id} on"
             )
-        self.lost_ids[:] = _newest(self.lost_ids, state)
+        self.lost_ids[:] = _newest(self._lost_rows, self.lost_ids, state)
         settings = dict(state.settings)
         if settings["max_size"] == _ANY_SIZE:
             settings["max_size"] = max(int(fallback["max_size"]), state.count)
@@ -726,13 +730,23 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
     return tuple(merged)
 
 
-def _newest(lost: list[tuple[int, int]], state: State) -> list[tuple[int, int]]:
-    """Of the lost ids, those that would not have been evicted by now."""
-    live, room = state.live_ids(), int(state.settings["max_size"])
+def _newest(
+    lost: Iterable[int], possible: Iterable[tuple[int, int]], state: State
+) -> list[tuple[int, int]]:
+    """Of lost ids, those that need not have been evicted by now.
+
+    Args:
+        lost: Of experiences that were there.
+        possible: Ids that lost operations may have given. They push nothing out: most may never
+            have been used, since numbers are skipped after a crash. For the same reason those that
+            were may be the first of a range as well as the last.
+        state: With the experiences that were found.
+    """
+    known = np.union1d(state.live_ids(), np.array(list(lost), np.int64))
     kept: list[tuple[int, int]] = []
-    for first, last in reversed(_merged(lost)):
-        newer = len(live) - int(np.searchsorted(live, last))
-        left = room - newer - sum(b - a + 1 for a, b in kept)
+    for first, last in [*((id_, id_) for id_ in lost), *_merged(possible)]:
+        newer = len(known) - int(np.searchsorted(known, last, side="right"))
+        left = int(state.settings["max_size"]) - newer
         if left > 0:
-            kept.append((max(first, last - left + 1), last))
+            kept += [(first, min(last, first + left - 1)), (max(first, last - left + 1), last)]
     return kept

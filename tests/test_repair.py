@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from expbuf_core import Experience, ExperienceBuffer, damaged_snapshots, snapshots
+from expbuf_core import control as c
 from expbuf_core.config_schema import load_config
 from expbuf_core.contracts import Damage, PersistenceAdapter
 from expbuf_core.damaged_snapshots import Remains
@@ -450,6 +451,49 @@ def test_columns_of_a_damaged_snapshot_are_used(home: Path) -> None:
     assert report.snapshot_lsn == lsn
     assert found == state
     assert any("columns are lost: live" in note for note in report.notes)
+
+
+def test_ids_that_were_skipped_push_no_lost_one_out(home: Path) -> None:
+    """Numbers are skipped behind a writer that died: far more than the buffer holds."""
+    with opened(home / "made") as buffer:
+        buffer.add_many([experience(serial) for serial in range(10)])
+        buffer.add_many([experience(serial) for serial in range(10, 13)])
+        buffer.add(experience(13))
+        buffer._live().control.words[c.APPENDING] = 1  # as an appender that died leaves it
+        newest = buffer.add(experience(14))
+        assert newest > 1 << 16
+        state = state_of(buffer)
+    scene = bare(Scene(home / "made", state, "", ""))
+
+    def damage(folder: Path) -> None:
+        path, at = frame_of(scene, b'"answer 11"')
+        flip(path, at + 72 + 30)(folder)  # the body
+        shutil.rmtree(folder / "snapshots")
+        flip(*find(scene, b'"answer 11"'))(folder)
+        path, at = frame_of(scene, b'"answer 13"')
+        flip(path, at + 8)(folder)  # the operation
+
+    report, state = repaired(scene, home, damage)
+    assert set(scene.state) - set(state) == {11, 13}, f"{report} {sorted(state)}"
+    assert {11, 13} <= ids_in(report.lost_ids), str(report)
+    assert not {10, 12, newest} & ids_in(report.lost_ids)
+
+
+def test_lost_ids_that_were_evicted_since_are_not_listed(home: Path) -> None:
+    with opened(home / "made") as buffer:
+        for serial in range(120):
+            buffer.add(experience(serial, 1500))
+        state = state_of(buffer)
+    scene = bare(Scene(home / "made", state, "", ""))
+
+    def damage(folder: Path) -> None:
+        for serial in (5, 50, 100):
+            path, at = frame_of(scene, b'"answer %d"' % serial)
+            flip(path, at + 8)(folder)
+        shutil.rmtree(folder / "snapshots", ignore_errors=True)
+
+    report, _ = repaired(scene, home, damage)
+    assert report.lost_ids == ((100, 100),)
 
 
 def spoil(file: Path, names: Iterable[str]) -> None:
