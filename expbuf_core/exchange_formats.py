@@ -7,8 +7,11 @@ extra `parquet`), which is imported when it is used.
 from __future__ import annotations
 
 import base64
+import contextlib
+import fcntl
 import json
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -52,8 +55,11 @@ class Writer(ABC):
             "q_embed": int(header["settings"]["q_dim"] or 0),
         }
         self.temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        self._lock: int | None = None
         with storage_errors("write", self.temporary):
+            self._remove_leftovers()
             self.begin()
+            self._lock = _locked(self.temporary)
 
     @abstractmethod
     def begin(self) -> None:
@@ -84,10 +90,28 @@ class Writer(ABC):
 
     def discard(self) -> None:
         """Remove what is not finished."""
-        if self.temporary.is_dir():
-            shutil.rmtree(self.temporary, ignore_errors=True)
+        self._remove(self.temporary)
+        if self._lock is not None:
+            self.fs.close(self._lock)
+            self._lock = None
+
+    def _remove(self, path: Path) -> None:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            self.fs.unlink(self.temporary)
+            self.fs.unlink(path)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what exports to the same target have left that were killed."""
+        name = re.compile(re.escape(self.target.name) + r"\.\d+\.tmp")
+        with contextlib.suppress(PermissionError):  # to list the folder; or it is another user's
+            for path in self.target.parent.iterdir():
+                lock = _locked(path) if name.fullmatch(path.name) else None
+                if lock is not None:
+                    try:
+                        self._remove(path)
+                    finally:
+                        self.fs.close(lock)
 
     def sync(self, path: Path) -> None:
         """Make a file durable."""
@@ -96,6 +120,25 @@ class Writer(ABC):
             self.fs.fsync(fd)
         finally:
             self.fs.close(fd)
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor that locks an unfinished export; None where that cannot be had.
+
+    Then another process has it, or the file is gone or another user's, or the file system knows no
+    locks; it is left alone. The kernel frees the lock when the process ends. The number of the
+    process would tell less: those of other containers that use the folder are not known here.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
 
 
 class Reader(ABC):

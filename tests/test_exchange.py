@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,6 +204,11 @@ def test_an_interrupted_export_leaves_nothing(
     before = sorted(home.iterdir())
 
     def interrupt(done: int, total: int) -> None:
+        (own,) = set(home.iterdir()) - set(before)
+        fd = os.open(own, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):  # so no other export removes it
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(fd)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -210,6 +217,32 @@ def test_an_interrupted_export_leaves_nothing(
     file.write_text("")
     with pytest.raises(StorageError, match="exists already"):
         export_experiences(home / "a", file)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_killed_export_has_left_is_removed_by_the_next(
+    home: Path, buffer: ExperienceBuffer, kind: str
+) -> None:
+    file = target(home, kind)
+    foreign = [home / f"{file.name}.tmp", home / f"x{file.name}.7.tmp"]
+    for path in foreign:
+        path.write_text("")
+    left = home / f"{file.name}.4711.tmp"  # as a kill leaves it: nobody has it open
+    if kind == "jsonl":
+        left.mkdir()
+        (left / "experiences.jsonl").write_text("{")
+    else:
+        left.write_text("PAR1")
+    under_way = left.with_name(f"{file.name}.1.tmp")
+    under_way.write_text("")
+    with open(under_way) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        export_experiences(home / "a", file)
+    assert not left.exists()
+    assert under_way.exists()
+    assert import_experiences(file, home / "b", config=QUIET).experiences == 54
+    for path in foreign:
+        assert path.exists()
 
 
 def test_an_export_is_begun_anew_where_it_is_overtaken(
