@@ -196,6 +196,8 @@ class Environment:
                 writemap=False,
             )
 
+        if self._mode == WRITING:
+            _allocate_lock_file(self.path, self._max_readers)
         if self._mode == READING:
             try:
                 return opened(READING)
@@ -526,6 +528,7 @@ os.register_at_fork(
 # ---------------------------------------------------------------- errors
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_READER_BYTES, _LOCK_HEADER = 64, 4  # in LMDB's lock file: a reader, and what its header takes
 _DAMAGED = (
     lmdb.CorruptedError,
     lmdb.InvalidError,
@@ -557,9 +560,27 @@ def _says(exc: lmdb.Error, codes: tuple[int, ...]) -> bool:
     return getattr(exc, "code", 0) in codes or any(os.strerror(code) in str(exc) for code in codes)
 
 
+def _allocate_lock_file(path: Path, max_readers: int) -> None:
+    """Make LMDB's lock file, where there is none, with room on the disk for all of it.
+
+    LMDB extends it by a hole and stores into its map: on a full disk that kills the process.
+    """
+    lock = path.with_name(f"{path.name}-lock")
+    if lock.exists() and lock.stat().st_size:
+        return
+    with storage_errors("make", lock):
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            os.posix_fallocate(
+                fd, 0, -(-(max_readers + _LOCK_HEADER) * _READER_BYTES // 4096) * 4096
+            )
+        finally:
+            os.close(fd)
+
+
 def _is_full(path: Path) -> bool:
     try:
-        room = os.statvfs(path)
+        room = os.statvfs(path if path.exists() else path.parent)
     except OSError:
         return False
     return room.f_bavail * room.f_frsize < 1 << 20
