@@ -57,13 +57,15 @@ class Upkeep:
         self._session = session
         self.build_by: Callable[[Callable[[], object]], object] = _at_once
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._starting = threading.RLock()  # what follows is changed by any thread that commits
         self._thread: threading.Thread | None = None
         self._busy = False
+        self._ending = False
         self._failed_at = 0.0
         self._builder: int | None = None  # pid
         self._asked_for = 0  # what the hint of a damaged index was when a build began last
-        self._adopting = threading.Lock()
-        self._taking = threading.Lock()
+        self._adopting = _Aside("expbuf-adopt", self._adopt_aside)
+        self._taking = _Aside("expbuf-memory", self._take_memory)
         # Held by whoever changes files of the folder outside the write path, so that `stop` can
         # wait for threads of the caller's, too.
         self._working = threading.RLock()
@@ -98,6 +100,12 @@ class Upkeep:
             return
         if self._failed_at and time.monotonic() - self._failed_at < _RETRY_S:
             return
+        with self._starting:
+            if not self._busy and not self._ending:
+                self._begin()
+
+    def _begin(self) -> None:
+        """Have the thread do what is due."""
         self._busy = True
         try:
             if self._thread is None:
@@ -127,9 +135,12 @@ class Upkeep:
 
     def stop(self) -> None:
         """Let the tasks under way end, and no other begin."""
-        if self._thread is not None and self._thread is not threading.current_thread():
+        with self._starting:
+            self._ending = True
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
             self._wanted.put(False)
-            self._thread.join(timeout=_STOP_S)
+            thread.join(timeout=_STOP_S)
         free = self._working.acquire(timeout=_STOP_S)
         self._stopped = True
         if free:
@@ -258,8 +269,7 @@ class Upkeep:
 
     def adopt_later(self) -> None:
         """Open newly published segments aside, in the background, and then change over."""
-        if self._adopting.acquire(blocking=False):
-            threading.Thread(target=self._adopt_aside, name="expbuf-adopt", daemon=True).start()
+        self._adopting.begin()
 
     def _adopt_aside(self) -> None:
         try:
@@ -267,25 +277,14 @@ class Upkeep:
         except (ExpbufError, LogGone, OSError, ValueError) as exc:
             if not self._session.closed:
                 _log.warning("the new index could not be opened; searches stay exact: %s", exc)
-        finally:
-            self._adopting.release()
 
     def take_memory(self) -> None:
         """Have the memory of vectors to come found, in the background."""
-        if self._taking.acquire(blocking=False):
-            try:
-                threading.Thread(
-                    target=self._take_memory, name="expbuf-memory", daemon=True
-                ).start()
-            except RuntimeError:  # no more threads: each page is found when it is touched
-                self._taking.release()
+        self._taking.begin()
 
     def _take_memory(self) -> None:
-        try:
-            with contextlib.suppress(BufferClosed):
-                self._session.replica.tiers.take_ahead()
-        finally:
-            self._taking.release()
+        with contextlib.suppress(BufferClosed):
+            self._session.replica.tiers.take_ahead()
 
     def adopt_now(self) -> None:
         """Open what the builder has published last, and search it from now on."""
@@ -475,6 +474,36 @@ class Upkeep:
             draft = relog_draft(state, ids, slots, pin, None)
         if len(ids):
             session.commit(draft)
+
+
+class _Aside:
+    """Something that is done in the background, by a thread that ends with it.
+
+    Args:
+        name: Of the thread.
+        work: To be done.
+    """
+
+    def __init__(self, name: str, work: Callable[[], None]) -> None:
+        self._name = name
+        self._work = work
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Do it, unless that is under way. Without another thread to be had, a later call will."""
+        if self._is_under_way() or self._starting.locked():
+            return
+        with self._starting:
+            if self._is_under_way():
+                return
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            with contextlib.suppress(RuntimeError):
+                thread.start()
+                self._thread = thread
+
+    def _is_under_way(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
 
 # ---------------------------------------------------------------- the builder's process

@@ -1,0 +1,104 @@
+"""What is done in the background: its threads and processes, and what they leave in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from module_helpers import OpenBuffer, Worker, add_all, finds
+
+DEADLINE_S = 30
+
+
+def threads(name: str) -> list[threading.Thread]:
+    """Those that are alive."""
+    return [thread for thread in threading.enumerate() if thread.name == name]
+
+
+def run_together(*tasks: Callable[[], object]) -> None:
+    """Each in a thread of its own, until all are done."""
+    running = [threading.Thread(target=task) for task in tasks]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive(), "hangs"
+
+
+# ---------------------------------------------------------------- threads
+
+
+def test_without_a_thread_for_it_the_index_is_adopted_later(
+    open_buffer: OpenBuffer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = open_buffer()
+    add_all(buffer, range(40))
+    with Worker(folder) as other:
+        assert other("buffer.rebuild_index()")
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "expbuf-adopt":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        assert all(finds(buffer, i) for i in range(40))
+        assert buffer.stats()["index"]["tail_rows"] == 40
+    assert finds(buffer, 33)
+    for thread in threads("expbuf-adopt"):
+        thread.join(DEADLINE_S)
+    assert buffer.stats()["index"]["tail_rows"] == 0
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_threads_that_commit_at_once_begin_one_upkeep(
+    open_buffer: OpenBuffer, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    """With a lock of the caller's, several see at once that something is due."""
+    buffer = open_buffer(lock=threading.Lock())
+    upkeep = buffer._live().upkeep
+    both, start = threading.Barrier(2), threading.Thread.start
+    begun: list[threading.Thread] = []
+
+    def is_due() -> bool:
+        both.wait(DEADLINE_S)
+        return True
+
+    def start_slowly(thread: threading.Thread) -> None:
+        if thread.name == "expbuf-upkeep":
+            begun.append(thread)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(0.2)  # nobody comes who is made to wait outside
+            if refused:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(upkeep, "_is_due", is_due)
+    monkeypatch.setattr(upkeep, "_do", lambda: None)
+    monkeypatch.setattr(threading.Thread, "start", start_slowly)
+    run_together(upkeep.after_commit, upkeep.after_commit)
+    monkeypatch.undo()
+    assert len(begun) == 1 or refused
+    buffer.close()
+    assert not [thread for thread in begun if thread.is_alive()]
+
+
+def test_a_commit_that_a_close_overtakes_begins_no_upkeep(
+    open_buffer: OpenBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = open_buffer()
+    upkeep = buffer._live().upkeep
+
+    def close_meanwhile() -> bool:
+        run_together(buffer.close)
+        return True
+
+    monkeypatch.setattr(upkeep, "_is_due", close_meanwhile)
+    before = threads("expbuf-upkeep")
+    upkeep.after_commit()
+    assert threads("expbuf-upkeep") == before
