@@ -112,7 +112,7 @@ def _make_commit_log(session: Session, append_lock: Lock, flush_lock: Lock) -> N
         flush_lock=flush_lock,
         durability="os" if in_memory else session.config.durability,
         group_interval_s=session.config.group_interval_ms / 1000,
-        written=session.replica.written,
+        written=session.upkeep.written if in_memory else session.replica.written,
         appended=session.upkeep.after_commit,
         outer=session.outer_lock,
         check=session.check_folder,

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from expbuf_core import control as c
 from expbuf_core import folder, indexing, segments, snapshots
 from expbuf_core.config_schema import BufferConfig
-from expbuf_core.contracts import LogGone
+from expbuf_core.contracts import Appended, LoggedOperation, LogGone
 from expbuf_core.errors import BufferClosed, ExpbufError, StorageFull
 from expbuf_core.locks import holder
 from expbuf_core.relog import relog_draft
@@ -41,7 +41,10 @@ _RETRY_S = 1.0  # pause after a failure, so that a full disk is not met at every
 # Moved in one commit. Each has a sync of its own, which writers wait behind: so not few small ones;
 # and not so many that this process' reads, or writers, notice one.
 _RELOG_ROWS, _RELOG_BYTES = 2048, 1 << 20
-_MEMORY_OPERATIONS = 10_000  # kept of a buffer in memory before the dead ones are dropped
+# Kept of a buffer in memory before what is dead is dropped: so many operations, or bytes. But as
+# many bytes as live are always kept, so that to drop costs no more than to add.
+_MEMORY_OPERATIONS, _MEMORY_BYTES = 10_000, 8 << 20
+_ROW_BYTES = 200  # that an object in memory takes besides what is in it
 CLOSING_OPERATIONS = 10_000  # a log so long makes a snapshot worth while at closing
 
 
@@ -70,7 +73,10 @@ class Upkeep:
         # wait for threads of the caller's, too.
         self._working = threading.RLock()
         self._stopped = False
-        self._dropped_at = 0
+        # Of a buffer in memory: bytes written so far; and as of when dead ones were dropped last,
+        # the LSN, that figure, and bytes that lived.
+        self._written_bytes = 0
+        self._dropped_at = self._dropped_bytes = self._live_bytes = 0
         self._base: tuple[dict[str, Any], dict[str, NDArray[Any]]] | None = None  # as of then
         self._snapshot_lsn = 0  # of the snapshot behind which experiences are counted, and
         self._snapshot_rows = 0  # what the counter of added ones said then
@@ -158,7 +164,9 @@ class Upkeep:
     def _is_due(self) -> bool:
         session = self._session
         if session.path is None:
-            return session.replica.state.lsn - self._dropped_at > _MEMORY_OPERATIONS
+            operations = session.replica.state.lsn - self._dropped_at
+            written = self._written_bytes - self._dropped_bytes
+            return operations > _MEMORY_OPERATIONS or written > max(_MEMORY_BYTES, self._live_bytes)
         return (
             (self._builds_here() and self.build_is_due())
             or self.snapshot_is_due()
@@ -170,12 +178,7 @@ class Upkeep:
         if session.closed:
             return
         if session.path is None:
-            replica = session.replica
-            with replica.lock:
-                ids, locations, _ = self._live_payloads()
-                self._base = replica.state.dump()
-                self._dropped_at = replica.state.lsn
-                session.adapter.drop_below(self._dropped_at, ids, locations)
+            self._drop_dead()
             return
         if session.adapter.needs_preparation():
             session.maintenance.try_run(session.commit_log.prepare)
@@ -186,6 +189,26 @@ class Upkeep:
                 self._start_builder()
         if self.snapshot_is_due():
             self.snapshot(if_due=True)
+
+    # ------------------------------------------------------------ in memory
+
+    def written(self, operation: LoggedOperation, place: Appended) -> None:
+        """See what a buffer in memory grows by (append lock held)."""
+        lengths = operation.lengths
+        rows = int(lengths.sum(dtype=np.int64)) + _ROW_BYTES * len(lengths) if len(lengths) else 0
+        self._written_bytes += len(operation.body) + _ROW_BYTES + rows
+        self._session.replica.written(operation, place)
+
+    def _drop_dead(self) -> None:
+        """Let go of operations, which the columns stand for, and of payloads of none that lives."""
+        session, replica = self._session, self._session.replica
+        written = self._written_bytes  # before looking: what comes meanwhile is kept
+        with replica.lock:
+            ids, locations, lengths = self._live_payloads()
+            self._base = replica.state.dump()
+            self._dropped_at, self._dropped_bytes = replica.state.lsn, written
+            self._live_bytes = int(lengths.sum(dtype=np.int64)) + _ROW_BYTES * len(lengths)
+            session.adapter.drop_below(self._dropped_at, ids, locations)
 
     # ------------------------------------------------------------ index
 

@@ -6,9 +6,13 @@ import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from module_helpers import OpenBuffer, Worker, add_all, finds
+from module_helpers import OpenBuffer, Worker, add_all, answers, columns, experience, finds
+
+from expbuf_core import ExperienceBuffer
 
 DEADLINE_S = 30
 
@@ -102,3 +106,67 @@ def test_a_commit_that_a_close_overtakes_begins_no_upkeep(
     before = threads("expbuf-upkeep")
     upkeep.after_commit()
     assert threads("expbuf-upkeep") == before
+
+
+# ---------------------------------------------------------------- buffers in memory
+
+PAYLOAD = 10_000  # bytes of each
+
+
+def grow(buffer: ExperienceBuffer, batches: int, n: int) -> None:
+    """Add batches of large experiences, each with the upkeep that it makes due."""
+    upkeep = buffer._live().upkeep
+    upkeep.stop()  # its thread: all is done here
+    for batch in range(batches):
+        buffer.add_many([experience(n * batch + i, answer=str(i) * PAYLOAD) for i in range(n)])
+        if upkeep._is_due():
+            upkeep._do()
+
+
+def test_a_buffer_in_memory_keeps_little_besides_what_lives(
+    open_buffer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large the experiences are, and however few operations they came in."""
+    monkeypatch.setattr("expbuf_core.upkeep._MEMORY_BYTES", 2 * PAYLOAD)
+    buffer = open_buffer.memory(max_size=8)
+    grow(buffer, 12, 8)
+    assert buffer._live().adapter.stats()["bytes"] < 4 * 8 * PAYLOAD
+    assert answers(buffer) == [str(i) * PAYLOAD for i in range(8)]
+    buffer.update_priorities(buffer.ids(), [float(i) for i in range(8)])
+    assert buffer.sample(4).ids.min() >= 88
+
+
+def test_what_lives_in_a_buffer_in_memory_is_not_looked_through_for_each_add(
+    open_buffer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expbuf_core.upkeep._MEMORY_BYTES", 2 * PAYLOAD)
+    buffer = open_buffer.memory(max_size=64)
+    grow(buffer, 8, 8)
+    upkeep, times = buffer._live().upkeep, 0
+    drop = upkeep._drop_dead
+
+    def counted() -> None:
+        nonlocal times
+        times += 1
+        drop()
+
+    monkeypatch.setattr(upkeep, "_drop_dead", counted)
+    grow(buffer, 32, 8)
+    assert 3 <= times <= 5  # each time when as much has come as lives
+
+
+def test_large_updates_of_a_buffer_in_memory_are_dropped(
+    open_buffer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have no payload, and lie in operations."""
+    monkeypatch.setattr("expbuf_core.upkeep._MEMORY_BYTES", 2 * PAYLOAD)
+    buffer = open_buffer.memory(max_size=1000)
+    ids = buffer.add_many(columns(range(1000)))
+    upkeep = buffer._live().upkeep
+    upkeep.stop()
+    upkeep._do()
+    for n in range(100):
+        buffer.update_priorities(ids, np.full(1000, float(n)))
+        if upkeep._is_due():
+            upkeep._do()
+    assert buffer._live().adapter.stats()["operations"] < 50
