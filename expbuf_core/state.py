@@ -42,6 +42,7 @@ REEMBEDDED_COLUMNS: dict[str, Any] = {name: COLUMNS[name] for name in ("id", "lo
 REEMBEDDED = "reembedded_"  # begins their names in a snapshot
 SCALAR_REWARD = 1  # the reward was updated by one number, which replaces the payload's components
 _FIRST_CAPACITY = 1024
+_SPARE_TAG_SETS = 1024
 _IN_RUNS = (codec.ADD, codec.REMOVE, codec.PRIORITY, codec.OUTCOME)
 _RUN_BYTES = 1 << 20
 
@@ -184,6 +185,7 @@ class State:
         self.rewards: dict[int, dict[str, float]] = {}  # named components given later, by id
         self.tag_sets: list[tuple[str, ...]] = [()]
         self._tag_codes: dict[tuple[str, ...], int] = {(): 0}
+        self._most_tag_sets = _SPARE_TAG_SETS  # before those out of use are forgotten
         self.reembedded: Reembedded | None = None  # while embeddings are being replaced
         self.capacity = 0  # slots, a power of two
         self.head = 0  # ring position of the oldest slot in use
@@ -424,6 +426,7 @@ class State:
         if self.count > max_size:  # one add larger than the buffer
             more = self._evict(self.count - max_size)
             removed = more if removed is None else np.concatenate([removed, more])
+        self._forget_tag_sets()
         dropped = self._take_dropped()
         if dropped is not None:
             touched = np.concatenate([touched, dropped])
@@ -499,6 +502,7 @@ class State:
         for id_, named in labels.get("rewards", {}).items():
             self.rewards[int(id_)] = {str(name): float(x) for name, x in named.items()}
         self.live[at] = True
+        self._forget_tag_sets()
         self.next_id = int(ids[-1]) + 1
         self.total_added = max(self.total_added, int(self.sequence[touched[-1]]) + 1)
         dropped = self._take_dropped()
@@ -556,6 +560,22 @@ class State:
                     self.tag_sets.append(key)
                 codes[i] = code
         return codes
+
+    def _forget_tag_sets(self) -> None:
+        """Now and then, keep only the sets of tags that live experiences have, renumbered.
+
+        As many again may come before the next time, and so many that a pass over the columns
+        matters to none of them.
+        """
+        if len(self.tag_sets) <= self._most_tag_sets:
+            return
+        used = np.unique(np.append(self.tags[self.live_slots()], 0))
+        codes = np.zeros(len(self.tag_sets), np.int32)
+        codes[used] = np.arange(len(used))
+        self.tags = codes[self.tags]
+        self.tag_sets = [self.tag_sets[code] for code in used.tolist()]
+        self._tag_codes = {key: code for code, key in enumerate(self.tag_sets)}
+        self._most_tag_sets = 2 * len(used) + max(_SPARE_TAG_SETS, self.count // 64)
 
     def _make_room(self, n: int, max_size: int) -> NDArray[np.int64] | None:
         """Evict what n new experiences push out, and see that the ring has n free slots."""

@@ -66,6 +66,18 @@ class Log:
         self.next_id = first + n
         return list(range(first, first + n))
 
+    def relog(self, n: int, tags: Any) -> list[int]:
+        """The same by the operation that a copy of a buffer consists of."""
+        ids = np.arange(self.next_id, self.next_id + n)
+        columns = {name: np.zeros(n, kind) for name, kind in codec.RELOG_COLUMNS.items()}
+        columns |= {"id": ids, "sequence": ids}
+        vectors = np.zeros((n, 2), np.float32)
+        body = codec.encode_relog(codec.RelogBody(columns, vectors, {"tags": tags}))
+        lengths = np.arange(100, 100 + n, dtype=np.uint32)
+        self.apply(Operation(codec.RELOG, body, 0, b"", lengths, lengths), 0, lengths)
+        self.next_id += n
+        return ids.tolist()
+
     def live(self) -> list[int]:
         return [int(id_) for id_ in self.state.live_ids()]
 
@@ -132,6 +144,51 @@ def test_tags_of_one_and_of_several(n: int) -> None:
     state = log.state
     sets = [state.tag_sets[state.tags[slot]] for slot in state.live_slots()]
     assert sets == [("a", "b")] * n + [("c",)] * n + [()] * n
+
+
+def tags_of(state: State) -> dict[int, tuple[str, ...]]:
+    """By id."""
+    slots = state.live_slots()
+    numbers = state.tags[slots].tolist()
+    return {
+        id_: state.tag_sets[number]
+        for id_, number in zip(state.id[slots].tolist(), numbers, strict=True)
+    }
+
+
+@pytest.mark.parametrize("by", ["add", "relog"])
+def test_tags_of_what_is_gone_are_forgotten(by: str) -> None:
+    log = Log(max_size=100)
+    added: dict[int, tuple[str, ...]] = {}
+    for n in range(60):
+        tags = [["common"], [], *([f"{n}-{i}", "common"] for i in range(78))]
+        new = log.add(80, tags=tags) if by == "add" else log.relog(80, tags)
+        added |= {id_: tuple(each) for id_, each in zip(new, tags, strict=True)}
+        log.apply(codec.encode_remove(ids(*new[10:30])))
+        state = log.state
+        assert len(state.tag_sets) <= 2 * state.count + 1024 + 80
+        assert tags_of(state) == {id_: added[id_] for id_ in log.live()}
+    log.add(1, tags=[["common"]])
+    assert log.state.tag_sets.count(("common",)) == 1
+
+
+def test_many_sets_of_tags_in_use_are_seldom_looked_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log = Log(max_size=5000)
+    passes = 0
+
+    def live_slots(state: State) -> Any:
+        nonlocal passes
+        passes += 1
+        return live(state)
+
+    live = State.live_slots
+    log.add(5000, tags=[[f"first {i}"] for i in range(5000)])
+    monkeypatch.setattr(State, "live_slots", live_slots)
+    for n in range(200):
+        log.add(100, tags=[[f"{n}-{i}"] for i in range(100)])
+    assert 2 <= passes <= 4
 
 
 def test_remove_skips_what_is_gone_and_counts_the_rest() -> None:
