@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from expbuf_core.buffer import ExperienceBuffer
 from expbuf_core.exact_search import exact_search
+from expbuf_core.experience import Experience
+from expbuf_core.intake import Intake
 from expbuf_core.results import SearchResult
 
 TAIL = "tail"
@@ -85,6 +87,9 @@ def explain(
     with replica.lock:
         metric, segments = replica.tiers.metric, replica.tiers.segments
         vectors = replica.tiers.gatherer(intake.dim)(found.ids)
+        held = replica.tiers.holds(found.ids)
+    for i in np.flatnonzero(~held).tolist():  # it has been evicted since, and its vector is gone
+        vectors[i] = _fused(intake, found[i].experience)
     rows, values = exact_search(vectors, None, query, len(vectors), metric, None)
     exact = np.empty(len(vectors), np.float32)
     exact[rows[0]] = values[0]
@@ -116,6 +121,15 @@ def explain(
             )
         )
     return explanations
+
+
+def _fused(intake: Intake, experience: Experience) -> NDArray[np.float32]:
+    parts = [
+        np.zeros((1, dim), np.float32) if part is None else np.asarray(part, np.float32)[np.newaxis]
+        for part, dim in ((experience.v_embed, intake.v_dim), (experience.q_embed, intake.q_dim))
+    ]
+    fused: NDArray[np.float32] = intake.refuse(*parts)[0]
+    return fused
 
 
 def _cosine(left: Any, right: Any) -> float | None:

@@ -7,6 +7,7 @@ no lock: rows of a view only ever go out (removed, evicted), and the buffer filt
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import weakref
 from collections.abc import Callable
@@ -28,6 +29,9 @@ _FIRST_LIMITED = (1 << 15, 64 << 20)
 _GROWTH = 8
 _AHEAD = (1 << 20, 8 << 20)  # bytes of a tail: from which on it is taken ahead, how much at most
 _LAST_RESORT = 1024  # rows, where so much address space is not to be had
+# Dead rows that a tail may have, and how many times as many as live: behind that the live ones are
+# moved, so that each dead one costs half a copy at most.
+_DEAD = (1024, 2)
 _WIDEN = 4
 _DENSE = 8
 _FEW = 1 / 32  # of a segment's rows: below that, comparing them all beats the index
@@ -128,16 +132,19 @@ class Tail:
         memory.take(vectors[first : self._taken])
 
     def _reserve(self, n: int, dim: int) -> None:
-        """Make room by new arrays: views keep the old ones."""
+        """Make room for n more."""
+        kept = self.rows - self.dead
+        rows, spare = _FIRST_LIMITED if _is_limited() else _FIRST
+        try:
+            self._move_to(max(min(rows, spare // (4 * dim)), _GROWTH * (kept + n)), dim)
+        except MemoryError:
+            self._move_to(max(_LAST_RESORT, kept + n + kept // 4), dim)
+
+    def _move_to(self, capacity: int, dim: int) -> None:
+        """Have the live rows in new arrays: views keep the old ones."""
+        vectors = np.empty((capacity, dim), np.float32)
         keep = np.flatnonzero(self.live)
         kept = len(keep)
-        rows, spare = _FIRST_LIMITED if _is_limited() else _FIRST
-        capacity = max(min(rows, spare // (4 * dim)), _GROWTH * (kept + n))
-        try:
-            vectors = np.empty((capacity, dim), np.float32)
-        except MemoryError:
-            capacity = max(_LAST_RESORT, kept + n + kept // 4)
-            vectors = np.empty((capacity, dim), np.float32)
         ids, live = np.empty(capacity, np.int64), np.zeros(capacity, bool)
         squared = np.empty(capacity, np.float32) if self._metric == "l2" else None
         if 0 < kept == self.rows:
@@ -165,7 +172,18 @@ class Tail:
         rows = np.unique(rows[(here[rows] == ids) & self._live[rows]])
         self._live[rows] = False
         self.dead += len(rows)
+        self._leave_dead()
         return True
+
+    def _leave_dead(self) -> None:
+        """Move away from dead rows where they are many."""
+        least, times = _DEAD
+        kept = self.rows - self.dead
+        if self.dead > max(least, times * kept):
+            # Room up to the next time, and no more: the allocator has so little at hand again.
+            room = (times + 2) * max(least, kept)
+            with contextlib.suppress(MemoryError):  # they may stay
+                self._move_to(room, self._vectors.shape[1])
 
     def behind(self, end_id: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ids from that one on, and their vectors; dead ones too."""

@@ -180,6 +180,17 @@ def test_explanations(home: Path) -> None:
         assert explain(buffer, none, v_embed=v[3]) == []
 
 
+def test_what_was_evicted_meanwhile_is_explained(home: Path) -> None:
+    rng = np.random.default_rng(0)
+    with ExperienceBuffer.open(home / "a", config=CONFIG, max_size=2000) as buffer:
+        v = rng.standard_normal((2000, 8), dtype=np.float32)
+        buffer.add_many({"v_embed": v, "q_embed": v})
+        found = buffer.search_index(v_embed=v[3], q_embed=v[3], k=9)
+        buffer.remove(buffer.ids()[:-1])
+        gone = [reason.exact for reason in explain(buffer, found, v_embed=v[3], q_embed=v[3])]
+        np.testing.assert_allclose(gone, found.similarities, atol=1e-6)
+
+
 def test_a_reader_outlives_its_writers(home: Path) -> None:
     """Each session of writers closes its log in order; who only reads goes on to the next one."""
 

@@ -313,6 +313,81 @@ def test_random_histories(tmp_path: Path, metric: str) -> None:
             world.check(int(rng.integers(1, 40)))
 
 
+def test_a_tail_that_nobody_builds_holds_few_dead_rows(tmp_path: Path, metric: str) -> None:
+    world = World(tmp_path, metric)
+    tail = world.tiers._tail
+    held, moves = world.tiers.view(), 0
+    for _ in range(40):
+        before = tail.vectors
+        world.add(300)
+        held = world.tiers.view()
+        world.remove(ids_of(world)[:-500])  # first in, first out
+        moves += not np.shares_memory(before, tail.vectors)
+        assert tail.dead <= max(1024, 2 * 500)
+        assert tail.rows - tail.dead == len(world.vectors) <= 500
+    world.check(9)
+    assert moves <= 40 * 300 / 1024  # once for so many dead ones
+    assert held.tail_ids[-1] == world.next_id - 1
+    assert held.tail_vectors.shape == (len(held.tail_ids), DIM)
+    world.remove(ids_of(world))
+    world.check(3)
+    world.add(2000)
+    world.remove(ids_of(world)[1:])
+    assert tail.rows == 1
+    world.check(3)
+
+
+def test_a_search_under_way_keeps_its_view_when_dead_rows_go(tmp_path: Path, metric: str) -> None:
+    world = World(tmp_path, metric)
+    world.add(3000)
+    view = world.tiers.view()
+    queries = world.rng.standard_normal((2, DIM), np.float32)
+    before = search(view, metric, queries, 8)
+    world.remove(np.setdiff1d(ids_of(world), before[0]))
+    assert world.tiers._tail.rows < 20
+    world.add(3000)
+    after = search(view, metric, queries, 8)
+    np.testing.assert_array_equal(before[0], after[0])
+    np.testing.assert_array_equal(before[1], after[1])
+
+
+def test_dead_rows_may_go_while_segments_are_opened_aside(tmp_path: Path, metric: str) -> None:
+    world = World(tmp_path, metric)
+    world.add(100)
+    watch = world.tiers.watch()
+    segment = world.segment(ids_of(world))
+    segment.watch = watch
+    end_id = segment.info.end_id
+    world.add(2000)
+    copy = world.tiers.copied_tail(end_id)
+    world.remove(ids_of(world)[50:2080])  # all but a few of the segment and the tail
+    assert world.tiers._tail.dead == 0
+    world.add(7)
+    tail = copy()
+    gone = world.tiers.gone_since(segment)
+    assert gone is not None
+    segment.remove(gone)
+    world.tiers.adopt((segment,), lsn=0, end_id=end_id, generation=1, tail=tail)
+    assert world.tiers.live_rows == len(world.vectors) == 50 + 20 + 7
+    world.check(9)
+
+
+def test_without_memory_dead_rows_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path, "l2")
+    world.add(3000)
+    room = np.empty
+
+    def refuse(*arguments: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", refuse)
+    world.tiers.remove(np.array(ids_of(world)[:2500]))
+    monkeypatch.setattr(np, "empty", room)
+    world.remove(ids_of(world)[:2500])
+    assert world.tiers.tail_rows == 500
+    world.check(9)
+
+
 _SHORT_OF_MEMORY = """
 import resource
 import numpy as np
