@@ -1,6 +1,6 @@
 """What commits make due: index builds, snapshots, the next log; in a thread or another process.
 
-Nothing here is waited for by a reader or a writer, and nothing here happens by the clock.
+Nothing here is waited for by a reader or a writer, and nothing here begins by the clock.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import queue
 import sys
 import threading
@@ -21,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from expbuf_core import builder_processes, folder, indexing, segments, snapshots
 from expbuf_core import control as c
-from expbuf_core import folder, indexing, segments, snapshots
 from expbuf_core.config_schema import BufferConfig
 from expbuf_core.contracts import Appended, LoggedOperation, LogGone
 from expbuf_core.errors import BufferClosed, ExpbufError, StorageFull
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("expbuf")
 _STOP_S = 60.0
+_AGAIN_S = 0.5  # until it is asked again whether a builder that was found has done what was due
 _RETRY_S = 1.0  # pause after a failure, so that a full disk is not met at every commit
 # Moved in one commit. Each has a sync of its own, which writers wait behind: so not few small ones;
 # and not so many that this process' reads, or writers, notice one.
@@ -65,7 +65,7 @@ class Upkeep:
         self._busy = False
         self._ending = False
         self._failed_at = 0.0
-        self._builder: int | None = None  # pid
+        self._found_builder = False  # that another session, or a need before, has started
         self._asked_for = 0  # what the hint of a damaged index was when a build began last
         self._adopting = _Aside("expbuf-adopt", self._adopt_aside)
         self._taking = _Aside("expbuf-memory", self._take_memory)
@@ -83,6 +83,7 @@ class Upkeep:
 
     def begin(self, rows: int) -> None:
         """At opening: so many experiences were added behind the newest snapshot."""
+        builder_processes.reap()
         words = self._session.control.words
         self._snapshot_lsn = words[c.SNAPSHOT_LSN]
         self._snapshot_rows = words[c.ROWS_ADDED] - rows
@@ -126,8 +127,17 @@ class Upkeep:
             self._busy = False
             raise
 
+    def _next(self) -> bool:
+        """Wait until something is to be done; False: no more."""
+        try:
+            return self._wanted.get(timeout=_AGAIN_S if self._found_builder else None)
+        except queue.Empty:
+            return True
+        finally:
+            self._found_builder = False
+
     def _run(self) -> None:
-        while self._wanted.get():
+        while self._next():
             try:
                 self._do()
                 self._failed_at = 0.0
@@ -147,6 +157,7 @@ class Upkeep:
         if thread is not None and thread is not threading.current_thread():
             self._wanted.put(False)
             thread.join(timeout=_STOP_S)
+        builder_processes.reap()
         free = self._working.acquire(timeout=_STOP_S)
         self._stopped = True
         if free:
@@ -359,14 +370,15 @@ class Upkeep:
     def _start_builder(self) -> None:
         """Start a builder process, unless one is there."""
         session = self._session
-        if self._builder is not None and not _ended(self._builder):
-            return
         if not session.builder_lock.try_run(lambda: None):
             return
         words = session.control.words
-        words[c.BUILT_ROWS] = words[c.ROWS_ADDED]
-        self._asked_for = words[c.DAMAGED_INDEX]
-        self._builder = _spawn(builder_command(session.path, session.config))
+        added, damaged = words[c.ROWS_ADDED], words[c.DAMAGED_INDEX]
+        command = builder_command(session.path, session.config)
+        if builder_processes.start((session.uuid, *command), command):
+            words[c.BUILT_ROWS], self._asked_for = added, damaged
+        else:  # it will see to this, or has just stopped looking
+            self._found_builder = True
 
     def is_alone(self) -> bool:
         """Whether no other process has the buffer open for writing."""
@@ -549,21 +561,3 @@ def builder_command(path: Path | None, config: BufferConfig) -> list[str]:
 def builder_program() -> list[str]:
     """What `expbuf builder` is, wherever that command may be."""
     return [sys.executable, "-m", "expbuf_core", "builder"]
-
-
-def _spawn(command: list[str]) -> int:
-    """Start a process that outlives this one, in a session of its own; its pid."""
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        actions = [(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, null, 1)]
-        return os.posix_spawn(command[0], command, os.environ, file_actions=actions, setsid=True)
-    finally:
-        os.close(null)
-
-
-def _ended(pid: int) -> bool:
-    """Whether a child has ended; reaps it."""
-    try:
-        return os.waitpid(pid, os.WNOHANG)[0] == pid
-    except ChildProcessError:
-        return True

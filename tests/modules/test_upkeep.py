@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import numpy as np
 import pytest
 from module_helpers import OpenBuffer, Worker, add_all, answers, columns, experience, finds
 
-from expbuf_core import ExperienceBuffer
+from expbuf_core import ExperienceBuffer, builder_processes
 
 DEADLINE_S = 30
 
@@ -170,3 +174,73 @@ def test_large_updates_of_a_buffer_in_memory_are_dropped(
         if upkeep._is_due():
             upkeep._do()
     assert buffer._live().adapter.stats()["operations"] < 50
+
+
+# ---------------------------------------------------------------- builder processes
+
+SLEEPING = [sys.executable, "-S", "-E", "-c", "import signal; signal.pause()"]
+
+
+@pytest.fixture
+def builders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Pids of builders, which do nothing, and end with the test."""
+    begun: list[int] = []
+    spawn = builder_processes._spawn
+
+    def spawn_another(command: list[str]) -> int:
+        begun.append(spawn(SLEEPING))
+        return begun[-1]
+
+    monkeypatch.setattr(builder_processes, "_started", {})
+    monkeypatch.setattr(builder_processes, "_spawn", spawn_another)
+    yield begun
+    for pid in begun:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def end(pid: int) -> None:
+    """Kill it and leave it a zombie."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+INDEX = {"backend": "exact", "builder": "process", "rebuild_every": 10}
+
+
+def test_sessions_share_a_builder_and_leave_no_zombie(
+    open_buffer: OpenBuffer, folder: Path, builders: list[int]
+) -> None:
+    for n in range(4):
+        with open_buffer(index=INDEX) as buffer:
+            add_all(buffer, range(20 * n, 20 * n + 20))
+        assert len(builders) == 1
+    with open_buffer(folder.with_name("another"), index=INDEX) as buffer:
+        add_all(buffer, range(20))
+    assert len(builders) == 2
+    with open_buffer(index={**INDEX, "rebuild_every": 11}) as buffer:
+        add_all(buffer, range(20))
+        assert len(builders) == 3, "one that builds otherwise"
+        for pid in builders:
+            end(pid)
+    for pid in builders:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+
+def test_a_builder_that_ends_without_looking_is_followed_by_another(
+    open_buffer: OpenBuffer, builders: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was about to end when the last commit came: nothing need come for another to start."""
+    monkeypatch.setattr("expbuf_core.upkeep._AGAIN_S", 0.01)
+    with open_buffer(index=INDEX) as buffer:
+        add_all(buffer, range(20))
+    with open_buffer(index=INDEX) as buffer:
+        add_all(buffer, range(20, 40))
+        assert len(builders) == 1
+        end(builders[0])
+        deadline = time.monotonic() + DEADLINE_S
+        while len(builders) == 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
