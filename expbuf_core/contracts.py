@@ -664,6 +664,14 @@ class PersistenceAdapter(ABC):
         """
         return np.zeros(len(live_locations), bool)
 
+    def is_scattered(self) -> bool:
+        """Whether what is stored has come to lie in so many pieces that opening takes longer.
+
+        Asked behind `start`. A snapshot follows, whose `survivors` and `drop_below` had better
+        leave fewer, at the latest when that has happened twice. Default: no.
+        """
+        return False
+
     @abstractmethod
     def verify(self, until_lsn: int) -> Iterator[Problem]:
         """Check every byte that is stored, without changing any.

@@ -207,7 +207,7 @@ def _to_write(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
         if first:
             # What no segment holds yet counts as added since the last build.
             session.control.words[c.ROWS_ADDED] = session.replica.tiers.tail_rows
-        session.upkeep.begin(loaded.rows)
+        session.upkeep.begin(loaded.rows, first=first)
     except BaseException:
         session.close()
         raise

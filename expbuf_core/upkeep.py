@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core import builder_processes, folder, indexing, segments, snapshots
+from expbuf_core import builder_processes, codec, folder, indexing, segments, snapshots
 from expbuf_core import control as c
+from expbuf_core.commit import Draft
 from expbuf_core.config_schema import BufferConfig
 from expbuf_core.contracts import Appended, LoggedOperation, LogGone
 from expbuf_core.errors import BufferClosed, ExpbufError, StorageFull
@@ -80,13 +81,18 @@ class Upkeep:
         self._base: tuple[dict[str, Any], dict[str, NDArray[Any]]] | None = None  # as of then
         self._snapshot_lsn = 0  # of the snapshot behind which experiences are counted, and
         self._snapshot_rows = 0  # what the counter of added ones said then
+        self._scattered = False  # so many logs were there at opening that there had better be fewer
 
-    def begin(self, rows: int) -> None:
+    def begin(self, rows: int, *, first: bool) -> None:
         """At opening: so many experiences were added behind the newest snapshot."""
         builder_processes.reap()
         words = self._session.control.words
         self._snapshot_lsn = words[c.SNAPSHOT_LSN]
         self._snapshot_rows = words[c.ROWS_ADDED] - rows
+        # Now, since it may be only opened and closed, or killed, as it was so many times before.
+        self._scattered = first and self._session.adapter.is_scattered()
+        if self._scattered:
+            self.after_commit()
 
     def let_go(self) -> None:
         """Keep nothing in memory: the session is closed, and what it has is gone."""
@@ -388,8 +394,8 @@ class Upkeep:
     # ------------------------------------------------------------ snapshots
 
     def snapshot_is_due(self) -> bool:
-        """Whether the log behind the newest snapshot has grown long."""
-        return self._behind() >= self._session.config.snapshot.every_ops
+        """Whether the log behind the newest snapshot has grown long, or lies in many files."""
+        return self._scattered or self._behind() >= self._session.config.snapshot.every_ops
 
     def _behind(self) -> int:
         """Operations behind the newest snapshot; an add counts with each of its experiences."""
@@ -419,6 +425,10 @@ class Upkeep:
         if if_due and not self.snapshot_is_due():
             return
         session.commit_log.sync()
+        if self._scattered and words[c.APPENDED] == words[c.SNAPSHOT_LSN]:
+            # Sessions that wrote nothing have left logs, too, which the older snapshot may need.
+            # For a newer one in its place there has to be an operation, which need do nothing.
+            session.commit(Draft(codec.encode_remove(np.empty(0, np.int64)), weight=0))
         if words[c.APPENDED] > words[c.SNAPSHOT_LSN]:
             self._move_survivors()
             # Without room for another log the snapshot is as good; it only frees less.
@@ -429,6 +439,7 @@ class Upkeep:
             session.refresh()
             self._write_snapshot()
         self._drop_logs()
+        self._scattered = False
 
     def closing_snapshot(self) -> None:
         """At a clean close: spare the next opening a long replay (open lock held alone)."""

@@ -9,14 +9,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from module_helpers import OpenBuffer, Worker, add_all, answers, columns, experience, finds
+from module_helpers import (
+    OpenBuffer,
+    Worker,
+    add_all,
+    answers,
+    columns,
+    expected,
+    experience,
+    finds,
+    run_forked,
+)
 
 from expbuf_core import ExperienceBuffer, builder_processes
+from expbuf_core.verification import verify
+from expbuf_file import layout
 
 DEADLINE_S = 30
 
@@ -244,3 +257,61 @@ def test_a_builder_that_ends_without_looking_is_followed_by_another(
         while len(builders) == 1:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+# ---------------------------------------------------------------- many short sessions
+
+
+@pytest.mark.parametrize("ends", ["closed", "killed"])
+@pytest.mark.parametrize("adds", [0, 1])
+def test_short_sessions_leave_few_files(
+    open_buffer: OpenBuffer,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    adds: int,
+    ends: str,
+) -> None:
+    """Each leaves a log, and what it added may be live for long."""
+    monkeypatch.setattr("expbuf_file.adapter._PIECES", 6)
+
+    sizes = {"file": {"initial_bytes": 1 << 14, "segment_bytes": 1 << 20}}
+
+    def session(n: int) -> None:
+        buffer = open_buffer(persistence=sizes)
+        add_all(buffer, range(n, n + adds))
+        if ends == "closed":
+            buffer.close()
+        else:
+            buffer._live().upkeep.stop()  # what is due is done by then
+
+    with open_buffer() as buffer:
+        add_all(buffer, range(3))
+    most = 0
+    for n in range(3, 18):
+        if ends == "closed":
+            session(n)
+        else:
+            assert run_forked(partial(session, n)) == 0
+        most = max(most, len(layout.numbers(folder, layout.DATA)))
+    assert most <= 6 + 4
+    with open_buffer() as buffer:
+        assert answers(buffer) == expected(range(3 + 15 * adds))
+        assert all(finds(buffer, i) for i in range(3 + 15 * adds))
+    assert not [problem for problem in verify(folder) if problem.damage]
+
+
+def test_who_joins_leaves_the_files_to_the_first(
+    open_buffer: OpenBuffer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expbuf_file.adapter._PIECES", 2)
+    for n in range(3):
+        with open_buffer() as buffer:
+            buffer.add(experience(n))
+    first = open_buffer()
+    first._live().upkeep.stop()
+    assert not first._live().upkeep.snapshot_is_due()
+    before = first.lsn
+    second = open_buffer()
+    assert second._live().adapter.is_scattered()
+    assert not second._live().upkeep.snapshot_is_due()
+    assert second.lsn == before

@@ -51,6 +51,7 @@ _PIECE = 1 << 20  # of a commit: on its way to the disk while the next one is co
 _SMALL = 1 << 14  # a log file on a full disk, for what makes room
 _SPARSE = 0.25  # a sealed file with a smaller live share is emptied
 _MOVED_BYTES = 64 << 20  # at a time
+_PIECES = 32  # small log files that may be there: each opening leaves one
 
 
 @dataclass
@@ -609,8 +610,43 @@ class FilePersistenceAdapter(PersistenceAdapter):
                 moving |= inside
                 room -= live
                 freed += size - live
-        # Not for a few bytes: to move them is a commit.
-        return moving if freed >= self._settings.segment_bytes // 4 else np.zeros_like(moving)
+        if freed < self._settings.segment_bytes // 4:
+            moving[:] = False  # not for a few bytes: to move them is a commit
+        return moving | np.isin(numbers, self._to_merge(numbers, lengths))
+
+    def is_scattered(self) -> bool:
+        return len(self._pieces()) > _PIECES
+
+    def _pieces(self) -> list[int]:
+        """Numbers of small data logs that have ended."""
+        pieces, small = [], min(self._settings.segment_bytes, _MOVED_BYTES) // 4
+        for number in layout.numbers(self._folder, layout.DATA):
+            if number < self._words[_FILE]:
+                with contextlib.suppress(FileNotFoundError):
+                    path = layout.path_of(self._folder, layout.DATA, number)
+                    if path.stat().st_size < small:
+                        pieces.append(number)
+        return pieces
+
+    def _to_merge(self, numbers: NDArray[np.int64], lengths: NDArray[np.uint32]) -> list[int]:
+        """Numbers of pieces whose live payloads had better lie in one log, where they are many.
+
+        One that holds more than all the smaller ones together stays. So what is left are few, each
+        at least as large as all before it, and a payload is moved only with as many others.
+        """
+        pieces = self._pieces()
+        sizes = np.bincount(numbers, lengths, minlength=max(pieces, default=0) + 1)[pieces]
+        live = sorted((int(size), n) for size, n in zip(sizes, pieces, strict=True) if size)
+        if len(live) <= _PIECES // 2:
+            return []
+        merged = total = 0
+        for i, (size, _) in enumerate(live):
+            if total + size > _MOVED_BYTES:
+                break
+            if size <= total:
+                merged = i + 1
+            total += size
+        return [number for _, number in live[:merged]]
 
     def verify(self, until_lsn: int) -> Iterator[Problem]:
         try:

@@ -539,6 +539,42 @@ def test_payloads_keep_their_files(folder: Folder) -> None:
     folder.check(folder.recover(after=7), 8)
 
 
+def test_small_logs_are_merged_where_they_are_many(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log that holds more than all the smaller ones together stays."""
+    monkeypatch.setattr(adapter_module, "_PIECES", 8)
+    monkeypatch.setattr(adapter_module, "_SPARSE", 0)
+    adapter = folder.new(FileSettings(initial_bytes=1 << 14, segment_bytes=1 << 26))
+    rows = {1: 3, 2: 60, 3: 3, 4: 3, 5: 250, 6: 3, 7: 0, 8: 3}  # by LSN
+    for lsn, n in rows.items():
+        folder.append(adapter, lsn, rows=n)
+        adapter.switch(lsn + 1, lsn)
+
+    def merged() -> list[int]:
+        """LSNs whose rows are to be moved."""
+        live = [lsn for lsn, n in rows.items() if n]
+        lengths = [folder.written[lsn].operation.lengths for lsn in live]
+        places = [
+            places_of(folder.places[lsn].location, each)
+            for lsn, each in zip(live, lengths, strict=True)
+        ]
+        moving = adapter.survivors(np.concatenate(places), np.concatenate(lengths))
+        owners = np.repeat(live, [len(each) for each in lengths])
+        return [lsn for lsn in live if moving[owners == lsn].all()]
+
+    assert merged() == [1, 3, 4, 6, 8]
+    assert not adapter.is_scattered()
+    folder.append(adapter, 9, rows=58)
+    adapter.switch(10, 9)
+    assert adapter.is_scattered()
+    rows[9] = 58
+    assert merged() == [1, 2, 3, 4, 6, 8, 9]
+    monkeypatch.setattr(adapter_module, "_PIECES", 16)
+    assert merged() == []
+    assert not adapter.is_scattered()
+
+
 # ---------------------------------------------------------------- torn, damaged, cut, missing
 
 
