@@ -85,6 +85,7 @@ _PADDED = 1 << 24  # results of a batch, as many as whose padding is no matter
 _SEARCH_TRIES = 3
 _INFINITY = int(np.float32(np.inf).view(np.uint32))
 _CHANGES = 100  # of the representation that a search may meet
+_CLOSED = "the buffer is closed; open it again"
 _fork_count = 0
 _open_buffers: weakref.WeakSet[ExperienceBuffer] = weakref.WeakSet()
 
@@ -139,6 +140,7 @@ class ExperienceBuffer:
         self._session = session
         self._arguments = arguments
         self._mutex = threading.Lock()
+        self._takes = True  # what is submitted; not once `close` has begun
         self._forks = _fork_count
         self._rng = np.random.default_rng(arguments.get("seed"))
         self._submitter: concurrent.futures.ThreadPoolExecutor | None = None
@@ -228,7 +230,9 @@ class ExperienceBuffer:
         """
         if self._forks != _fork_count:
             return
-        submitter, self._submitter = self._submitter, None
+        with self._mutex:
+            self._takes = False
+            submitter, self._submitter = self._submitter, None
         if submitter is not None:
             submitter.shutdown(wait=True)
         self._session.close()
@@ -266,7 +270,7 @@ class ExperienceBuffer:
         if self._forks != _fork_count:
             session = self._reopen_in_child()
         if session.closed:
-            raise BufferClosed("the buffer is closed; open it again")
+            raise BufferClosed(_CLOSED)
         return session
 
     def _explain(self, exc: Exception) -> None:
@@ -298,7 +302,7 @@ class ExperienceBuffer:
             parent = self._session
             if parent.closed:
                 return parent
-            self._submitter = None
+            self._submitter, self._takes = None, True
             self._cache = None
             # The child must not repeat its parent's draws.
             self._rng = np.random.default_rng()
@@ -492,6 +496,8 @@ class ExperienceBuffer:
         """
         self._writer()
         with self._mutex:
+            if not self._takes:  # else the pool would come after `close` has looked for one
+                raise BufferClosed(_CLOSED)
             if self._submitter is None:
                 self._submitter = concurrent.futures.ThreadPoolExecutor(
                     max_workers=8, thread_name_prefix="expbuf-submit"

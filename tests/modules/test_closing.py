@@ -142,6 +142,26 @@ def test_several_threads_may_close(folder: Path) -> None:
         assert len(again) == 2
 
 
+def test_what_is_submitted_while_it_closes_leaves_no_thread(folder: Path) -> None:
+    """`close` comes when `submit` has found the buffer open, and has no pool yet."""
+    buffer = open_small(folder)
+    writer, calls = buffer._writer, []
+
+    def close_meanwhile() -> Any:
+        session = writer()
+        calls.append(session)
+        if len(calls) == 1:
+            buffer.close()
+        return session
+
+    buffer._writer = close_meanwhile  # type: ignore[method-assign]
+    before = threading.active_count()
+    with pytest.raises(BufferClosed):
+        buffer.submit(experience(1))
+    assert buffer._submitter is None
+    assert threading.active_count() == before
+
+
 @pytest.mark.parametrize("backend", ["file", "lmdb"])
 def test_nothing_is_written_into_a_folder_that_took_its_place(folder: Path, backend: str) -> None:
     old = ExperienceBuffer.open(folder, persistence=backend, index="exact")
