@@ -278,6 +278,8 @@ class ExperienceBuffer:
         session = self._session
         if isinstance(exc, ExpbufError) and not isinstance(exc, StorageError):
             return
+        if session.abandoned:  # in a forked child, which could not open it anew
+            return
         if session.closed:  # by another thread: what this one worked with went away
             raise BufferClosed("the buffer was closed during this call; open it again") from exc
         if isinstance(exc, StorageError) and session.is_replaced():
@@ -300,7 +302,7 @@ class ExperienceBuffer:
             if self._forks == _fork_count:
                 return self._session
             parent = self._session
-            if parent.closed:
+            if parent.closed and not parent.abandoned:
                 return parent
             self._submitter, self._takes = None, True
             self._cache = None
@@ -310,7 +312,8 @@ class ExperienceBuffer:
                 raise BufferClosed(
                     "a buffer in memory belongs to the process that made it; open one here"
                 )
-            parent.abandon()
+            if not parent.abandoned:  # else opening has failed before: it is tried at each use
+                parent.abandon()
             self._session = _open_session(self._arguments, parent.registry)
             self._unclosed.closed()
             self._unclosed = Unclosed(self._session)

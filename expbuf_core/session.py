@@ -109,6 +109,7 @@ class Session:
         self.locks: list[Lock | OpenLock] = []
         self.choice: indexing.IndexChoice | None = None
         self.closed = False
+        self.abandoned = False  # by a forked child
         self._closing = threading.RLock()
         # Of a reader, which has no share in the open lock: which recovery it follows, and the
         # control page on which it sees that a writer has come.
@@ -654,7 +655,7 @@ class Session:
 
     def abandon(self) -> None:
         """In a forked child: forget everything without touching the folder."""
-        self.closed = True
+        self.closed = self.abandoned = True
         self.adapter.after_fork()
         if self.choice is not None:
             self.choice.after_fork()

@@ -45,6 +45,7 @@ from expbuf_core import (
 from expbuf_core.builder import IndexBuilder
 from expbuf_core.locks import ProcessLock
 from expbuf_core.state import State
+from expbuf_core.testing.processes import Child
 
 # ---------------------------------------------------------------- two buffers, one process
 
@@ -429,6 +430,33 @@ def test_a_closed_buffer_stays_closed_in_a_child(open_buffer: OpenBuffer) -> Non
     assert run_forked(child) == 0
     with open_buffer() as again:
         assert len(again) == 1
+
+
+def test_a_forked_child_tries_again_what_it_could_not_open(
+    open_buffer: OpenBuffer, folder: Path
+) -> None:
+    buffer = open_buffer(lock_timeout_s=0.05)
+    buffer.add(experience(0))
+    opening = ProcessLock(folder / "locks" / "opening", 5)
+
+    def use(child: Child) -> None:
+        for call in (buffer.ids, buffer.stats, lambda: len(buffer)):
+            with pytest.raises(LockTimeout):
+                call()
+        child.say("tried")
+        assert child.hear() == "free"
+        assert buffer.add(experience(1)) == 1
+        buffer.close()
+        with pytest.raises(BufferClosed):
+            buffer.ids()
+
+    with opening:
+        child = Child(use)
+        assert child.hear() == "tried"
+    child.say("free")
+    child.join()
+    opening.close()
+    assert answers(buffer) == expected(range(2))
 
 
 def test_a_forked_child_of_a_killed_holder_keeps_no_lock(
