@@ -77,6 +77,7 @@ from expbuf_core.sampling import (
 )
 from expbuf_core.session import Outdated, Session
 from expbuf_core.state import State
+from expbuf_core.submitting import Submitter
 from expbuf_core.tiers import best, search
 
 _PIN_TRIES = 5
@@ -85,7 +86,6 @@ _PADDED = 1 << 24  # results of a batch, as many as whose padding is no matter
 _SEARCH_TRIES = 3
 _INFINITY = int(np.float32(np.inf).view(np.uint32))
 _CHANGES = 100  # of the representation that a search may meet
-_CLOSED = "the buffer is closed; open it again"
 _fork_count = 0
 _open_buffers: weakref.WeakSet[ExperienceBuffer] = weakref.WeakSet()
 
@@ -140,10 +140,9 @@ class ExperienceBuffer:
         self._session = session
         self._arguments = arguments
         self._mutex = threading.Lock()
-        self._takes = True  # what is submitted; not once `close` has begun
         self._forks = _fork_count
         self._rng = np.random.default_rng(arguments.get("seed"))
-        self._submitter: concurrent.futures.ThreadPoolExecutor | None = None
+        self._submitter = _submitter()
         self._cache: EmbeddingCache | None = None
         self._unclosed = Unclosed(session)
         _open_buffers.add(self)
@@ -230,11 +229,7 @@ class ExperienceBuffer:
         """
         if self._forks != _fork_count:
             return
-        with self._mutex:
-            self._takes = False
-            submitter, self._submitter = self._submitter, None
-        if submitter is not None:
-            submitter.shutdown(wait=True)
+        self._submitter.close()
         self._session.close()
         self._cache = None
         self._unclosed.closed()
@@ -270,7 +265,7 @@ class ExperienceBuffer:
         if self._forks != _fork_count:
             session = self._reopen_in_child()
         if session.closed:
-            raise BufferClosed(_CLOSED)
+            raise BufferClosed("the buffer is closed; open it again")
         return session
 
     def _explain(self, exc: Exception) -> None:
@@ -304,7 +299,7 @@ class ExperienceBuffer:
             parent = self._session
             if parent.closed and not parent.abandoned:
                 return parent
-            self._submitter, self._takes = None, True
+            self._submitter = _submitter()
             self._cache = None
             # The child must not repeat its parent's draws.
             self._rng = np.random.default_rng()
@@ -495,17 +490,11 @@ class ExperienceBuffer:
 
         Returns:
             A future of its id, resolved when the add is acknowledged; submissions that wait
-            together share one flush. `asyncio.wrap_future` makes it awaitable.
+            together share one flush. `asyncio.wrap_future` makes it awaitable. Where there can be
+            no thread for it, as when the interpreter ends, this call waits.
         """
         self._writer()
-        with self._mutex:
-            if not self._takes:  # else the pool would come after `close` has looked for one
-                raise BufferClosed(_CLOSED)
-            if self._submitter is None:
-                self._submitter = concurrent.futures.ThreadPoolExecutor(
-                    max_workers=8, thread_name_prefix="expbuf-submit"
-                )
-            return self._submitter.submit(self.add, experience)
+        return self._submitter.submit(self.add, experience)
 
     @_explained
     def sync(self) -> int:
@@ -1225,6 +1214,10 @@ def _draft_many(intake: Intake, experiences: Any, priorities: Any) -> Draft:
     if isinstance(experiences, Mapping):
         return intake.columns(experiences, priorities)
     return intake.many(experiences, priorities)
+
+
+def _submitter() -> Submitter:
+    return Submitter(8, "expbuf-submit")
 
 
 def _is_row(values: Any, dtype: type[np.generic]) -> bool:

@@ -6,12 +6,12 @@ Reading and checking are all that opening a large index takes, and both release 
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 from expbuf_core.crc import crc32
 from expbuf_core.filesystem import storage_errors
+from expbuf_core.submitting import Submitter
 
 _CHUNK = 1 << 18  # stays in the processor's cache between reading and checking
 _SPLIT = 32 << 20  # a smaller file is not worth a thread
@@ -28,7 +28,7 @@ def file_crc(path: Path, *, hurry: bool = False) -> tuple[int, int]:
         if not hurry or size < _SPLIT or len(os.sched_getaffinity(0)) < 2:
             return _part_crc(fd, 0, None)
         middle = size // 2
-        with ThreadPoolExecutor(1, "expbuf-checksum") as other:
+        with Submitter(1, "expbuf-checksum") as other:
             later = other.submit(_part_crc, fd, middle, None)
             first, crc = _part_crc(fd, 0, middle)
             second, its_crc = later.result()

@@ -621,10 +621,11 @@ class CommitLog:
         if self._flusher is None or not self._flusher.is_alive():
             with self._starting:
                 if self._flusher is None or not self._flusher.is_alive():
-                    self._flusher = threading.Thread(
+                    flusher = threading.Thread(
                         target=self._flush_in_time, name="expbuf-flush", daemon=True
                     )
-                    self._flusher.start()
+                    flusher.start()  # or there is none
+                    self._flusher = flusher
 
     def _flush_in_time(self) -> None:
         while not self._closed:

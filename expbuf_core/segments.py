@@ -16,7 +16,6 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError
 from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_core.sketch import Sketch, directions
+from expbuf_core.submitting import Submitter
 
 FOLDER = "index"
 MANIFEST = "manifest.json"
@@ -327,7 +327,7 @@ def open_segment(
     expected = info.vectors_bytes, info.vectors_crc
     if hurry and verifies and info.vectors_bytes >= _WORTH_A_THREAD:
         # Each reads as much as the other.
-        with ThreadPoolExecutor(1, "expbuf-verify") as other:
+        with Submitter(1, "expbuf-verify") as other:
             verifying = other.submit(_verify, vectors_file, *expected)
             try:
                 ids, vectors = map_vectors(vectors_file, dim)
