@@ -226,6 +226,10 @@ class ExperienceBuffer:
 
         Nothing is lost without it; closing spares the next opening the recovery. A buffer that is
         dropped without it is closed, and its memory given back, when the next one is opened.
+
+        Raises:
+            StorageError: It is closed; but what was written at "group" or "os" may not be durable,
+                or (`LockTimeout`) another process held a lock. The next opening recovers.
         """
         if self._forks != _fork_count:
             return

@@ -65,6 +65,8 @@ class Lock(Protocol):
 
     def release(self) -> None: ...
 
+    def drain(self) -> None: ...
+
     def close(self) -> None: ...
 
     def __enter__(self) -> None: ...
@@ -307,9 +309,8 @@ class CommitLog:
 
     def _append_now(self, entries: list[_Entry]) -> None:
         """`_append` (append lock held)."""
+        self._check_open()
         words = self._control.words
-        if self._closed:
-            raise BufferClosed("the buffer is closed")
         self._check()
         self._retire_if_broken()
         if self._reserves:
@@ -510,6 +511,7 @@ class CommitLog:
 
     def _flush_now(self, lsn: int, retirements: int | None) -> bool:
         """Sync, unless that is done (flush lock held); True if a leader died at it."""
+        self._check_open()
         words = self._control.words
         if words[c.DURABLE] >= lsn or (
             retirements is not None and words[c.RETIREMENTS] != retirements
@@ -552,6 +554,7 @@ class CommitLog:
 
     def _retire(self) -> None:
         """Go on in a new log if nobody can tell what the old one holds (both locks held)."""
+        self._check_open()
         words = self._control.words
         if not (words[c.APPENDING] or words[c.FLUSH_FAILED] or words[c.FLUSHING]):
             return  # somebody else has seen to it
@@ -648,6 +651,7 @@ class CommitLog:
         self._append_lock.run(self._switch)
 
     def _switch(self) -> None:
+        self._check_open()
         words = self._control.words
         self._retire_if_broken()
         words[c.APPENDING] = 1
@@ -663,18 +667,46 @@ class CommitLog:
     def prepare(self) -> None:
         """Let the adapter prepare its next log (maintenance lock held)."""
         self._adapter.prepare()
-        self._append_lock.run(self._adapter.install_prepared)
+        self._append_lock.run(self._install_prepared)
+
+    def _install_prepared(self) -> None:
+        self._check_open()
+        self._adapter.install_prepared()
 
     def close(self) -> None:
-        """Stop the flusher; later commits are refused."""
-        self._append_lock.run(self._close)
-        self._stop.set()
-        self._dirty.set()
-        if self._flusher is not None and self._flusher is not threading.current_thread():
-            self._flusher.join(timeout=10)
+        """Stop the flusher, and have the adapter used no more, whatever this raises.
+
+        Raises:
+            StorageError: Something that was written since `sync` is not durable.
+            LockTimeout: A lock was not free in time.
+        """
+        try:
+            self._append_lock.run(self._close)
+        finally:
+            self._closed = True  # who gets a lock later sees it
+            self._stop.set()
+            self._dirty.set()
+            self._append_lock.drain()
+            self._flush_lock.drain()
+            if self._flusher is not None and self._flusher is not threading.current_thread():
+                self._flusher.join(timeout=10)
 
     def _close(self) -> None:
+        """`close` (append lock held)."""
+        words = self._control.words
+        if words[c.DURABLE] < words[c.APPENDED]:  # other threads have written since `sync`
+            self._flush_lock.run(self._flush_rest)
         self._closed = True
+
+    def _flush_rest(self) -> None:
+        """Sync what nobody will later (both locks held)."""
+        if self._flush_now(self._control.words[c.APPENDED], None):
+            self._retire()
+
+    def _check_open(self) -> None:
+        """See that the adapter is still there (one of the locks held)."""
+        if self._closed:
+            raise BufferClosed("the buffer is closed; open it again")
 
 
 def draft_rows(

@@ -388,6 +388,11 @@ class ProcessLock:
             finally:
                 mutex.release()
 
+    def drain(self) -> None:
+        """Wait until all threads of this process that are inside, or wait for others, are out."""
+        with self._file.mutex:
+            pass
+
     def close(self) -> None:
         """Let go of the file; the lock is not used any more."""
         _close(self._file)
@@ -407,34 +412,50 @@ class ProcessLock:
 class OpenLock:
     """Who has the buffer open: held shared by every opener, alone by the first while it recovers.
 
-    Call the methods under the `opening` lock only.
+    Call the methods under the `opening` lock only. Who marks nothing clean may leave without it.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = _open(path)
+        self._alone = self._shares = False
 
     def is_first(self) -> bool:
         """Take the lock alone; False if anyone has the buffer open (this process included)."""
-        return self._file.sharers == 0 and _try_record_lock(self._file.fd, fcntl.LOCK_EX)
+        file = self._file
+        with file.mutex:
+            self._alone = file.sharers == 0 and _try_record_lock(file.fd, fcntl.LOCK_EX)
+            return self._alone
 
     def share(self) -> None:
         """Hold it shared from now on; from alone to shared there is no gap."""
-        if self._file.sharers == 0:
-            fcntl.lockf(self._file.fd, fcntl.LOCK_SH)
-        self._file.sharers += 1
+        file = self._file
+        with file.mutex:
+            if file.sharers == 0:
+                fcntl.lockf(file.fd, fcntl.LOCK_SH)
+            file.sharers += 1
+            self._shares = True
 
     def is_last(self) -> bool:
         """Turn shared into alone if nobody else has the buffer open."""
-        return self._file.sharers == 1 and _try_record_lock(self._file.fd, fcntl.LOCK_EX)
+        file = self._file
+        with file.mutex:
+            return file.sharers == 1 and _try_record_lock(file.fd, fcntl.LOCK_EX)
 
     def leave(self) -> None:
-        """Let go of one share, or of holding it alone."""
-        self._file.sharers = max(0, self._file.sharers - 1)
-        if self._file.sharers == 0:
-            fcntl.lockf(self._file.fd, fcntl.LOCK_UN)
+        """Let go of what this one holds: its share, or the whole."""
+        file = self._file
+        with file.mutex:
+            if self._shares:
+                file.sharers -= 1
+            elif not self._alone:
+                return
+            self._alone = self._shares = False
+            if file.sharers == 0:
+                fcntl.lockf(file.fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Let go of the file; the lock is not used any more."""
+        """Leave, and let go of the file; the lock is not used any more."""
+        self.leave()
         _close(self._file)
 
 
@@ -502,6 +523,11 @@ class ThreadLock:
         """Let go; nothing happens where this thread does not hold it."""
         if self._mutex._is_owned():
             self._mutex.release()
+
+    def drain(self) -> None:
+        """Wait until no thread is inside."""
+        with self._mutex:
+            pass
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -103,6 +103,14 @@ class Replica:
             self._follower.close()
         self._follower = self._cursor = None
 
+    def let_go(self) -> None:
+        """Close the log, unless another thread is reading it: then it goes with this replica."""
+        if self.lock.acquire(blocking=False):
+            try:
+                self._leave_log()
+            finally:
+                self.lock.release()
+
     # ------------------------------------------------------------ following
 
     def written(self, operation: LoggedOperation, place: Appended) -> None:

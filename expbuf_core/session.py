@@ -36,7 +36,6 @@ from expbuf_core.errors import (
     ConfigError,
     CorruptionError,
     DimensionError,
-    LockTimeout,
     PluginError,
     ReadOnlyBuffer,
     StorageError,
@@ -586,7 +585,12 @@ class Session:
     # ------------------------------------------------------------ closing
 
     def close(self) -> None:
-        """Let go; the last to leave marks the buffer closed cleanly."""
+        """Let go, whatever this raises; the last to leave marks the buffer closed cleanly.
+
+        Raises:
+            StorageError: Not all that was written could be made durable, or a lock was not free in
+                time.
+        """
         with self._closing:
             if self.closed:
                 return
@@ -595,16 +599,15 @@ class Session:
                 if self.writable and hasattr(self, "commit_log"):
                     self._close_writable()
             finally:
-                self.closed = True
-                self.adapter.close()
-                self.let_go()
+                self.give_up()
+                self.replica.let_go()
                 # Somebody may keep the buffer, and with it maps of files that are long deleted.
                 self.replica = self.commit_log = cast(Any, _LetGo())
                 self.prepared = None
                 self.upkeep.let_go()
 
     def give_up(self) -> None:
-        """Give back what an opening that failed has taken."""
+        """Give back what was taken, and close nothing in order: an opening has failed, say."""
         if not self.closed:
             self.closed = True
             try:
@@ -626,11 +629,12 @@ class Session:
             self.control.close()
 
     def _close_writable(self) -> None:
-        failed: Exception | None = None
         try:
             self.commit_log.sync()
-        except (StorageError, LockTimeout) as exc:
-            failed = exc
+        except BaseException:
+            with contextlib.suppress(StorageError):  # of the two, the first tells more
+                self.commit_log.close()
+            raise
         self.commit_log.close()
         if self.opening_lock is None or self.open_lock is None or self.path is None:
             return
@@ -638,7 +642,7 @@ class Session:
             try:
                 # Without a log to append to there is none to end.
                 begun = self.control.words[c.APPENDING] != c.POSTPONED
-                if failed is None and begun and self.open_lock.is_last():
+                if begun and self.open_lock.is_last():
                     self.check_folder()  # what is there now may be another buffer
                     self.refresh()
                     self.upkeep.closing_snapshot()
@@ -650,8 +654,6 @@ class Session:
                 )
             finally:
                 self.open_lock.leave()
-        if failed is not None:
-            raise failed
 
     def abandon(self) -> None:
         """In a forked child: forget everything without touching the folder."""

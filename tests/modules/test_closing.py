@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import shutil
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from expbuf_core import Experience, ExperienceBuffer, LiveColumns
-from expbuf_core.errors import BufferClosed, BufferReplaced
+from expbuf_core.codec import encode_clear
+from expbuf_core.commit import Draft
+from expbuf_core.control import APPENDING
+from expbuf_core.errors import BufferClosed, BufferReplaced, LockTimeout
+from expbuf_core.locks import ProcessLock
+from expbuf_core.testing.processes import Child, in_threads
 from expbuf_core.verification import verify
 
 SMALL = {"file": {"initial_bytes": 1 << 14, "segment_bytes": 1 << 14}}
@@ -26,10 +35,9 @@ def experience(n: int) -> Experience:
     return Experience(v_embed=np.full(4, n + 1.0), q_embed=np.full(4, 1.0), answer=str(n))
 
 
-def open_small(folder: Path) -> ExperienceBuffer:
-    return ExperienceBuffer.open(
-        folder, config={"persistence": SMALL, "index": {"backend": "exact", "builder": "off"}}
-    )
+def open_small(folder: Path, **settings: Any) -> ExperienceBuffer:
+    config = {"persistence": SMALL, "index": {"backend": "exact", "builder": "off"}}
+    return ExperienceBuffer.open(folder, config=config, **settings)
 
 
 class Held:
@@ -159,6 +167,148 @@ def test_what_is_submitted_while_it_closes_leaves_no_thread(folder: Path) -> Non
     with pytest.raises(BufferClosed):
         buffer.submit(experience(1))
     assert threading.active_count() == before
+
+
+class Busy:
+    """Another process that holds one of the folder's locks until it is told to let go."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        def hold(child: Child) -> None:
+            with ProcessLock(folder / "locks" / name, DEADLINE_S):
+                child.say("held")
+                child.hear()
+
+        self._child = Child(hold)
+        assert self._child.hear() == "held"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._child.say("let go")
+        self._child.join()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@pytest.mark.parametrize("durability", ["group", "sync"])
+@pytest.mark.parametrize("name", ["append", "flush", "opening"])
+def test_closing_that_cannot_have_a_lock_leaves_nothing(
+    folder: Path, name: str, durability: str
+) -> None:
+    settings = {"lock_timeout_s": 0.02, "durability": durability, "group_interval_ms": 60_000}
+    left, before = [], set(threading.enumerate())
+    for n in range(3):
+        buffer = open_small(folder, **settings)
+        buffer.add(experience(n))
+        with Busy(folder, name):
+            if name == "flush" and durability == "sync":
+                buffer.close()  # all is durable: it asks for that lock for nothing
+            else:
+                with pytest.raises(LockTimeout):
+                    buffer.close()
+        buffer.close()  # does nothing
+        with pytest.raises(BufferClosed):
+            buffer.add(experience(n))
+        assert set(threading.enumerate()) <= before
+        left.append(len(os.listdir("/proc/self/fd")))
+    assert left == [left[0]] * 3
+    with open_small(folder) as again:
+        assert [e.answer for e in again] == ["0", "1", "2"]
+
+
+class Gone:
+    """In the place of an adapter that was closed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{name} of an adapter that was closed")
+
+
+def test_nothing_is_written_after_closing_could_not_have_a_lock(folder: Path) -> None:
+    with open_small(folder, lock_timeout_s=0.02) as other:  # keeps the lock files
+        buffer = open_small(folder, lock_timeout_s=0.02, durability="group")
+        buffer.add(experience(1))
+        log = buffer._live().commit_log
+        with Busy(folder, "append"), pytest.raises(LockTimeout):
+            buffer.close()
+        log._adapter = cast(Any, Gone())
+        other.add(experience(2))
+        late = Draft(encode_clear())
+        install = partial(log._append_lock.run, log._install_prepared)
+        for use in (partial(log.commit, late), partial(log.flush, 99), log.switch, install):
+            with pytest.raises(BufferClosed):
+                use()
+        log._control.words[APPENDING] = 1
+        with pytest.raises(BufferClosed):
+            log._append_lock.run(log._retire_if_broken)
+
+
+def test_closing_that_cannot_have_a_lock_waits_for_a_thread_that_writes(folder: Path) -> None:
+    """Else its file might be another one's by then."""
+    with open_small(folder):  # keeps the lock files
+        buffer = open_small(folder, lock_timeout_s=0.02)
+        buffer.add(experience(1))
+        adapter = buffer._live().adapter
+        append, close, happened = adapter.append, adapter.close, list[str]()
+        writing, go_on = threading.Event(), threading.Event()
+
+        def slow(*arguments: Any) -> Any:
+            writing.set()
+            assert go_on.wait(DEADLINE_S)
+            written = append(*arguments)
+            happened.append("written")
+            return written
+
+        def closed() -> None:
+            happened.append("closed")
+            close()
+
+        adapter.append, adapter.close = slow, closed  # type: ignore[method-assign]
+        with ThreadPoolExecutor(2) as pool:
+            adding = pool.submit(buffer.add, experience(2))
+            assert writing.wait(DEADLINE_S)
+            closing = pool.submit(buffer.close)
+            with pytest.raises(FutureTimeout):
+                closing.result(0.2)  # it gives up by then
+            go_on.set()
+            with pytest.raises(LockTimeout, match="another thread of this process"):
+                closing.result(DEADLINE_S)
+            assert happened == ["written", "closed"]
+            with contextlib.suppress(BufferClosed):  # written, but perhaps not synced any more
+                adding.result(DEADLINE_S)
+
+
+def test_who_closes_last_closes_cleanly_though_others_could_not(folder: Path) -> None:
+    last = open_small(folder)
+    buffer = open_small(folder, lock_timeout_s=0.02, durability="group")
+    buffer.add(experience(1))
+    with Busy(folder, "append"), pytest.raises(LockTimeout):
+        buffer.close()
+    last.add(experience(2))
+    last.close()
+    with open_small(folder) as again:
+        assert again.recovery.clean
+        assert [e.answer for e in again] == ["1", "2"]
+
+
+@pytest.mark.parametrize("durability", ["group", "os"])
+def test_closing_makes_durable_what_is_written_at_the_last_moment(
+    folder: Path, durability: str
+) -> None:
+    with open_small(folder) as other:
+        buffer = open_small(folder, durability=durability, group_interval_ms=60_000)
+        buffer.add(experience(1))
+        log = buffer._live().commit_log
+        close = log.close
+
+        def add_before() -> None:
+            in_threads(lambda _: buffer.add(experience(2)), 1)
+            close()
+
+        log.close = add_before  # type: ignore[method-assign]
+        buffer.close()
+        facts = other.stats()
+        assert facts["durable_lsn"] == facts["appended_lsn"] > 0
+        assert len(other) == 2
 
 
 @pytest.mark.parametrize("backend", ["file", "lmdb"])
