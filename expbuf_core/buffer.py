@@ -11,6 +11,7 @@ import threading
 import time
 import types
 import weakref
+from _thread import get_ident
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -39,6 +40,7 @@ from expbuf_core.errors import (
     NotEnoughExperiences,
     ReadOnlyBuffer,
     ReceiptExpired,
+    ReentrantCall,
     StorageError,
     UnknownExperienceError,
 )
@@ -94,7 +96,8 @@ def _after_fork_in_child() -> None:
     global _fork_count
     _fork_count += 1
     for buffer in list(_open_buffers):
-        buffer._mutex = threading.Lock()
+        buffer._mutex = threading.RLock()
+        buffer._inside = set()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -103,18 +106,27 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _explained(
+def _call(
     method: Callable[Concatenate[ExperienceBuffer, P], T],
 ) -> Callable[Concatenate[ExperienceBuffer, P], T]:
-    """Say what an error in a call means where the buffer was closed or replaced meanwhile."""
+    """A call of the buffer, in the middle of which its thread cannot close it.
+
+    Its errors say what they mean where the buffer was closed or replaced meanwhile.
+    """
 
     @functools.wraps(method)
     def call(self: ExperienceBuffer, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        inside, thread = self._inside, get_ident()
+        outermost = thread not in inside
         try:
+            inside.add(thread)
             return method(self, *args, **kwargs)
         except (OSError, ValueError, AttributeError, LookupError) as exc:
             self._explain(exc)
             raise
+        finally:
+            if outermost:
+                inside.discard(thread)
 
     return call
 
@@ -139,7 +151,8 @@ class ExperienceBuffer:
         """Use `open`."""
         self._session = session
         self._arguments = arguments
-        self._mutex = threading.Lock()
+        self._mutex: Any = threading.RLock()  # knows its owner; never entered twice
+        self._inside: set[int] = set()  # threads
         self._forks = _fork_count
         self._rng = np.random.default_rng(arguments.get("seed"))
         self._submitter = _submitter()
@@ -230,14 +243,28 @@ class ExperienceBuffer:
         Raises:
             StorageError: It is closed; but what was written at "group" or "os" may not be durable,
                 or (`LockTimeout`) another process held a lock. The next opening recovers.
+            ReentrantCall: A signal handler or a finalizer has interrupted a call of this thread, or
+                a function that was given to one wants to close. Nothing was done.
         """
         if self._forks != _fork_count:
             return
-        self._submitter.close()
-        self._session.close()
-        self._cache = None
-        self._unclosed.closed()
-        _open_buffers.discard(self)
+        thread = get_ident()
+        # That call may hold any lock, and works with all that would be let go of.
+        if thread in self._inside or self._session.is_entered():
+            raise ReentrantCall(
+                "the buffer was to be closed in the middle of a call of the same thread, by a "
+                "signal handler, say; it is still open. Let the handler raise SystemExit or set a "
+                "flag, and close the buffer where that arrives, as `with` does"
+            )
+        try:
+            self._inside.add(thread)
+            self._submitter.close()
+            self._session.close()
+            self._cache = None
+            self._unclosed.closed()
+            _open_buffers.discard(self)
+        finally:
+            self._inside.discard(thread)
 
     def __enter__(self) -> ExperienceBuffer:
         return self
@@ -297,6 +324,11 @@ class ExperienceBuffer:
         return session
 
     def _reopen_in_child(self) -> Session:
+        if self._mutex._is_owned():
+            raise ReentrantCall(
+                "the buffer was called by a signal handler or finalizer that interrupted the same "
+                "thread while it opened the buffer anew in a forked child; let it set a flag"
+            )
         with self._mutex:
             if self._forks == _fork_count:
                 return self._session
@@ -337,6 +369,7 @@ class ExperienceBuffer:
         return self._live().recovery
 
     @property
+    @_call
     def max_size(self) -> int:
         """Most experiences that it holds."""
         session = self._live()
@@ -344,18 +377,21 @@ class ExperienceBuffer:
         return int(session.replica.state.settings["max_size"])
 
     @property
+    @_call
     def lsn(self) -> int:
         """Last operation that this process has applied, after looking for newer ones."""
         session = self._live()
         session.refresh()
         return session.replica.state.lsn
 
+    @_call
     def __len__(self) -> int:
         session = self._live()
         session.refresh()
         return session.replica.state.count
 
     @property
+    @_call
     def total_added(self) -> int:
         """Experiences that any process has ever added, the evicted and removed ones among them."""
         session = self._live()
@@ -366,6 +402,7 @@ class ExperienceBuffer:
         """Whether the next add evicts the oldest."""
         return len(self) >= self.max_size
 
+    @_call
     def __contains__(self, id_: object) -> bool:
         if not isinstance(id_, int | np.integer):
             return False
@@ -375,7 +412,7 @@ class ExperienceBuffer:
             state = session.replica.state
             return bool(0 <= id_ < state.next_id) and state.find_one(int(id_)) >= 0
 
-    @_explained
+    @_call
     def ids(self) -> NDArray[np.int64]:
         """(n,) int64, oldest first."""
         session = self._live()
@@ -389,7 +426,7 @@ class ExperienceBuffer:
         for start in range(0, len(ids), 256):
             yield from self._read_on(ids[start : start + 256])
 
-    @_explained
+    @_call
     def _read_on(self, ids: NDArray[np.int64]) -> Iterable[Experience]:
         return self._pinned(ids, missing="skip")
 
@@ -404,7 +441,7 @@ class ExperienceBuffer:
 
     # ------------------------------------------------------------ writing
 
-    @_explained
+    @_call
     def add(self, experience: Experience, *, priority: float | None = None) -> int:
         """Store one experience; it is found by the very next search, in every process.
 
@@ -434,7 +471,7 @@ class ExperienceBuffer:
             except Outdated:
                 continue
 
-    @_explained
+    @_call
     def add_many(
         self,
         experiences: Iterable[Experience] | Mapping[str, Any],
@@ -489,6 +526,7 @@ class ExperienceBuffer:
                 continue
             return np.arange(first_id, first_id + n)
 
+    @_call
     def submit(self, experience: Experience) -> concurrent.futures.Future[int]:
         """Store one experience without waiting for the disk.
 
@@ -500,7 +538,7 @@ class ExperienceBuffer:
         self._writer()
         return self._submitter.submit(self.add, experience)
 
-    @_explained
+    @_call
     def sync(self) -> int:
         """Make durable everything written so far, by any process, at any level.
 
@@ -509,7 +547,7 @@ class ExperienceBuffer:
         """
         return self._writer().commit_log.sync()
 
-    @_explained
+    @_call
     def remove(self, ids: ArrayLike | Iterable[int]) -> int:
         """Remove experiences from store and index.
 
@@ -525,12 +563,12 @@ class ExperienceBuffer:
             return 0
         return session.commit(Draft(codec.encode_remove(array), weight=len(array)))[2]
 
-    @_explained
+    @_call
     def clear(self) -> int:
         """Remove everything; ids go on where they were. Returns how many there were."""
         return self._writer().commit(Draft(codec.encode_clear()))[2]
 
-    @_explained
+    @_call
     def update_priorities(self, ids: ArrayLike | Iterable[int], priorities: ArrayLike) -> int:
         """Set priorities; of an id that is given twice, the last counts.
 
@@ -552,7 +590,7 @@ class ExperienceBuffer:
             return 0
         return session.commit(Draft(codec.encode_priority(array, values), weight=0))[2]
 
-    @_explained
+    @_call
     def update_rewards(
         self,
         ids: ArrayLike | Iterable[int],
@@ -613,7 +651,7 @@ class ExperienceBuffer:
             [one.get("metadata") for one in fields],
         )
 
-    @_explained
+    @_call
     def record_outcome(
         self,
         receipt_or_ids: Receipt | str | ArrayLike | Iterable[int],
@@ -676,7 +714,7 @@ class ExperienceBuffer:
         outcome = OutcomeBody(token or bytes(16), lsn, bool(success), array, shares)
         return session.commit(Draft(codec.encode_outcome(outcome), weight=0))[2]
 
-    @_explained
+    @_call
     def add_to_index(self, ids: ArrayLike | Iterable[int]) -> int:
         """See that stored experiences are indexed; they are, so this is idempotent.
 
@@ -713,7 +751,7 @@ class ExperienceBuffer:
 
     # ------------------------------------------------------------ reading
 
-    @_explained
+    @_call
     def get(self, id_: int) -> Experience:
         """One experience by its id.
 
@@ -767,7 +805,7 @@ class ExperienceBuffer:
                     ) from None
         raise AssertionError("unreachable")
 
-    @_explained
+    @_call
     def search_index(
         self,
         *,
@@ -822,7 +860,7 @@ class ExperienceBuffer:
             lsn=lsn,
         )
 
-    @_explained
+    @_call
     def search_many(
         self,
         *,
@@ -922,7 +960,7 @@ class ExperienceBuffer:
 
     # ------------------------------------------------------------ sampling
 
-    @_explained
+    @_call
     def sample(
         self,
         batch_size: int,
@@ -1024,7 +1062,7 @@ class ExperienceBuffer:
 
     # ------------------------------------------------------------ upkeep
 
-    @_explained
+    @_call
     def save_snapshot(self) -> int:
         """Write a snapshot and drop the logs that it replaces; writers go on meanwhile.
 
@@ -1033,7 +1071,7 @@ class ExperienceBuffer:
         """
         return self._writer().upkeep.snapshot()
 
-    @_explained
+    @_call
     def rebuild_index(self) -> bool:
         """Build the index now, in this process; searches go on meanwhile.
 
@@ -1042,6 +1080,7 @@ class ExperienceBuffer:
         """
         return self._writer().upkeep.build_index()
 
+    @_call
     def reembed(
         self,
         embed: Embed,
@@ -1083,7 +1122,7 @@ class ExperienceBuffer:
             raise InvalidExperience(f"name must be text, not a {type(name).__name__}")
         return reembed(self._writer(), embed, batch_size=batch_size, name=name, progress=progress)
 
-    @_explained
+    @_call
     def stats(self) -> dict[str, Any]:
         """Facts worth showing, JSON-like."""
         session = self._live()

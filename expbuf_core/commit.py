@@ -65,6 +65,8 @@ class Lock(Protocol):
 
     def release(self) -> None: ...
 
+    def is_mine(self) -> bool: ...
+
     def drain(self) -> None: ...
 
     def close(self) -> None: ...
@@ -683,13 +685,17 @@ class CommitLog:
         try:
             self._append_lock.run(self._close)
         finally:
-            self._closed = True  # who gets a lock later sees it
-            self._stop.set()
-            self._dirty.set()
-            self._append_lock.drain()
-            self._flush_lock.drain()
-            if self._flusher is not None and self._flusher is not threading.current_thread():
-                self._flusher.join(timeout=10)
+            self.stop()
+
+    def stop(self) -> None:
+        """Stop the flusher, and wait for all that use the adapter just now."""
+        self._closed = True  # who gets a lock later sees it
+        self._stop.set()
+        self._dirty.set()
+        self._append_lock.drain()
+        self._flush_lock.drain()
+        if self._flusher is not None and self._flusher is not threading.current_thread():
+            self._flusher.join(timeout=10)
 
     def _close(self) -> None:
         """`close` (append lock held)."""

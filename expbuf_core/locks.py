@@ -50,7 +50,12 @@ class _LockFile:
 
 
 _files: dict[tuple[int, int], _LockFile] = {}
-_registry_mutex = threading.Lock()
+_registry_mutex: Any = threading.RLock()  # knows its owner; never entered twice
+
+
+def registry_is_mine() -> bool:
+    """Whether this thread is just opening or closing a lock file, or looking for a holder."""
+    return bool(_registry_mutex._is_owned())
 
 
 def _known(path: Path) -> _LockFile | None:
@@ -88,15 +93,18 @@ def _closed_unless_used(file: _LockFile) -> bool:
     with _registry_mutex:  # all the while: who opened the file anew in between would lose its lock
         if file.users or file.fd < 0:
             return True
-        if not file.mutex.acquire(blocking=False):
-            return False
         try:
+            if not file.mutex.acquire(blocking=False):
+                return False
             _files.pop(file.key, None)
             fd, file.fd = file.fd, -1
             os.close(fd)
             return True
         finally:
-            file.mutex.release()
+            try:  # noqa: SIM105  (`suppress` is no builtin)
+                file.mutex.release()
+            except RuntimeError:  # it was not acquired
+                pass
 
 
 def _check_open(file: _LockFile) -> None:
@@ -107,7 +115,7 @@ def _check_open(file: _LockFile) -> None:
 def _forget_in_child() -> None:
     # Record locks are not inherited. Closing the descriptors here cannot drop the parent's.
     global _registry_mutex
-    _registry_mutex = threading.Lock()
+    _registry_mutex = threading.RLock()
     for file in _files.values():
         os.close(file.fd)
         file.fd = -1
@@ -388,6 +396,10 @@ class ProcessLock:
             finally:
                 mutex.release()
 
+    def is_mine(self) -> bool:
+        """Whether this thread is inside, by this object or another one on the same file."""
+        return bool(self._file.mutex._is_owned())
+
     def drain(self) -> None:
         """Wait until all threads of this process that are inside, or wait for others, are out."""
         with self._file.mutex:
@@ -452,6 +464,10 @@ class OpenLock:
             self._alone = self._shares = False
             if file.sharers == 0:
                 fcntl.lockf(file.fd, fcntl.LOCK_UN)
+
+    def is_mine(self) -> bool:
+        """Whether this thread is in the middle of one of these methods."""
+        return bool(self._file.mutex._is_owned())
 
     def close(self) -> None:
         """Leave, and let go of the file; the lock is not used any more."""
@@ -523,6 +539,10 @@ class ThreadLock:
         """Let go; nothing happens where this thread does not hold it."""
         if self._mutex._is_owned():
             self._mutex.release()
+
+    def is_mine(self) -> bool:
+        """Whether this thread is inside."""
+        return bool(self._mutex._is_owned())
 
     def drain(self) -> None:
         """Wait until no thread is inside."""

@@ -42,7 +42,7 @@ from expbuf_core.errors import (
 )
 from expbuf_core.filesystem import FileSystem
 from expbuf_core.intake import Accepted, Intake
-from expbuf_core.locks import OpenLock, ProcessLock, ThreadLock
+from expbuf_core.locks import OpenLock, ProcessLock, ThreadLock, registry_is_mine
 from expbuf_core.opening import open_session
 from expbuf_core.plugins import PluginRegistry
 from expbuf_core.recovery import RecoveryReport
@@ -109,6 +109,7 @@ class Session:
         self.choice: indexing.IndexChoice | None = None
         self.closed = False
         self.abandoned = False  # by a forked child
+        self._adapter_closed = self._gone = False
         self._closing = threading.RLock()
         # Of a reader, which has no share in the open lock: which recovery it follows, and the
         # control page on which it sees that a writer has come.
@@ -592,35 +593,54 @@ class Session:
                 time.
         """
         with self._closing:
-            if self.closed:
-                return
-            self.upkeep.stop()
+            if not self.closed:
+                self.upkeep.stop()
             try:
-                if self.writable and hasattr(self, "commit_log"):
+                if not self.closed and self.writable and hasattr(self, "commit_log"):
                     self._close_writable()
             finally:
                 self.give_up()
-                self.replica.let_go()
-                # Somebody may keep the buffer, and with it maps of files that are long deleted.
-                self.replica = self.commit_log = cast(Any, _LetGo())
-                self.prepared = None
-                self.upkeep.let_go()
+
+    def is_entered(self) -> bool:
+        """Whether this thread is in the middle of something that `close` would wait for.
+
+        It may be in another buffer on the same folder, whose locks are the same.
+        """
+        if self.closed:
+            return False
+        lock: Any = self.replica.lock
+        return bool(
+            lock._is_owned() or registry_is_mine() or any(lock.is_mine() for lock in self.locks)
+        )
 
     def give_up(self) -> None:
-        """Give back what was taken, and close nothing in order: an opening has failed, say."""
-        if not self.closed:
-            self.closed = True
-            try:
-                if hasattr(self, "adapter"):
-                    self.adapter.close()
-            finally:
-                self.let_go()
+        """Give back what was taken, and close nothing in order: an opening has failed, say.
+
+        Where a signal handler has raised in the middle of it, another call does the rest.
+        """
+        if self._gone:
+            return
+        self.closed = True
+        try:
+            if hasattr(self, "commit_log"):
+                self.commit_log.stop()
+            if hasattr(self, "adapter") and not self._adapter_closed:
+                self._adapter_closed = True  # and never again: its descriptors may be others' then
+                self.adapter.close()
+        finally:
+            self.let_go()
+        if hasattr(self, "replica"):
+            self.replica.let_go()
+        self._gone = True
+        # Somebody may keep the buffer, and with it maps of files that are long deleted.
+        self.replica = self.commit_log = cast(Any, _LetGo())
+        self.prepared = None
+        self.upkeep.let_go()
 
     def let_go(self) -> None:
         """Close lock files and the control page."""
-        locks, self.locks = self.locks, []
-        for lock in locks:
-            lock.close()
+        while self.locks:
+            self.locks.pop().close()
         if self.adapter_words is not None:
             self.adapter_words.release()
         if self.watched is not None:
@@ -638,22 +658,23 @@ class Session:
         self.commit_log.close()
         if self.opening_lock is None or self.open_lock is None or self.path is None:
             return
-        with self.opening_lock:
-            try:
-                # Without a log to append to there is none to end.
-                begun = self.control.words[c.APPENDING] != c.POSTPONED
-                if begun and self.open_lock.is_last():
-                    self.check_folder()  # what is there now may be another buffer
-                    self.refresh()
-                    self.upkeep.closing_snapshot()
-                    self.adapter.finish(self.replica.state.lsn)
-                    self.control.mark_clean(self.path / folder.CONTROL, self.fs)
-            except (OSError, BufferReplaced) as exc:
-                _log.warning(
-                    "%s was not closed cleanly; the next opening recovers: %s", self.path, exc
-                )
-            finally:
-                self.open_lock.leave()
+        self.opening_lock.run(self._leave, self.path, self.open_lock)
+
+    def _leave(self, path: Path, open_lock: OpenLock) -> None:
+        """Mark the buffer closed cleanly, if this is the last to leave (opening lock held)."""
+        try:
+            # Without a log to append to there is none to end.
+            begun = self.control.words[c.APPENDING] != c.POSTPONED
+            if begun and open_lock.is_last():
+                self.check_folder()  # what is there now may be another buffer
+                self.refresh()
+                self.upkeep.closing_snapshot()
+                self.adapter.finish(self.replica.state.lsn)
+                self.control.mark_clean(path / folder.CONTROL, self.fs)
+        except (OSError, BufferReplaced) as exc:
+            _log.warning("%s was not closed cleanly; the next opening recovers: %s", path, exc)
+        finally:
+            open_lock.leave()
 
     def abandon(self) -> None:
         """In a forked child: forget everything without touching the folder."""

@@ -18,12 +18,13 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from expbuf_core import Experience, ExperienceBuffer, LiveColumns
+from expbuf_core import Experience, ExperienceBuffer, LiveColumns, locks
 from expbuf_core.codec import encode_clear
 from expbuf_core.commit import Draft
 from expbuf_core.control import APPENDING
-from expbuf_core.errors import BufferClosed, BufferReplaced, LockTimeout
-from expbuf_core.locks import ProcessLock
+from expbuf_core.errors import BufferClosed, BufferReplaced, LockTimeout, ReentrantCall
+from expbuf_core.locks import ProcessLock, holder
+from expbuf_core.session import Session
 from expbuf_core.testing.processes import Child, in_threads
 from expbuf_core.verification import verify
 
@@ -159,7 +160,7 @@ def test_what_is_submitted_while_it_closes_leaves_no_thread(folder: Path) -> Non
         session = writer()
         calls.append(session)
         if len(calls) == 1:
-            buffer.close()
+            in_threads(lambda _: buffer.close(), 1)
         return session
 
     buffer._writer = close_meanwhile  # type: ignore[method-assign]
@@ -345,6 +346,73 @@ def test_going_through_a_folder_that_was_replaced_says_so(folder: Path) -> None:
     buffer.close()
 
 
+class Taken:
+    """A lock in the place of another; a signal comes while this thread has it."""
+
+    def __init__(self, lock: Any, handler: Callable[[], None]) -> None:
+        self._lock, self._handler = lock, handler
+
+    def run(self, work: Callable[..., object], *arguments: object) -> None:
+        def interrupted() -> None:
+            self._handler()
+            work(*arguments)
+
+        self._lock.run(interrupted)
+
+    def __enter__(self) -> None:
+        self._lock.__enter__()
+        self._handler()
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.__exit__(*exc)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lock, name)
+
+
+def test_a_handler_that_closes_while_another_buffer_uses_the_same_folder_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What that one holds just then, closing would wait for."""
+    buffer, told = open_small(folder, lock_timeout_s=0.02), list[str]()
+
+    def handler() -> None:
+        with pytest.raises(ReentrantCall):
+            buffer.close()
+        told.append("told")
+
+    lock_file, registry = Session.lock_file, locks._registry_mutex
+
+    def taken(session: Session, name: str) -> Any:
+        lock = lock_file(session, name)
+        return Taken(lock, handler) if name == "opening" else lock
+
+    monkeypatch.setattr(Session, "lock_file", taken)
+    with open_small(folder) as other:
+        other.add(experience(1))
+    assert len(told) == 2  # as the other one was opened, and as it was closed
+    monkeypatch.undo()
+    monkeypatch.setattr(locks, "_registry_mutex", Taken(registry, handler))
+    assert holder(folder / "locks" / "builder") is None
+    monkeypatch.undo()
+    assert len(told) == 3
+    buffer.add(experience(2))
+    buffer.close()
+    with open_small(folder) as again:
+        assert again.recovery.clean
+        assert len(again) == 2
+
+
+def test_what_is_done_with_a_replica_outside_the_buffers_own_calls_keeps_it_open(
+    folder: Path,
+) -> None:
+    with open_small(folder) as buffer:
+        buffer.add(experience(1))
+        with buffer._live().replica.lock, pytest.raises(ReentrantCall):
+            buffer.close()
+        assert len(buffer) == 1
+
+
 @pytest.mark.parametrize("mode", ["a", "r"])
 def test_reading_from_a_folder_that_is_gone_says_so(folder: Path, mode: str) -> None:
     with open_small(folder) as buffer:
@@ -364,7 +432,9 @@ def test_a_call_that_a_close_overtakes_says_so(folder: Path, backend: str) -> No
     buffer.add_many([experience(n) for n in range(30)])
 
     def close_meanwhile(columns: LiveColumns) -> Any:
-        buffer.close()
+        with pytest.raises(ReentrantCall, match="still open"):
+            buffer.close()
+        in_threads(lambda _: buffer.close(), 1)
         return columns.reward == columns.reward
 
     with contextlib.suppress(BufferClosed):  # if anything, it is that

@@ -87,3 +87,35 @@ def test_everything_works_without_another_thread(
     with open_buffer() as again:
         assert again.recovery.clean
         assert answers(again) == expected(range(12))
+
+
+AT_SIGTERM = """
+import signal, sys
+import numpy as np
+from expbuf_core import Experience, ExperienceBuffer
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+V = np.ones(4, np.float32)
+with ExperienceBuffer.open(sys.argv[1], durability="group", index="exact") as buffer:
+    while True:
+        print(buffer.add(Experience(v_embed=V, q_embed=V)), flush=True)
+        assert buffer.search_index(v_embed=V, q_embed=V, k=3)
+"""
+
+
+def test_a_handler_of_sigterm_that_exits_closes_the_buffer(folder: Path) -> None:
+    """As the documentation recommends it, whatever it interrupts."""
+    with subprocess.Popen(
+        [sys.executable, "-c", AT_SIGTERM, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as agent:
+        assert agent.stdout is not None
+        assert agent.stdout.readline() == "0\n"
+        agent.terminate()
+        added, told = agent.communicate(timeout=30)
+    assert (told, agent.returncode) == ("", 0)
+    with ExperienceBuffer.open(folder) as buffer:
+        assert buffer.recovery.clean
+        assert len(buffer) >= len(added.split())

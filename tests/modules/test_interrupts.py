@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from expbuf_core import Experience, ExperienceBuffer
-from expbuf_core.errors import ReentrantCall
+from expbuf_core.errors import BufferClosed, ReentrantCall
 
 CODE = tuple(f"{Path(__file__).parents[2]}/{name}/" for name in ("expbuf_core", "plugins"))
 DIM = 4
@@ -214,9 +214,9 @@ def instants(op: str, rng: np.random.Generator) -> Iterator[int]:
             rng.choice(np.arange(1, 900), 600 if LONG else 40, replace=False)
         ).tolist()
         return
-    at = 0
+    at, step = 0, 25 if op == "close" else 9  # each is another buffer
     while True:
-        at += 1 if LONG else int(rng.integers(1, 9))
+        at += 1 if LONG else int(rng.integers(1, step))
         yield at
 
 
@@ -272,3 +272,112 @@ def test_a_handler_that_adds_in_the_middle_of_an_add_is_told(folder: Path) -> No
             if not signal.came:
                 break
     assert set(outcomes) == {"added", "told"}
+
+
+CALLS = {
+    "add": OPS["add"],
+    "priorities": OPS["priorities"],
+    "submit": lambda b, n: b.submit(experience(n)).result(10),
+    "search": lambda b, n: b.search_index(v_embed=vector(n), k=3),
+    "sample": lambda b, n: b.sample(4).v_embed,
+    "sync": OPS["sync"],
+    "snapshot": OPS["snapshot"],
+    "stats": lambda b, n: b.stats(),
+}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("backend", ["file", "lmdb"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_handler_that_closes_in_the_middle_of_a_call_is_told(
+    folder: Path, call: str, backend: str, rng: np.random.Generator
+) -> None:
+    """Nothing is closed then, and the call goes on. Before and behind it, the buffer is closed."""
+    outcomes: list[str] = []
+    buffer = ExperienceBuffer.open(folder, **options(backend))
+
+    def handler() -> None:
+        def inner() -> None:
+            try:
+                buffer.close()
+                outcomes.append("closed")
+            except ReentrantCall:
+                outcomes.append("told")
+
+        inner()
+
+    for at in instants(call, rng):
+        if outcomes[-1:] == ["closed"]:
+            buffer = ExperienceBuffer.open(folder, **options(backend))
+            assert buffer.recovery.clean
+        buffer.add_many([experience(n) for n in range(8)])
+        with signal_at(at, handler) as signal:
+            try:
+                CALLS[call](buffer, 10 * at)
+            except BufferClosed:
+                assert outcomes[-1] == "closed"
+        if outcomes[-1:] != ["closed"]:
+            before = buffer.lsn
+            buffer.add(experience(1))
+            assert buffer.lsn == before + 1  # no log was given up
+        if not signal.came:
+            break
+    buffer.close()
+    assert "told" in outcomes
+    assert set(outcomes) <= {"told", "closed"}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("backend", ["file", "lmdb"])
+def test_a_handler_that_closes_while_it_is_being_closed_is_told(
+    folder: Path, backend: str, rng: np.random.Generator
+) -> None:
+    outcomes: list[str] = []
+
+    def handler() -> None:
+        def inner() -> None:
+            try:
+                buffer.close()
+                outcomes.append("closed")
+            except ReentrantCall:
+                outcomes.append("told")
+
+        inner()
+
+    for n, at in enumerate(instants("close", rng)):
+        buffer = ExperienceBuffer.open(folder, **options(backend))
+        assert n == 0 or buffer.recovery.clean
+        buffer.add(experience(at))
+        with signal_at(at, handler) as signal:
+            buffer.close()
+        if not signal.came:
+            break
+    assert "told" in outcomes
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("durability", ["sync", "group"])
+@pytest.mark.parametrize("backend", ["file", "lmdb"])
+def test_closing_that_is_interrupted(
+    folder: Path, backend: str, durability: str, rng: np.random.Generator
+) -> None:
+    """It may be called again, and nothing hangs or is lost; at "sync", beside another one."""
+    other = ExperienceBuffer.open(folder, **options(backend)) if durability == "sync" else None
+    threads = threading.active_count()
+    expected: list[str] = []
+    for at in instants("close", rng):
+        buffer = ExperienceBuffer.open(folder, **{**options(backend), "durability": durability})
+        assert [answer for _, answer, _, _ in contents(buffer)] == expected
+        buffer.add(experience(at))
+        expected = [*expected, str(at)][-8:]
+        with contextlib.suppress(Interrupt), signal_at(at, interrupt) as signal:
+            buffer.close()
+        buffer.close()
+        with pytest.raises(BufferClosed):
+            buffer.add(experience(0))
+        assert threading.active_count() == threads
+        if not signal.came:
+            break
+    if other is not None:
+        other.close()
+    assert at > 50
