@@ -13,6 +13,7 @@ appender died half-way, retires the log before anything else is written.
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -244,8 +245,10 @@ class CommitLog:
         self._closed = False
         self._starting = threading.Lock()
         self._flusher: threading.Thread | None = None
-        self._dirty = threading.Event()
-        self._stop = threading.Event()
+        # Builtins, no `Event`: its lock stays held where a signal handler raises in the middle.
+        self._dirty: queue.SimpleQueue[None] = queue.SimpleQueue()  # something is to be flushed
+        self._going = threading.Lock()  # held until the flusher is to end
+        self._going.acquire()
         self.flush_error: str | None = None
 
     # ------------------------------------------------------------ commit
@@ -620,7 +623,8 @@ class CommitLog:
             except StorageError as exc:
                 self.flush_error = str(exc)
         else:
-            self._dirty.set()
+            if self._dirty.empty():
+                self._dirty.put(None)
 
     def _start_flusher(self) -> None:
         if self._flusher is None or not self._flusher.is_alive():
@@ -634,17 +638,18 @@ class CommitLog:
 
     def _flush_in_time(self) -> None:
         while not self._closed:
-            self._dirty.wait()
-            self._dirty.clear()
+            self._dirty.get()
             if self._closed:
                 return
-            self._stop.wait(self._interval)  # the interval itself is the promise of "group"
+            self._going.acquire(
+                timeout=self._interval
+            )  # the interval itself is the promise of "group"
             try:
                 self.sync()
             except (StorageError, ValueError) as exc:
                 self.flush_error = str(exc)
-                self._stop.wait(_RETRY_S)
-                self._dirty.set()  # what is written must not wait for the next commit
+                self._going.acquire(timeout=_RETRY_S)
+                self._dirty.put(None)  # what is written must not wait for the next commit
 
     # ------------------------------------------------------------ life
 
@@ -690,8 +695,11 @@ class CommitLog:
     def stop(self) -> None:
         """Stop the flusher, and wait for all that use the adapter just now."""
         self._closed = True  # who gets a lock later sees it
-        self._stop.set()
-        self._dirty.set()
+        try:  # noqa: SIM105  (`suppress` is no builtin)
+            self._going.release()
+        except RuntimeError:  # the flusher has seen it
+            pass
+        self._dirty.put(None)
         self._append_lock.drain()
         self._flush_lock.drain()
         if self._flusher is not None and self._flusher is not threading.current_thread():

@@ -381,3 +381,23 @@ def test_closing_that_is_interrupted(
     if other is not None:
         other.close()
     assert at > 50
+
+
+@pytest.mark.timeout(900)
+def test_closing_after_an_interrupt_inside_of_pythons_own_locks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when `SystemExit` of a handler ends an add, and `with` closes the buffer."""
+    settings = {**options("file"), "durability": "group", "group_interval_ms": 60_000}
+    with ExperienceBuffer.open(folder, **settings) as buffer:
+        buffer.add(experience(0))  # the flusher has started
+    monkeypatch.setattr(f"{__name__}.CODE", (threading.__file__,))
+    for at in range(1, 20):
+        buffer = ExperienceBuffer.open(folder, **settings)
+        buffer.add(experience(1))
+        with contextlib.suppress(Interrupt), signal_at(at, interrupt) as signal:
+            buffer.add(experience(2))
+        from_another_thread(buffer.close)
+        if not signal.came:
+            break
+    assert not signal.came
