@@ -639,16 +639,15 @@ class CommitLog:
     def _flush_in_time(self) -> None:
         while not self._closed:
             self._dirty.get()
-            if self._closed:
-                return
-            self._going.acquire(
-                timeout=self._interval
-            )  # the interval itself is the promise of "group"
+            # The interval itself is the promise of "group".
+            if self._going.acquire(timeout=self._interval):
+                return  # the buffer is closed
             try:
                 self.sync()
             except (StorageError, ValueError) as exc:
                 self.flush_error = str(exc)
-                self._going.acquire(timeout=_RETRY_S)
+                if self._going.acquire(timeout=_RETRY_S):
+                    return
                 self._dirty.put(None)  # what is written must not wait for the next commit
 
     # ------------------------------------------------------------ life
