@@ -70,12 +70,12 @@ from expbuf_lmdb.layout import (
     State,
     key,
 )
-from expbuf_lmdb.pages import check_trees
 from expbuf_lmdb.recovering import Recovered, recover
 from expbuf_lmdb.salvage import Salvage, SalvagedPin
 from expbuf_lmdb.settings import LMDBSettings
 from expbuf_lmdb.stage import Stage, StagedFrame
 from expbuf_lmdb.store import Checked, Store, checked_operation
+from expbuf_lmdb.trees import check_trees
 from expbuf_lmdb.verifying import verify
 
 P = ParamSpec("P")

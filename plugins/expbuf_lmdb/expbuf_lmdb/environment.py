@@ -33,7 +33,7 @@ from expbuf_core.errors import FormatVersionError, StorageError, StorageFull
 from expbuf_core.filesystem import storage_errors
 from expbuf_core.locks import ProcessLock
 from expbuf_lmdb import layout
-from expbuf_lmdb.pages import check_file
+from expbuf_lmdb.trees import check_file
 
 _log = logging.getLogger("expbuf")
 T = TypeVar("T")

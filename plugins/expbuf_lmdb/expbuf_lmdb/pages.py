@@ -8,95 +8,59 @@ from __future__ import annotations
 
 import os
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from expbuf_core.errors import FormatVersionError
 from expbuf_core.filesystem import storage_errors
-from expbuf_lmdb import layout
 
 HEADER_BYTES = 16
 _HEADER = struct.Struct("=QHHHH")  # number, padding, flags, end of the pointers, begin of the nodes
 _NODE = struct.Struct("=HHHH")  # low and high half of a size or child, flags, size of the key
+NODE_BYTES = _NODE.size
 _NUMBER = struct.Struct("=Q")
-_BRANCH, _LEAF = 0x01, 0x02
-BIG, _TREE = 0x01, 0x02  # flags of a node: its value stands in pages of its own; is a tree
+BRANCH, LEAF = 0x01, 0x02
+BIG, TREE = 0x01, 0x02  # flags of a node: its value stands in pages of its own; is a tree
 
 # The first two pages: number, padding, flags, two unused; magic, version, address, map size, two
 # trees (page size or padding, flags, depth, branch, leaf and overflow pages, entries, root), last
 # page, transaction.
 _FIRST = struct.Struct("=QHHHHIIQQIHHQQQQQIHHQQQQQQQ")
 _TREE_RECORD = struct.Struct("=IHHQQQQQ")
+TREE_RECORD_BYTES = _TREE_RECORD.size
 _IS_META = 0x08
 _MAGIC = 0xBEEFC0DE
-_FORMAT = 1
+FORMAT = 1
 NOWHERE = (1 << 64) - 1
-_FREE = b"free pages"
 SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
+class TreeRecord(NamedTuple):
+    """What LMDB knows of a tree, in the order in which it stands there."""
+
+    padding: int  # or the size of a page
+    flags: int
+    depth: int
+    branches: int
+    leaves: int
+    others: int
+    entries: int
+    root: int
+
+    @classmethod
+    def read(cls, raw: bytes) -> TreeRecord:
+        """The record in these `TREE_RECORD_BYTES`."""
+        return cls(*_TREE_RECORD.unpack(raw))
+
+
 class First(NamedTuple):
-    """What counts of a first page. `roots`: of the free pages and of the names of databases."""
+    """What counts of a first page. `trees`: of the free pages and of the names of databases."""
 
     page_bytes: int
-    roots: tuple[int, int]
+    trees: tuple[TreeRecord, TreeRecord]
     last: int
     transaction: int
     map_bytes: int
-
-
-def check_file(path: Path) -> None:
-    """See that LMDB can map this file without running off its end.
-
-    LMDB believes its first pages, and a map behind the end of a file kills the process.
-
-    Raises:
-        CorruptionError: It was cut, or its first pages are damaged.
-        FormatVersionError: Another version of LMDB wrote it.
-    """
-    wrong: str | None = ""
-    for attempt in range(5):  # another process may be writing one of the two pages right now
-        with storage_errors("read", path):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                raw = os.pread(fd, 2 * 65536, 0)
-                size = os.fstat(fd).st_size
-            finally:
-                os.close(fd)
-        wrong = _wrong_with(raw, size)
-        if wrong is None:
-            return
-        time.sleep(0.002 * attempt)
-    assert wrong is not None
-    if wrong.startswith("version"):
-        raise FormatVersionError(f"{path.name}: {wrong}; expbuf reads version {_FORMAT} of LMDB")
-    raise layout.corrupt(path, wrong, offset=0)
-
-
-def check_trees(path: Path) -> None:
-    """See that LMDB can follow its trees in this file.
-
-    Nobody writes meanwhile, or the caller is in a transaction, so that no page is used again.
-
-    Raises:
-        CorruptionError: It cannot.
-    """
-    for attempt in (1, 2):  # a first page may just be written
-        file = PageFile(path)
-        try:
-            bad = next(file.check(), None)
-            if bad is not None and attempt == 2:
-                table = f" of the table {bad.of.decode()}" if bad.of else ""
-                offset = bad.page * file.page_bytes
-                raise layout.corrupt(path, f"{bad.reason}, page {bad.page}{table}", offset=offset)
-        finally:
-            file.close()
-        if bad is None:
-            return
 
 
 def _wrong_with(raw: bytes, size: int) -> str | None:
@@ -106,19 +70,20 @@ def _wrong_with(raw: bytes, size: int) -> str | None:
     page_bytes = _FIRST.unpack_from(raw)[9]
     if page_bytes not in SIZES:
         return f"a page size of {page_bytes}"
-    newest = First(page_bytes, (0, 0), 0, -1, 0)
+    firsts = []
     for i in range(2):
         if len(raw) < i * page_bytes + _FIRST.size:
             return f"the file was cut to {size} bytes"
         first = _first(raw, i, page_bytes)
         if isinstance(first, str):
             return first
-        newest = max(newest, first, key=lambda each: (each.transaction, each.last))
+        firsts.append(first)
+    newest = max(firsts, key=lambda each: (each.transaction, each.last))
     # The older state may name pages that were never written again, or may be torn: a transaction
     # writes over it, its number last. The newer one counts.
     if not 1 <= newest.last or newest.map_bytes > 1 << 47:
         return f"a map of {newest.map_bytes} bytes and {newest.last} pages"
-    if any(root > newest.last and root != NOWHERE for root in newest.roots):
+    if any(tree.root > newest.last and tree.root != NOWHERE for tree in newest.trees):
         return "a tree behind the end of the file"
     if (newest.last + 1) * page_bytes > size:
         return f"the file was cut to {size} of {(newest.last + 1) * page_bytes} bytes"
@@ -131,14 +96,15 @@ def _first(raw: bytes, i: int, page_bytes: int) -> First | str:
         return "the file was cut"
     fields = _FIRST.unpack_from(raw, i * page_bytes)
     page, flags, (magic, version), map_size = fields[0], fields[2], fields[5:7], fields[8]
-    roots, last, transaction = (fields[16], fields[24]), fields[25], fields[26]
+    trees = TreeRecord(*fields[9:17]), TreeRecord(*fields[17:25])
+    last, transaction = fields[25:]
     if magic != _MAGIC or not flags & _IS_META or page != i:
         return f"page {i} is no first page of LMDB"
-    if version != _FORMAT:
+    if version != FORMAT:
         return f"version {version} of LMDB's format"
     if fields[9] != page_bytes:
         return "page sizes that contradict each other"
-    return First(page_bytes, roots, last, transaction, map_size)
+    return First(page_bytes, trees, last, transaction, map_size)
 
 
 class Node(NamedTuple):
@@ -168,6 +134,7 @@ class PageFile:
         page_bytes: Of a page.
         bad: What `entries` stepped over.
         wrong: What is wrong with the first pages; None: nothing.
+        first: The newest state of which there is a first page.
     """
 
     def __init__(self, path: Path) -> None:
@@ -183,8 +150,8 @@ class PageFile:
         states = [first for first in found if isinstance(first, First)]
         newest = max(states, key=lambda first: first.transaction, default=None)
         self.page_bytes = newest.page_bytes if newest is not None else os.sysconf("SC_PAGE_SIZE")
-        self._first = newest
-        self._roots = {} if newest is None else self._named(newest.roots[1])
+        self.first = newest
+        self._roots = {} if newest is None else self._named(newest.trees[1].root)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -201,10 +168,10 @@ class PageFile:
     def _named(self, root: int) -> dict[bytes, int]:
         """Roots of the databases, by name."""
         roots = {}
-        for node in self._walk(root, b"", kind=_TREE):
+        for node in self._walk(root, b"", kind=TREE):
             raw = self.read(node.offset, node.length)
-            if len(raw) == _TREE_RECORD.size:
-                roots[node.key] = _TREE_RECORD.unpack(raw)[7]
+            if len(raw) == TREE_RECORD_BYTES:
+                roots[node.key] = TreeRecord.read(raw).root
         return roots
 
     def entries(self, name: bytes) -> Iterator[Node]:
@@ -214,80 +181,12 @@ class PageFile:
             return
         yield from self._walk(self._roots[name], name, kind=0)
 
-    def check(self) -> Iterator[Bad]:
-        """Pages that are not of the kind that the page above them says, and what leads out of one.
-
-        LMDB ends the process where it comes to such a page from the one beside it, follows a node
-        out of its page or the file, or takes a page behind the end of the file for a free one. So
-        this looks at all of them: O(nodes of the trees), without the values on pages of their own.
-        """
-        if self._first is None:
-            return
-        free, names = self._first.roots
-        trees = {**self._roots, b"": names, _FREE: free}
-        for name, root in trees.items():
-            waiting, seen = [root] if root != NOWHERE else [], set()
-            while waiting:
-                number = waiting.pop()
-                at = number * self.page_bytes
-                raw = self.read(at, self.page_bytes)
-                flags, lower = self._kind(number, raw[:HEADER_BYTES])
-                if number in seen or not flags or len(raw) < self.page_bytes:
-                    yield Bad(number, name, "no page of a tree")
-                elif flags == _BRANCH:
-                    _, nodes, reason = self._parsed(number, raw)
-                    if reason:
-                        yield Bad(number, name, reason)
-                    waiting += [low | high << 16 | more << 32 for _, low, high, more, _ in nodes]
-                elif not self._is_sound_leaf(raw, lower):
-                    yield Bad(number, name, "a node outside its page, or a value outside the file")
-                seen.add(number)
-
-        yield from self._check_free(free, self._first.last)
-
-    def _is_sound_leaf(self, raw: bytes, lower: int) -> bool:
-        """Whether all nodes of a leaf lie inside it, and the values that they name in the file."""
-        places = np.frombuffer(raw, "=u2", (lower - HEADER_BYTES) // 2, HEADER_BYTES).astype(int)
-        upper = _HEADER.unpack_from(raw)[4]
-        if not len(places):
-            return True
-        if places.min() < upper or places.max() > self.page_bytes - _NODE.size:
-            return False
-        octets = np.frombuffer(raw, np.uint8)
-        heads = octets[places[:, None] + np.arange(_NODE.size)].view("=u2").astype(int)
-        sizes, flags, keys = heads[:, 0] | heads[:, 1] << 16, heads[:, 2], heads[:, 3]
-        big = flags & BIG != 0
-        starts = places + _NODE.size + keys
-        inside = starts + np.where(big, _NUMBER.size, sizes)
-        if (flags & ~(BIG | _TREE)).any() or inside.max() > self.page_bytes:
-            return False
-        numbers = octets[starts[big][:, None] + np.arange(_NUMBER.size)].view("=u8").ravel()
-        most = self.size // self.page_bytes
-        if (numbers < 2).any() or (numbers >= most).any():
-            return False
-        ends = numbers.astype(int) * self.page_bytes + HEADER_BYTES + sizes[big]
-        return not len(ends) or int(ends.max()) <= self.size
-
-    def _check_free(self, root: int, last: int) -> Iterator[Bad]:
-        """Lists of free pages: a count, and so many falling numbers of pages of this file."""
-        for node in self._walk(root, _FREE, kind=0):
-            raw = self.read(node.offset, node.length)
-            pages = np.frombuffer(raw[: len(raw) // 8 * 8], "=u8").astype(np.int64)
-            listed = pages[1 : 1 + int(pages[0])] if len(pages) else pages
-            if (
-                not len(pages)
-                or int(pages[0]) != len(listed)
-                or (len(listed) and not 2 <= listed[-1] <= listed[0] <= last)
-                or (np.diff(listed) >= 0).any()
-            ):
-                yield Bad(node.offset // self.page_bytes, _FREE, "an impossible list of free pages")
-
     def _kind(self, number: int, header: bytes) -> tuple[int, int]:
         """Kind of a page, and the end of its pointers; zeros if it is none of a tree."""
         if len(header) < HEADER_BYTES:
             return 0, 0
         stored, _, flags, lower, upper = _HEADER.unpack(header)
-        if stored != number or flags not in (_BRANCH, _LEAF) or lower % 2:
+        if stored != number or flags not in (BRANCH, LEAF) or lower % 2:
             return 0, 0
         return (flags, lower) if HEADER_BYTES <= lower <= upper <= self.page_bytes else (0, 0)
 
@@ -304,7 +203,7 @@ class PageFile:
             flags, nodes, reason = self._parsed(number, raw)
             if reason:
                 self.bad.append(Bad(number, name, reason))
-            if flags == _BRANCH:
+            if flags == BRANCH:
                 waiting += [low | high << 16 | more << 32 for _, low, high, more, _ in nodes][::-1]
                 continue
             for place, low, high, more, key_bytes in nodes:
@@ -335,7 +234,7 @@ class PageFile:
                 reason = "a node outside its page"
                 continue
             low, high, more, key_bytes = _NODE.unpack_from(raw, place)
-            inside = 0 if flags == _BRANCH else 8 if more & BIG else low | high << 16
+            inside = 0 if flags == BRANCH else 8 if more & BIG else low | high << 16
             if place + _NODE.size + key_bytes + inside > self.page_bytes:
                 reason = "a node that is larger than its page"
                 continue

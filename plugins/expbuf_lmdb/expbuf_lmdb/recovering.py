@@ -10,7 +10,7 @@ from expbuf_core.contracts import LoggedOperation, LoggedRun, last_of
 from expbuf_lmdb import layout
 from expbuf_lmdb.environment import Tables, Txn
 from expbuf_lmdb.layout import STAGE_HEADER_BYTES, StageHeader, State
-from expbuf_lmdb.pages import check_trees
+from expbuf_lmdb.trees import check_trees
 
 if TYPE_CHECKING:
     from expbuf_lmdb.adapter import LMDBPersistenceAdapter

@@ -13,7 +13,7 @@ from expbuf_core.contracts import Problem
 from expbuf_core.errors import CorruptionError, StorageError
 from expbuf_lmdb.environment import Tables, Txn
 from expbuf_lmdb.layout import STAGE_HEADER_BYTES, key
-from expbuf_lmdb.pages import check_file
+from expbuf_lmdb.trees import check_file, check_trees
 
 if TYPE_CHECKING:
     from expbuf_lmdb.adapter import LMDBPersistenceAdapter
@@ -53,6 +53,9 @@ def _pages(adapter: LMDBPersistenceAdapter) -> list[str]:
             wrong = list(verify_pages(str(adapter.path), subdir=False))  # type: ignore[no-untyped-call]
         except VerifyError as exc:
             wrong = [str(exc)]
+        if not wrong:
+            # It does not ask whether nodes overlap, and whether keys are ours.
+            adapter.read(lambda *_: check_trees(adapter.path))
         if not wrong or adapter.last_transaction() == before:
             return wrong
     return []  # others write all the time: two of its pages may be of different states

@@ -33,7 +33,8 @@ from expbuf_core.testing.processes import Child, in_child
 from expbuf_lmdb import environment, layout
 from expbuf_lmdb.adapter import LMDBPersistenceAdapter
 from expbuf_lmdb.environment import PRIVATE, READING, WRITING, Environment, wrapped
-from expbuf_lmdb.pages import PageFile, check_file
+from expbuf_lmdb.pages import PageFile
+from expbuf_lmdb.trees import check_file
 
 LONG = os.environ.get("EXPBUF_LONG", "") not in ("", "0")
 SMALL = {"map_bytes": 1 << 20, "stage_bytes": 1 << 14}
