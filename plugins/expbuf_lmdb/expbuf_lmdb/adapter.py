@@ -718,7 +718,11 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
     ) -> None:
         self._drain()
         live = np.sort(live_locations)
-        self.read(lambda *_: check_trees(self.path))
+
+        def deleted(table: bytes, keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+            return keys <= lsn if table == layout.OPERATIONS else ~_are_among(keys, live)
+
+        self.read(lambda *_: check_trees(self.path, deleted))
         address = self._write(self._raise_floor, lsn)
         at = 0
         while True:
@@ -727,7 +731,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
                 break
             numbers = np.frombuffer(b"".join(keys), ">u8").astype(np.int64)
             at = int(numbers[-1]) + 1
-            dead = numbers[~np.isin(numbers, live, assume_unique=True)].tolist()
+            dead = numbers[~_are_among(numbers, live)].tolist()
             for start in range(0, len(dead), _DELETED_AT_ONCE):
                 part = [key(place) for place in dead[start : start + _DELETED_AT_ONCE]]
                 self._write(self._delete, layout.ROWS, part)
@@ -841,3 +845,10 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         self._env = None
         self._mutex = threading.Lock()
         self.close()
+
+
+def _are_among(numbers: NDArray[np.int64], rising: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of these numbers are among others, which rise."""
+    behind = np.searchsorted(rising, numbers, side="right")
+    found: NDArray[np.bool_] = behind > np.searchsorted(rising, numbers)
+    return found

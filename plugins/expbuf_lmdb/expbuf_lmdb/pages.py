@@ -165,6 +165,12 @@ class PageFile:
         with storage_errors("read", self.path):
             return os.pread(self._fd, length, offset)
 
+    def beginnings(self, pages: list[int], length: int) -> list[bytes]:
+        """What stands in front of pages of this file, so many bytes of each."""
+        fd, page_bytes, pread = self._fd, self.page_bytes, os.pread
+        with storage_errors("read", self.path):
+            return [pread(fd, length, page * page_bytes) for page in pages]
+
     def _named(self, root: int) -> dict[bytes, int]:
         """Roots of the databases, by name."""
         roots = {}

@@ -15,6 +15,7 @@ from expbuf_core.crc import crc32
 from expbuf_lmdb import layout
 from expbuf_lmdb.environment import Cursor, Tables, Txn
 from expbuf_lmdb.layout import State, key, number
+from expbuf_lmdb.trees import check_trees
 
 _NO_LENGTHS: NDArray[np.uint32] = np.empty(0, np.uint32)
 
@@ -309,6 +310,7 @@ class Store:
             if not cursor.set_range(key(lsn + 1)):
                 return
             first = self._decoded(self.number_of(cursor.key()), cursor.value())
+            self._see_that_it_can_go(lsn, first.data_offset)
             while cursor.key():
                 if not cursor.delete():
                     break
@@ -317,6 +319,17 @@ class Store:
             while found and cursor.key():
                 if not cursor.delete():
                     break
+
+    def _see_that_it_can_go(self, lsn: int, address: int) -> None:
+        """Before operations behind `lsn` are deleted, and rows from `address` on.
+
+        They are in the state that this transaction began with, or it put them there itself.
+        """
+
+        def deleted(table: bytes, keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+            return keys > lsn if table == layout.OPERATIONS else keys >= address
+
+        check_trees(self.path, deleted)
 
     def dropping_from(self, txn: Txn, tables: Tables, state: State, lsn: int) -> int:
         """The address below which rows belong to operations up to `lsn`."""

@@ -10,6 +10,10 @@ page and node of the trees is held against what LMDB's own writing always gives:
 - No page is used twice, and none that is in use is free.
 
 This takes O(nodes), many pages at once, and reads no values but those that LMDB itself goes by.
+
+A long value stands in pages of its own, and the first of them says how many. LMDB believes that
+where it frees them. So it is checked for values that are about to be deleted: to check it for all
+of them, opening would have to read nearly the whole file.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +44,8 @@ from expbuf_lmdb.pages import (
     TreeRecord,
 )
 
+# Which keys of a table are about to be deleted.
+Deleted = Callable[[bytes, NDArray[np.int64]], NDArray[np.bool_]]
 _Bools = NDArray[np.bool_]
 _Ints = NDArray[np.int64]
 _Keys = NDArray[Any]  # numbers, or bytes as objects
@@ -73,28 +79,28 @@ def check_file(path: Path) -> None:
         CorruptionError: It was cut, or its first pages or the tables' names are damaged.
         FormatVersionError: Another version of LMDB wrote it.
     """
-    _check(path, whole=False)
+    _check(path, None, whole=False)
 
 
-def check_trees(path: Path) -> None:
-    """See that LMDB can follow its trees in this file.
+def check_trees(path: Path, deleted: Deleted | None = None) -> None:
+    """See that LMDB can follow its trees in this file, and delete these keys.
 
     Nobody writes meanwhile, or the caller is in a transaction, so that no page is used again.
 
     Raises:
         CorruptionError: It cannot.
     """
-    _check(path, whole=True)
+    _check(path, deleted, whole=True)
 
 
-def _check(path: Path, *, whole: bool) -> None:
+def _check(path: Path, deleted: Deleted | None, *, whole: bool) -> None:
     # Others may be writing a first page right now, or use pages again while they are read here.
     failed_at, failed, states = -1, 0, 0
     while True:
         with contextlib.closing(PageFile(path)) as file:
             try:
                 _see_first_pages(file)
-                _Check(file).run(whole=whole)
+                _Check(file, deleted).run(whole=whole)
                 return
             except (CorruptionError, FormatVersionError):
                 state = 0 if file.first is None else file.first.transaction
@@ -150,12 +156,14 @@ class _Check:
 
     Args:
         file: Its first pages are in order.
+        deleted: Which keys are about to be deleted.
     """
 
-    def __init__(self, file: PageFile) -> None:
+    def __init__(self, file: PageFile, deleted: Deleted | None) -> None:
         assert file.first is not None
         self._file = file
         self._first = file.first
+        self._deleted = deleted
         self._page_bytes = file.page_bytes
         self._used = np.zeros(self._first.last + 1, np.bool_)
         self._used[:2] = True
@@ -262,7 +270,7 @@ class _Check:
     def _read(self, pages: _Ints, name: bytes) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
         """Pages as words of two bytes, with zeros behind them; and the same, a row a page."""
         size = self._page_bytes
-        parts = [self._file.read(page * size, size) for page in pages.tolist()]
+        parts = self._file.beginnings(pages.tolist(), size)
         for part, page in zip(parts, pages.tolist(), strict=True):
             self._see(len(part) == size, page, name, "a page behind the end of the file")
         # A key is looked for at each node, and may be none at the last one.
@@ -300,6 +308,9 @@ class _Check:
         self._use(numbers, nodes.pages[big], name, counts)
         if name not in (layout.OPERATIONS, layout.ROWS):
             self._heads(numbers, counts, nodes.pages[big], name)
+        elif self._deleted is not None and len(numbers):
+            which = self._deleted(name, nodes.keys[big].astype(np.int64))
+            self._heads(numbers[which], counts[which], nodes.pages[big][which], name)
         if name == _NAMES:
             self._note_tables(nodes)
         elif name == _FREE:
@@ -307,9 +318,7 @@ class _Check:
 
     def _heads(self, numbers: _Ints, counts: _Ints, owners: _Ints, name: bytes) -> None:
         """Check what stands in front of values on pages of their own."""
-        raw = [
-            self._file.read(number * self._page_bytes, HEADER_BYTES) for number in numbers.tolist()
-        ]
+        raw = self._file.beginnings(numbers.tolist(), HEADER_BYTES)
         heads = np.frombuffer(b"".join(raw), _VALUE_HEADER)
         sound = (heads["number"] == numbers) & (heads["flags"] == _OVERFLOW)
         self._see_all(

@@ -489,13 +489,83 @@ def test_the_names_and_the_small_table_are_checked_before_they_are_read(scene: S
         check_file(scene.path)
 
 
+# ---------------------------------------------------------------- before something is deleted
+
+HEADS = {"number": (0, "=Q", 1), "kind": (10, "=H", LEAF), "dirty": (10, "=H", 0x14)}
+HEADS |= {f"{n} pages": (12, "=I", n) for n in (0, 2, 3, 1 << 20)}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_pages_of_a_value_are_counted_before_they_are_freed(head: str, scene: Scene) -> None:
+    """What stands in front of a row says how many pages go with it: others' pages, perhaps."""
+    image = scene.image()
+    node = big(image)
+    (page,) = struct.unpack_from("=Q", image.raw, node.value)
+    (key,) = struct.unpack_from(">Q", image.raw, node.at + NODE_BYTES)
+    assert HEADER_BYTES + node.size <= PAGE
+    at, form, value = HEADS[head]
+    image.put(page * PAGE + at, form, value)
+    scene.path.write_bytes(image.raw)
+    check_trees(scene.path)  # that row stays
+    check_trees(scene.path, lambda table, keys: (keys != key) | (table != ROWS))
+    with pytest.raises(CorruptionError, match=r"pages are not its own, page \d+ of the table rows"):
+        check_trees(scene.path, lambda table, keys: (keys == key) & (table == ROWS))
+
+
+def recovered(scene: Scene, content: bytes) -> Core:
+    scene.path.write_bytes(content)
+    scene.path.with_name(layout.STAGE).write_bytes(scene.stage)
+    place = scene.core.place
+    place.forget()
+    core = Core(place, place.adapter(), dict(scene.core.wrote))
+    core.at = dict(scene.core.at)
+    list(core.adapter.recover(0, 0))
+    core.next_lsn = core.last + 1
+    return core
+
+
+def with_one_page_more(image: Image, key: Callable[[int], bool]) -> bytes:
+    """The row of such a key takes a page of another one along."""
+    rows = [node for page in image.pages[ROWS][LEAF] for node in image.nodes(page) if node.is_big]
+    keys = [struct.unpack_from(">Q", image.raw, node.at + NODE_BYTES)[0] for node in rows]
+    node = next(node for node, number in zip(rows, keys, strict=True) if key(number))
+    (page,) = struct.unpack_from("=Q", image.raw, node.value)
+    image.put(page * PAGE + 12, "=I", 2)
+    return bytes(image.raw)
+
+
+def test_dropping_deletes_nothing_where_it_would_take_others_along(scene: Scene) -> None:
+    core = recovered(scene, with_one_page_more(scene.image(), lambda key: True))
+    core.adapter.start(core.next_lsn, core.last)
+    everything = rows_read(core, sorted(core.wrote))
+    assert everything.keys() == core.wrote.keys()
+    with pytest.raises(CorruptionError, match="pages are not its own"):
+        core.adapter.drop_below(core.last - 5, *core.live([]))
+    assert rows_read(core, sorted(core.wrote)) == everything
+    assert len(core.recovers()) == len(everything)
+    core.place.close()
+
+
+def test_giving_up_deletes_nothing_where_it_would_take_others_along(scene: Scene) -> None:
+    keep = scene.core.last - 60
+    image = scene.image()
+    core = recovered(
+        scene, with_one_page_more(image, lambda key: key > scene.core.at[keep].location)
+    )
+    with pytest.raises(CorruptionError, match="pages are not its own"):
+        core.adapter.start(keep + 1, keep)
+    core.place.forget()
+    assert len(core.recovers()) == len(core.wrote)
+    core.place.close()
+
+
 # ---------------------------------------------------------------- any bit
 
 
 def bits(image: Image) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Every bit that leads LMDB somewhere, and those that say how large a node is.
 
-    They are in heads of pages, pointers, nodes and records.
+    They are in heads of pages, pointers, nodes, records and in front of long values.
     """
     spans = [(at, TREE_RECORD_BYTES) for at in image.records.values()]
     sizes = []
@@ -505,6 +575,9 @@ def bits(image: Image) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
             spans.append((page * PAGE, HEADER_BYTES + 2 * len(pointers)))
             for node in image.nodes(page):
                 spans.append((node.at, NODE_BYTES + node.key_bytes + 8 * node.is_big))
+                if node.is_big:
+                    (number,) = struct.unpack_from("=Q", image.raw, node.value)
+                    spans.append((number * PAGE, HEADER_BYTES))
                 sizes += [(node.at, 2), (node.at + 6, 2)]
     every, of_sizes = (
         [(at + i, bit) for at, size in each for i in range(size) for bit in range(8)]
