@@ -717,12 +717,14 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
         self, lsn: int, live_ids: NDArray[np.int64], live_locations: NDArray[np.int64]
     ) -> None:
         self._drain()
-        live = np.sort(live_locations)
+        live = np.unique(live_locations)
 
         def deleted(table: bytes, keys: NDArray[np.int64]) -> NDArray[np.bool_]:
             return keys <= lsn if table == layout.OPERATIONS else ~_are_among(keys, live)
 
-        self.read(lambda *_: check_trees(self.path, deleted))
+        stay = self.read(lambda *_: check_trees(self.path, deleted))
+        if stay[layout.ROWS] < len(live):
+            self.read(self._see_that_rows_are_there, lsn, live)
         address = self._write(self._raise_floor, lsn)
         at = 0
         while True:
@@ -746,6 +748,16 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
     def _give_way(self) -> None:
         """Between two transactions: who waits for their lock looks at it now and then only."""
         time.sleep(_GIVEN_WAY_S)
+
+    def _see_that_rows_are_there(
+        self, txn: Txn, tables: Tables, lsn: int, live: NDArray[np.int64]
+    ) -> None:
+        """A damaged key makes a live row look dead. What is newer than `lsn` may be given up."""
+        end = self.store.dropping_from(txn, tables, State(0, 0, 0), lsn)
+        with txn.cursor(db=tables.rows) as cursor:
+            for place in live[live < end].tolist():
+                if not cursor.set_key(key(place)):
+                    raise layout.corrupt(self.path, f"the payload at {place} is missing")
 
     def _raise_floor(self, txn: Txn, tables: Tables, lsn: int) -> int:
         """Let nobody begin below `lsn` any more; the address below which rows may go."""

@@ -30,6 +30,7 @@ LAST = 3  # (a) last LSN appended
 STORED = 4  # (w) an LSN up to which LMDB has everything; never more than it has
 DRAINED = 5  # (w) offset in the stage up to where LMDB has everything; a hint
 
+LARGEST = (1 << 63) - 1  # of LSNs and locations
 _KEY = struct.Struct(">Q")
 _CRC = struct.Struct("<I")
 
@@ -45,9 +46,11 @@ def number(raw: bytes) -> int:
     Raises:
         ValueError: It is no such key.
     """
-    if len(raw) != 8:
+    if len(raw) != _KEY.size:
         raise ValueError(f"a key of {len(raw)} bytes")
     (value,) = _KEY.unpack(raw)
+    if value > LARGEST:
+        raise ValueError(f"a key that is too large, {value}")
     return int(value)
 
 

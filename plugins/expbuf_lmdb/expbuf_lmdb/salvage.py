@@ -162,7 +162,7 @@ class Salvage:
 
     def _rows_by_trees(self) -> None:
         for node in self._file.entries(layout.ROWS) if self._file is not None else ():
-            if len(node.key) == 8:
+            with contextlib.suppress(ValueError):  # a damaged key; the row may be found by its id
                 self._rows[layout.number(node.key)] = node
 
     def _floor(self, salt: bytes) -> int:

@@ -56,7 +56,6 @@ _NUMBERS = {
     layout.ROWS: ">u8",
     _FREE: "=u8",
 }  # how a key of 8 bytes reads
-_LARGEST = (1 << 63) - 1
 _FLAGS_OF_FREE = 0x08  # of its record; its other bits are the environment's
 _FLAGS = 0x7F  # those that say how keys and values are arranged
 
@@ -82,26 +81,30 @@ def check_file(path: Path) -> None:
     _check(path, None, whole=False)
 
 
-def check_trees(path: Path, deleted: Deleted | None = None) -> None:
+def check_trees(path: Path, deleted: Deleted | None = None) -> dict[bytes, int]:
     """See that LMDB can follow its trees in this file, and delete these keys.
 
     Nobody writes meanwhile, or the caller is in a transaction, so that no page is used again.
 
+    Returns:
+        How many keys of operations and rows stay.
+
     Raises:
         CorruptionError: It cannot.
     """
-    _check(path, deleted, whole=True)
+    return _check(path, deleted, whole=True)
 
 
-def _check(path: Path, deleted: Deleted | None, *, whole: bool) -> None:
+def _check(path: Path, deleted: Deleted | None, *, whole: bool) -> dict[bytes, int]:
     # Others may be writing a first page right now, or use pages again while they are read here.
     failed_at, failed, states = -1, 0, 0
     while True:
         with contextlib.closing(PageFile(path)) as file:
             try:
                 _see_first_pages(file)
-                _Check(file, deleted).run(whole=whole)
-                return
+                check = _Check(file, deleted)
+                check.run(whole=whole)
+                return check.stay
             except (CorruptionError, FormatVersionError):
                 state = 0 if file.first is None else file.first.transaction
                 if state != failed_at:
@@ -157,6 +160,9 @@ class _Check:
     Args:
         file: Its first pages are in order.
         deleted: Which keys are about to be deleted.
+
+    Attributes:
+        stay: How many keys of a table are not.
     """
 
     def __init__(self, file: PageFile, deleted: Deleted | None) -> None:
@@ -168,6 +174,7 @@ class _Check:
         self._used = np.zeros(self._first.last + 1, np.bool_)
         self._used[:2] = True
         self._tables: dict[bytes, TreeRecord] = {}
+        self.stay = {layout.OPERATIONS: 0, layout.ROWS: 0}
 
     def run(self, *, whole: bool) -> None:
         """Raise what is wrong first. `whole`: not the tables' names and `meta` alone."""
@@ -223,7 +230,7 @@ class _Check:
                 self._values(nodes, name)
             before = keys[-1:]
         if kind == LEAF and name in _NUMBERS:
-            largest = self._first.transaction if name == _FREE else _LARGEST
+            largest = self._first.transaction if name == _FREE else layout.LARGEST
             self._see(int(before[0]) <= largest, int(pages[-1]), name, "a key that is too large")
 
     def _nodes(self, pages: _Ints, name: bytes, kind: int) -> _Nodes:
@@ -306,11 +313,15 @@ class _Check:
         numbers = nodes.raw[places].view("=u8")[:, 0].astype(np.int64)
         counts = (HEADER_BYTES - 1 + nodes.sizes[big]) // self._page_bytes + 1
         self._use(numbers, nodes.pages[big], name, counts)
-        if name not in (layout.OPERATIONS, layout.ROWS):
-            self._heads(numbers, counts, nodes.pages[big], name)
-        elif self._deleted is not None and len(numbers):
-            which = self._deleted(name, nodes.keys[big].astype(np.int64))
-            self._heads(numbers[which], counts[which], nodes.pages[big][which], name)
+        if name in self.stay:
+            freed = np.zeros(len(big), np.bool_)
+            if self._deleted is not None:
+                freed = self._deleted(name, nodes.keys.astype(np.int64))
+            self.stay[name] += len(freed) - int(np.count_nonzero(freed))
+            which = freed[big]
+        else:
+            which = np.ones(len(numbers), np.bool_)
+        self._heads(numbers[which], counts[which], nodes.pages[big][which], name)
         if name == _NAMES:
             self._note_tables(nodes)
         elif name == _FREE:

@@ -513,9 +513,10 @@ def test_pages_of_a_value_are_counted_before_they_are_freed(head: str, scene: Sc
 
 
 def recovered(scene: Scene, content: bytes) -> Core:
+    place = scene.core.place
+    place.close()
     scene.path.write_bytes(content)
     scene.path.with_name(layout.STAGE).write_bytes(scene.stage)
-    place = scene.core.place
     place.forget()
     core = Core(place, place.adapter(), dict(scene.core.wrote))
     core.at = dict(scene.core.at)
@@ -556,6 +557,51 @@ def test_giving_up_deletes_nothing_where_it_would_take_others_along(scene: Scene
         core.adapter.start(keep + 1, keep)
     core.place.forget()
     assert len(core.recovers()) == len(core.wrote)
+    core.place.close()
+
+
+def turn(scene: Scene, at: int, bit: int) -> None:
+    """Damage the file while it is open."""
+    with open(scene.path, "r+b") as file:
+        file.seek(at)
+        (octet,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([octet ^ 1 << bit]))
+
+
+@pytest.mark.parametrize("table", [OPERATIONS, ROWS])
+@pytest.mark.parametrize(("byte", "bit"), [(-2, 0), (0, 7)], ids=["length", "range"])
+def test_a_damaged_key_is_told_where_it_is_read(
+    scene: Scene, table: bytes, byte: int, bit: int
+) -> None:
+    """Of the last entry: so the keys still rise."""
+    image = scene.image()
+    core = recovered(scene, scene.good)
+    core.adapter.start(core.next_lsn, core.last)
+    image = Image(scene.path.read_bytes(), scene.path)
+    turn(scene, image.nodes(leaf(image, table, -1))[-1].at + NODE_BYTES + byte, bit)
+    with pytest.raises(CorruptionError, match=r"a key|nodes that do not"):
+        core.adapter.drop_below(core.last - 5, *core.live(core.wrote))
+    if table == OPERATIONS:
+        with pytest.raises(CorruptionError, match=r"a key"):
+            core.adapter.read(core.adapter.store.last_lsn)
+    core.place.close()
+
+
+def test_a_key_that_became_another_takes_no_live_payload_along(scene: Scene) -> None:
+    """It still fits between its neighbours, and nobody asks for a row of that key."""
+    image = scene.image()
+    core = recovered(scene, scene.good)
+    core.adapter.start(core.next_lsn, core.last)
+    image = Image(scene.path.read_bytes(), scene.path)
+    lost = small(image)
+    content = bytes(image.raw[lost.value : lost.value + lost.size])
+    turn(scene, lost.at + NODE_BYTES + 7, 3)
+    with pytest.raises(CorruptionError, match=r"the payload at \d+ is missing"):
+        core.adapter.drop_below(core.last, *core.live(core.wrote))
+    image = Image(scene.path.read_bytes(), scene.path)
+    nodes = [node for page in image.pages[ROWS][LEAF] for node in image.nodes(page)]
+    assert content in {bytes(image.raw[node.value : node.value + node.size]) for node in nodes}
     core.place.close()
 
 
