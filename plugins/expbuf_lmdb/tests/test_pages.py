@@ -228,6 +228,24 @@ def a_longer_value(image: Image) -> None:
 
 
 @found("nodes that do not fill their page")
+def a_value_that_took_from_another(image: Image) -> None:
+    """All of them together are as long as before."""
+    one, other = [each for each in image.nodes(leaf(image)) if not each.is_big and each.size > 64][
+        :2
+    ]
+    image.put(one.at, "=H", one.size + 32)
+    image.put(other.at, "=H", other.size - 32)
+
+
+@found("nodes that do not fill their page")
+def a_value_that_covers_the_next_node(image: Image) -> None:
+    """It ends where a third node begins."""
+    nodes = [*sorted(image.nodes(leaf(image))), Node((leaf(image) + 1) * PAGE, 0, 0, 0)]
+    i = next(i for i, each in enumerate(nodes[:-2]) if not each.is_big)
+    image.put(nodes[i].at, "=H", nodes[i].size + nodes[i + 2].at - nodes[i + 1].at)
+
+
+@found("nodes that do not fill their page")
 def a_value_a_byte_too_long(image: Image) -> None:
     node = next(n for n in image.nodes(leaf(image)) if not n.is_big and n.size % 2 == 0)
     image.put(node.at, "=H", node.size + 1)
