@@ -528,7 +528,7 @@ os.register_at_fork(
 # ---------------------------------------------------------------- errors
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_READER_BYTES, _LOCK_HEADER = 64, 4  # in LMDB's lock file: a reader, and what its header takes
+_READER_BYTES, _LOCK_BYTES = 64, 128  # in LMDB's lock file: of a reader, and besides them
 _DAMAGED = (
     lmdb.CorruptedError,
     lmdb.InvalidError,
@@ -571,9 +571,7 @@ def _allocate_lock_file(path: Path, max_readers: int) -> None:
     with storage_errors("make", lock):
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            os.posix_fallocate(
-                fd, 0, -(-(max_readers + _LOCK_HEADER) * _READER_BYTES // 4096) * 4096
-            )
+            os.posix_fallocate(fd, 0, _LOCK_BYTES + _READER_BYTES * max_readers)
         finally:
             os.close(fd)
 

@@ -529,15 +529,14 @@ def test_where_another_stage_has_no_room_the_old_one_will_do(
 
 def test_the_lock_file_has_its_room_on_the_disk(tmp_path: Path) -> None:
     """LMDB stores into its map: where that is a hole, a full disk would kill the process."""
-    core = Core(place(tmp_path)).create().extend(3)
+    core = Core(place(tmp_path, max_readers=100)).create().extend(3)
     lock = adapter_of(core).path.with_name(f"{layout.DATA}-lock")
     core.adapter.close()
     lock.unlink()
     core = Core(core.place, wrote=core.wrote).reopen()
     found = lock.stat()
-    assert found.st_size >= 64 * 512  # readers, as configured
     assert found.st_blocks * 512 >= found.st_size
-    assert environment_of(core)._env.info()["max_readers"] >= 512
+    assert environment_of(core)._env.info()["max_readers"] == 100
     core.extend(2).reopen()
 
 
