@@ -92,8 +92,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
     # ------------------------------------------------------------ creation and recovery
 
     def create(self, lsn: int) -> None:
-        for number in layout.numbers(self._folder, layout.DATA):
-            self._logs.check_leftover(number)
+        self._logs.check_leftovers()
         for log in (layout.DATA, layout.INDEX):
             for number in layout.numbers(self._folder, log):
                 self._logs.unlink(log, number)

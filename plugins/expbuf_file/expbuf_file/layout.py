@@ -68,8 +68,13 @@ def encode_header(header: FileHeader) -> bytes:
     return (raw + _CRC.pack(crc32(raw))).ljust(HEADER_BYTES, b"\0")
 
 
-def read_header(fd: int, path: Path, uuid: bytes) -> FileHeader:
+def read_header(fd: int, path: Path, uuid: bytes | None) -> FileHeader:
     """Read and check the first page.
+
+    Args:
+        fd: Of the file.
+        path: Of the file.
+        uuid: Of the buffer; None: of whatever buffer it is.
 
     Raises:
         CorruptionError: It is damaged, or belongs to another buffer.
@@ -98,7 +103,10 @@ def read_header(fd: int, path: Path, uuid: bytes) -> FileHeader:
             f"{path.name}: log format {magic!r} version {version}; this expbuf reads version "
             f"{VERSION}"
         )
-    if owner != uuid or path.name != path_of(path.parent, (DATA, INDEX)[log], number).name:
+    if (
+        owner != (uuid or owner)
+        or path.name != path_of(path.parent, (DATA, INDEX)[log], number).name
+    ):
         raise CorruptionError(
             f"{path.name}: belongs to another buffer or place (number {number}); it was copied or "
             "renamed",
@@ -106,9 +114,3 @@ def read_header(fd: int, path: Path, uuid: bytes) -> FileHeader:
             offset=0,
         )
     return FileHeader(log, number, size, owner, salt, flags)
-
-
-def owner_of(path: Path) -> bytes:
-    """UUID in the first page of a log file, unchecked; zeros where it is too short."""
-    raw = path.read_bytes()[: _HEADER.size]
-    return _HEADER.unpack(raw)[5] if len(raw) == _HEADER.size else bytes(16)

@@ -15,6 +15,7 @@ from expbuf_core.contracts import LoggedOperation, LoggedRun
 from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError
 from expbuf_core.filesystem import open_for_good, storage_errors
+from expbuf_core.frames import Header
 from expbuf_file import layout
 
 _FIRST_WINDOW = 1 << 14
@@ -60,7 +61,7 @@ class LogFile:
         folder: Path,
         log: str,
         number: int,
-        uuid: bytes,
+        uuid: bytes | None,
         header: layout.FileHeader | None = None,
     ) -> None:
         self.path = layout.path_of(folder, log, number)
@@ -315,19 +316,21 @@ class LogFile:
 
     def proof(self, offset: int, limit: int) -> int:
         """The highest LSN that any valid frame in [offset, limit) says was durable before it."""
-        best = 0
+        return max((head.durable_before for _, head in self.headers(offset, limit)), default=0)
+
+    def headers(self, offset: int, limit: int) -> Iterator[tuple[int, Header]]:
+        """Valid frame headers in [offset, limit), whatever stands between; and where they are."""
         step = 8 << 20
-        overlap = frames.HEADER_BYTES
+        overlap = frames.HEADER_BYTES - 8
         while offset < limit:
             raw = os.pread(self.fd, min(step, limit - offset) + overlap, offset)
             if not raw:
                 break
             at = _first_nonzero(raw)
             while (found := frames.find_header(raw, at, self.salt_crc)) is not None:
-                best = max(best, found[1].durable_before)
+                yield offset + found[0], found[1]
                 at = found[0] + 8
             offset += step
-        return best
 
     def last_nonzero(self, offset: int, limit: int) -> int:
         """End of the last 8 bytes in [offset, limit) that are not all zero; `offset` if none."""

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from expbuf_core import frames
 from expbuf_core.contracts import Appended, Buffer, Stamped
 from expbuf_core.errors import CorruptionError, StorageError
 from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_file import layout
-from expbuf_file.logfile import BadFrame, Begin, Frame, LogFile
+from expbuf_file.logfile import BadFrame, Begin, LogFile
 from expbuf_file.writing import begin_frame, lay_out, pages
 
 _MOST_HANDLES = 4096
@@ -136,30 +137,39 @@ class LogFolder:
                 raise file.corrupt(BadFrame(at, at, "the first frame is damaged"), 0)
         return begin
 
-    def check_leftover(self, number: int) -> None:
-        """See that a log without an identity beside it is what an interrupted creation leaves.
+    def check_leftovers(self) -> None:
+        """See that logs without an identity beside them are what an interrupted creation leaves.
+
+        The index logs are asked, too: they name what damage hides in a data log.
 
         Raises:
-            CorruptionError: It holds experiences, or cannot be read.
+            CorruptionError: There was a buffer, or a data log cannot be read.
         """
-        path = layout.path_of(self.path, layout.DATA, number)
-        with storage_errors("open", path):
-            file = LogFile(self.path, layout.DATA, number, layout.owner_of(path))
-        if any(
-            isinstance(found, Frame) and found.header.row_count
-            for found in file.frames(layout.HEADER_BYTES, file.size(), rows=False)
-        ):
-            raise CorruptionError(
-                f"{path.name}: holds experiences, but the buffer's identity (expbuf.json) is "
-                "missing; restore it from a backup or run `expbuf repair`",
-                path=path,
-                offset=layout.HEADER_BYTES,
-            )
+        for log, more in ((layout.DATA, _more_than_created), (layout.INDEX, _rows_named)):
+            for number in layout.numbers(self.path, log):
+                try:
+                    file = self.open(log, number, anyones=True)
+                except CorruptionError:
+                    if log == layout.DATA:  # was synced before it had its name
+                        raise
+                    continue
+                at = more(file)
+                if at is not None:
+                    raise CorruptionError(
+                        f"{file.path.name}: holds the log of a buffer, whose identity "
+                        "(expbuf.json) is missing; restore it from a backup or run `expbuf "
+                        "repair`. If nothing was ever added to it, remove the folder",
+                        path=file.path,
+                        offset=at,
+                    )
 
-    def open(self, log: str, number: int) -> LogFile:
-        """A log file for one reader: what it reads ahead belongs to one thread."""
+    def open(self, log: str, number: int, *, anyones: bool = False) -> LogFile:
+        """A log file for one reader: what it reads ahead belongs to one thread.
+
+        `anyones`: Of whatever buffer it is.
+        """
         with storage_errors("open", layout.path_of(self.path, log, number)):
-            return LogFile(self.path, log, number, self.uuid)
+            return LogFile(self.path, log, number, None if anyones else self.uuid)
 
     def shared(self, log: str, number: int) -> LogFile:
         """A log file that is or was in use, shared by all threads for reading at given places."""
@@ -319,3 +329,30 @@ class LogFolder:
         self.begins.pop(number, None)
         with storage_errors("sync", self.path):
             self.fs.sync_folder(self.path)
+
+
+def _more_than_created(file: LogFile) -> int | None:
+    """Offset of what no interrupted creation leaves in a data log; None where nothing is.
+
+    It leaves operations without rows, the last one perhaps torn, and nothing behind that; they
+    continue nothing that was durable, and nobody has ended them.
+    """
+    at = layout.HEADER_BYTES
+    for found in file.frames(at, file.size(), rows=False):
+        if isinstance(found, BadFrame):
+            break
+        header = found.header
+        continues = header.kind == frames.LOG_BEGIN and header.durable_before
+        if continues or header.kind == frames.LOG_END or header.row_count:
+            return at
+        at = found.end
+    if at == layout.HEADER_BYTES and file.header.flags & layout.BORN_IN_USE:
+        return at  # its first frame was synced before it had its name
+    behind = file.headers(at, file.size())
+    return next((place for place, header in behind if place > at or header.row_count), None)
+
+
+def _rows_named(file: LogFile) -> int | None:
+    """Offset of a frame of an index log that names rows; it may be torn anywhere."""
+    found = file.headers(layout.HEADER_BYTES, file.size())
+    return next((place for place, header in found if header.row_count), None)

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from expbuf_core.testing.persistence_log import (
     operation,
     places_of,
     rows_of,
+    without_rows,
 )
 from expbuf_file import adapter as adapter_module
 from expbuf_file import follower as following
@@ -111,6 +112,68 @@ def folder(tmp_path: Path) -> Iterator[Folder]:
     made = Folder(tmp_path / "log")
     yield made
     made.close()
+
+
+# ---------------------------------------------------------------- creating
+
+
+def listed(folder: Folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.path.iterdir()}
+
+
+@pytest.mark.parametrize("zeroed", [0, 8, 100, 200])
+def test_what_an_interrupted_creation_leaves_is_replaced(folder: Folder, zeroed: int) -> None:
+    """Its last operation may be torn, and of the index log nothing was synced."""
+    adapter = folder.new()
+    adapter.append([without_rows(1, bytes([1]) * 128)], 0)
+    adapter.append([without_rows(2, bytes([1]) * 128)], 0)
+    for log in (layout.DATA, layout.INDEX):
+        raw = bytearray(folder.file(1, log).read_bytes())
+        end = len(raw.rstrip(b"\0"))
+        raw[end - zeroed : end] = bytes(zeroed)
+        folder.file(1, log).write_bytes(raw if log == layout.DATA else raw[: 4096 * (zeroed % 3)])
+    folder.adapter().create(1)
+    assert folder.recover() == []
+
+
+def begun(folder: Folder) -> None:
+    folder.append(folder.new(), 1, rows=1, body_bytes=16, row_bytes=24)
+
+
+def ended(folder: Folder) -> None:
+    adapter = folder.new()
+    folder.append(adapter, 1, rows=1, body_bytes=16, row_bytes=24)
+    adapter.finish(1)
+
+
+def begun_again(folder: Folder) -> None:
+    begun(folder)
+    folder.sync(folder._made[0])
+    again = folder.adapter()
+    assert len(list(again.recover(0, 1))) == 1
+    again.start(2, 1)
+    assert folder.numbers(layout.INDEX) == [2]
+
+
+@pytest.mark.parametrize("make", [begun, ended, begun_again])
+def test_a_damaged_log_is_not_taken_for_an_interrupted_creation(
+    folder: Folder, make: Callable[[Folder], None]
+) -> None:
+    """Whichever byte is wrong, and whatever that hides: what else there is, is not deleted."""
+    make(folder)
+    folder.close()
+    for number in folder.numbers():
+        right = folder.file(number).read_bytes()
+        for at in [*range(0, 80, 5), *range(4096, len(right.rstrip(b"\0")), 3)]:
+            raw = bytearray(right)
+            raw[at] ^= 1
+            folder.file(number).write_bytes(raw)
+            before = listed(folder)
+            with pytest.raises(CorruptionError) as caught:
+                folder.adapter().create(1)
+            assert (caught.value.path, caught.value.offset) != (None, None)
+            assert listed(folder) == before, f"byte {at} of file {number}"
+        folder.file(number).write_bytes(right)
 
 
 # ---------------------------------------------------------------- switching
