@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from expbuf_core import codec, snapshots
 from expbuf_core.contracts import Damage, LoggedOperation
 from expbuf_core.crc import crc32
+from expbuf_core.filesystem import read_file
 from expbuf_core.state import COLUMNS, SCALAR_REWARD, State
 
 _UPDATED = ("reward", "priority", "retrieval_count", "success_count", "flags")
@@ -53,7 +54,7 @@ def read(
         fields: Reads payloads.
     """
     try:
-        tree, columns, lost = _intact(file.read_bytes())
+        tree, columns, lost = _intact(read_file(file))
         if not {"id", "location", "length"} <= set(columns):
             return None
         n = len(columns["id"])

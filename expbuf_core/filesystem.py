@@ -1,6 +1,7 @@
 """All writing to a buffer's folder goes through `FileSystem`: one place to record or fail it.
 
-Reading does not; it needs no order and no permission beyond the file's own.
+Reading does not; it needs no order and no permission beyond the file's own. But what it cannot read
+is told apart here: damage, or a trouble of the moment.
 """
 
 from __future__ import annotations
@@ -10,14 +11,22 @@ import ctypes
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from expbuf_core.errors import StorageError, StorageFull
+from expbuf_core.errors import CorruptionError, StorageError, StorageFull
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# The disk gives no more what was written, or something else stands in its place. All other errors
+# (too many open files, too little memory, no permission) say nothing of what is stored.
+_DAMAGE = {
+    errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP,
+}  # fmt: skip
 _IOV_MAX = 512
+SECTOR = 512
+_SOME_BYTES = 1 << 12
 _PACE_BYTES = 2 << 20  # of a file written aside, between two syncs
 
 Buffer = bytes | bytearray | memoryview
@@ -76,6 +85,136 @@ def open_for_good(path: str | os.PathLike[str], flags: int) -> int:
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
     finally:
         os.close(fd)
+
+
+class reading(storage_errors):
+    """The same for reading at an offset: what cannot be read for good is a `CorruptionError`."""
+
+    __slots__ = ("offset",)
+
+    def __init__(
+        self, path: str | os.PathLike[str], offset: int | None = 0, what: str = "read"
+    ) -> None:
+        super().__init__(what, path)
+        self.offset = offset
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(exc, OSError) and not isinstance(exc, StorageError) and is_damage(exc):
+            where = f" at offset {self.offset}" if self.offset else ""
+            damaged = CorruptionError(
+                f"cannot {self.what} {os.fspath(self.path)}{where}: {exc.strerror}; run `expbuf "
+                "verify`",
+                path=self.path,
+                offset=self.offset,
+            )
+            damaged.errno = exc.errno
+            raise damaged from exc
+        super().__exit__(kind, exc, trace)
+
+
+def is_damage(exc: BaseException | None) -> bool:
+    """Whether an error says that what is stored there cannot be read, now or later."""
+    return isinstance(exc, OSError) and exc.errno in _DAMAGE
+
+
+def is_missing(exc: BaseException) -> bool:
+    """Whether an error, or what caused it, says that there is no such file."""
+    return isinstance(exc, FileNotFoundError) or isinstance(exc.__cause__, FileNotFoundError)
+
+
+def open_to_read(path: Path) -> int:
+    """Open a file for reading, without waiting for anybody: what stands there may be a FIFO.
+
+    Raises:
+        CorruptionError: What stands there is no file.
+        OSError: It is missing, or cannot be opened now.
+    """
+    try:
+        fd = open_for_good(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as exc:
+        if not is_damage(exc):
+            raise
+        with reading(path, what="open"):
+            raise
+    try:
+        check_plain(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def check_plain(fd: int, path: Path) -> None:
+    """See that what was opened is a file, and no folder, FIFO or device."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise CorruptionError(
+            f"{path}: something else stands in the place of a file; run `expbuf verify`",
+            path=path,
+            offset=0,
+        )
+
+
+def read_file(path: Path) -> bytes:
+    """All of a file.
+
+    Raises:
+        CorruptionError: It cannot be read, or is no file; the offset is that of the first byte.
+        OSError: It is missing, or cannot be read now.
+    """
+    fd = open_to_read(path)
+    parts: list[bytes] = []
+    at, size = 0, os.fstat(fd).st_size
+    try:
+        while part := os.pread(fd, max(size - at, _SOME_BYTES), at):
+            parts.append(part)
+            at += len(part)
+    except OSError as exc:
+        if not is_damage(exc):
+            raise
+        with reading(path, first_unreadable(fd, at)):
+            raise
+    finally:
+        os.close(fd)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def first_unreadable(fd: int, offset: int = 0) -> int:
+    """Where, at or behind an offset, a file cannot be read; its end if it can."""
+    offset -= offset % SECTOR
+    with contextlib.suppress(OSError):
+        while os.pread(fd, SECTOR, offset):
+            offset += SECTOR
+    return offset
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names in a folder; none where it is missing.
+
+    Raises:
+        CorruptionError: It cannot be listed, or is no folder.
+        StorageError: It cannot be listed now.
+    """
+    try:
+        with reading(folder, what="list"):
+            return os.listdir(folder)
+    except StorageError as exc:
+        if is_missing(exc):
+            return []
+        raise
+
+
+def remove(path: Path, fs: FileSystem) -> None:
+    """Remove what stands under a name of ours; a folder only if nothing is in it."""
+    if path.is_dir() and not path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.rmdir()
+    else:
+        fs.unlink(path)
 
 
 class FileSystem:

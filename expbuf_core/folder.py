@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError, StorageError
-from expbuf_core.filesystem import FileSystem, storage_errors
+from expbuf_core.filesystem import FileSystem, is_missing, read_file, storage_errors
 
 IDENTITY = "expbuf.json"
 UNFINISHED = "migration.json"
@@ -47,8 +47,8 @@ def read_identity(folder: Path) -> Identity | None:
     """The identity of a buffer's folder; None if it has none, or is an unfinished copy.
 
     Raises:
-        StorageError: There is a file in the place of the folder, or it cannot be read.
-        CorruptionError: The identity is damaged.
+        StorageError: There is a file in the place of the folder, or it cannot be read now.
+        CorruptionError: The identity is damaged or cannot be read.
         FormatVersionError: A newer version wrote it.
     """
     path = folder / IDENTITY
@@ -56,9 +56,9 @@ def read_identity(folder: Path) -> Identity | None:
         raise StorageError(f"{folder} is a file; a buffer is a folder")
     try:
         with storage_errors("read", path):
-            raw = path.read_bytes()
+            raw = read_file(path)
     except StorageError as exc:
-        if isinstance(exc.__cause__, FileNotFoundError):
+        if is_missing(exc):
             return None
         raise
     if (folder / UNFINISHED).exists():
@@ -163,9 +163,9 @@ def read_unfinished(folder: Path) -> dict[str, Any] | None:
     path = folder / UNFINISHED
     try:
         with storage_errors("read", path):
-            raw = path.read_bytes()
+            raw = read_file(path)
     except StorageError as exc:
-        if isinstance(exc.__cause__, FileNotFoundError):
+        if is_missing(exc):
             return None
         raise
     try:

@@ -51,7 +51,7 @@ from expbuf_core.errors import (
     PluginError,
     StorageError,
 )
-from expbuf_core.filesystem import FileSystem
+from expbuf_core.filesystem import FileSystem, read_file
 from expbuf_core.intake import fuse
 from expbuf_core.locks import opener
 from expbuf_core.plugins import PluginRegistry, default_registry
@@ -269,12 +269,12 @@ def _identify(
 
 def _other_uuids(path: Path) -> Iterator[bytes]:
     """UUIDs in the headers of snapshots, and in the control page."""
-    for lsn in snapshots.available(path):
+    for lsn in _snapshots(path, []):
         with contextlib.suppress(OSError):
-            head = snapshots.path_of(path, lsn).read_bytes()[: snapshots._HEADER.size]
+            head = read_file(snapshots.path_of(path, lsn))[: snapshots._HEADER.size]
             if len(head) == snapshots._HEADER.size:
                 yield snapshots._HEADER.unpack(head)[4]
-    page = Control.map_existing(path / folder.CONTROL)
+    page = _control(path)
     if page is not None:
         with contextlib.closing(page):
             raw = b"".join(page.words[c.UUID + i].to_bytes(8, "little") for i in (0, 1))
@@ -282,9 +282,25 @@ def _other_uuids(path: Path) -> Iterator[bytes]:
             yield raw
 
 
+def _snapshots(path: Path, damage: list[Damage]) -> list[int]:
+    """LSNs of the snapshots, newest first; none where their folder cannot be read."""
+    try:
+        return snapshots.available(path)
+    except CorruptionError as exc:
+        damage.append(Damage(exc.path or str(path), -1, 0, 0, str(exc)))
+        return []
+
+
+def _control(path: Path) -> Control | None:
+    """The control page; None where it is missing or cannot be read."""
+    with contextlib.suppress(StorageError):
+        return Control.map_existing(path / folder.CONTROL)
+    return None
+
+
 def _stated_backend(file: Path) -> str | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads(file.read_bytes())["backend"])
+        return str(json.loads(read_file(file))["backend"])
     return None
 
 
@@ -298,7 +314,7 @@ class _Numbers:
 
     @classmethod
     def of(cls, path: Path, uuid: bytes) -> _Numbers:
-        page = Control.map_existing(path / folder.CONTROL)
+        page = _control(path)
         if page is None:
             return cls()
         with contextlib.closing(page):
@@ -342,7 +358,7 @@ def _replayed(
 ) -> _Replay:
     """The state that can be reached, by the best way there is."""
     damage: list[Damage] = []
-    for lsn in snapshots.available(path):
+    for lsn in _snapshots(path, damage):
         file = snapshots.path_of(path, lsn)
         try:
             state = snapshots.read(path, lsn, uuid)
@@ -388,7 +404,7 @@ def _behind_damaged_snapshots(
                 found = None
             yield found
 
-    for lsn in snapshots.available(path):
+    for lsn in _snapshots(path, []):
         file = snapshots.path_of(path, lsn)
         remains = damaged_snapshots.read(file, lambda: adapter.salvage(0), fields)
         if remains is None:

@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 from expbuf_core import codec
 from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError, StorageError
-from expbuf_core.filesystem import FileSystem, storage_errors
+from expbuf_core.filesystem import (
+    FileSystem,
+    is_missing,
+    names_in,
+    read_file,
+    remove,
+    storage_errors,
+)
 from expbuf_core.state import COLUMNS, REEMBEDDED, REEMBEDDED_COLUMNS, State
 
 FOLDER = "snapshots"
@@ -42,11 +49,12 @@ def path_of(folder: Path, lsn: int) -> Path:
 
 
 def available(folder: Path) -> list[int]:
-    """LSNs of the snapshots that exist, newest first."""
-    try:
-        names = os.listdir(folder / FOLDER)
-    except FileNotFoundError:
-        return []
+    """LSNs of the snapshots that exist, newest first.
+
+    Raises:
+        CorruptionError: Their folder cannot be read.
+    """
+    names = names_in(folder / FOLDER)
     return sorted((int(m[1]) for name in names if (m := _NAME.fullmatch(name))), reverse=True)
 
 
@@ -97,12 +105,12 @@ def read(folder: Path, lsn: int, uuid: bytes) -> State:
     """Load a snapshot.
 
     Raises:
-        CorruptionError: Any byte of it is not what was written.
+        CorruptionError: Any byte of it is not what was written, or cannot be read.
         FormatVersionError: A newer version wrote it.
     """
     path = path_of(folder, lsn)
     with storage_errors("read the snapshot", path):
-        raw = path.read_bytes()
+        raw = read_file(path)
     view = memoryview(raw)
 
     def damaged(what: str, offset: int) -> CorruptionError:
@@ -151,15 +159,18 @@ def newest(folder: Path, uuid: bytes) -> tuple[State | None, list[CorruptionErro
         The state (None if there is no intact snapshot), errors of those that were passed over.
     """
     errors: dict[int, CorruptionError] = {}
-    while lsns := [lsn for lsn in available(folder) if lsn not in errors]:
-        try:
-            return read(folder, lsns[0], uuid), list(errors.values())
-        except CorruptionError as exc:
-            errors[lsns[0]] = exc
-        except StorageError as exc:
-            if not isinstance(exc.__cause__, FileNotFoundError):
-                raise
-            # Dropped since it was listed: there are newer ones.
+    try:
+        while lsns := [lsn for lsn in available(folder) if lsn not in errors]:
+            try:
+                return read(folder, lsns[0], uuid), list(errors.values())
+            except CorruptionError as exc:
+                errors[lsns[0]] = exc
+            except StorageError as exc:
+                if not is_missing(exc):
+                    raise
+                # Dropped since it was listed: there are newer ones.
+    except CorruptionError as exc:  # their folder; the log may do without
+        return None, [*errors.values(), exc]
     return None, list(errors.values())
 
 
@@ -180,7 +191,7 @@ def drop_old(folder: Path, fs: FileSystem, keep: int = KEPT) -> int:
     """Remove all but the newest snapshots; the LSN of the oldest that is left (0: none)."""
     lsns = available(folder)
     for lsn in lsns[keep:]:
-        fs.unlink(path_of(folder, lsn))
+        remove(path_of(folder, lsn), fs)
     with contextlib.suppress(OSError):
         for name in os.listdir(folder / FOLDER):
             if name.endswith(".tmp") and f".{os.getpid()}." not in name:

@@ -10,7 +10,8 @@ from pathlib import Path
 from expbuf_core import checksums, segments, snapshots
 from expbuf_core.buffer import ExperienceBuffer
 from expbuf_core.contracts import Problem
-from expbuf_core.errors import CorruptionError, ExpbufError
+from expbuf_core.errors import CorruptionError, StorageError
+from expbuf_core.filesystem import is_missing
 from expbuf_core.inspection import columns_of
 
 Progress = Callable[[int, int], None]
@@ -40,16 +41,26 @@ def verify(
         return
     with buffer:
         session = buffer._live()
-        for lsn in snapshots.available(path):
-            try:
-                snapshots.read(path, lsn, session.uuid)
-            except CorruptionError as exc:
-                yield _damage(exc, str(path))
-            except ExpbufError:
-                continue  # dropped meanwhile
+        yield from _snapshots(path, session.uuid)
         yield from session.adapter.verify(session.replica.state.lsn)
         yield from _payloads(buffer, progress)
         yield from _index(segments.home(path, session.replica.state.representation))
+
+
+def _snapshots(path: Path, uuid: bytes) -> Iterator[Problem]:
+    try:
+        lsns = snapshots.available(path)
+    except CorruptionError as exc:
+        yield _damage(exc, str(path))
+        return
+    for lsn in lsns:
+        try:
+            snapshots.read(path, lsn, uuid)
+        except CorruptionError as exc:
+            yield _damage(exc, str(path))
+        except StorageError as exc:
+            if not is_missing(exc):  # else dropped meanwhile
+                yield Problem(str(snapshots.path_of(path, lsn)), -1, str(exc), True)
 
 
 def _payloads(buffer: ExperienceBuffer, progress: Progress | None) -> Iterator[Problem]:
@@ -83,8 +94,8 @@ def _index(home: Path) -> Iterator[Problem]:
     """The index is derived: damage to it is a note."""
     try:
         manifest = segments.read_manifest(home)
-    except CorruptionError as exc:
-        yield Problem(exc.path or "", 0, str(exc), False)
+    except StorageError as exc:
+        yield Problem(str(home / segments.MANIFEST), 0, str(exc), False)
         return
     for info in manifest.segments if manifest else ():
         wanted = (
@@ -96,7 +107,10 @@ def _index(home: Path) -> Iterator[Problem]:
                 if checksums.file_crc(file) != (size, crc):
                     message = f"{file.name}: damaged; the index will be built again"
                     yield Problem(str(file), -1, message, False)
-            except ExpbufError:
-                if segments.read_manifest_or_none(home) == manifest:
+            except StorageError as exc:
+                if not is_missing(exc):
+                    message = f"{_ADVICE.sub('', str(exc))}; the index will be built again"
+                    yield Problem(str(file), -1, message, False)
+                elif segments.read_manifest_or_none(home) == manifest:
                     message = f"{file.name}: missing; the index will be built again"
                     yield Problem(str(file), -1, message, False)

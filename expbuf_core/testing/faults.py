@@ -1,4 +1,4 @@
-"""A file system that fails on request, as disks and kernels do."""
+"""A file system that fails on request, and bytes that cannot be read, as with disks and kernels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from expbuf_core.filesystem import Buffer, FileSystem
 from expbuf_core.testing.recording import RecordingFileSystem
@@ -55,6 +57,38 @@ class Fault:
             return False
         self.seen += 1
         return self.seen >= self.nth and (self.times is None or self.seen < self.nth + self.times)
+
+
+@contextlib.contextmanager
+def unreadable(
+    path: Path, offset: int = 0, length: int = 1 << 62, error: int = errno.EIO
+) -> Iterator[None]:
+    """Let this process get an error where it reads these bytes of a file; short reads before them.
+
+    That is where it reads by `os.pread` or `os.preadv`, as logs and snapshots are read.
+    """
+    found = path.stat()
+    pread, preadv = os.pread, os.preadv
+
+    def room(fd: int, size: int, at: int) -> int:
+        """How many bytes are given back."""
+        facts = os.fstat(fd)
+        if (facts.st_dev, facts.st_ino) != (found.st_dev, found.st_ino):
+            return size
+        if offset <= at < offset + length:
+            raise OSError(error, os.strerror(error))
+        return min(size, offset - at) if at < offset else size
+
+    def short_pread(fd: int, size: int, at: int) -> bytes:
+        return pread(fd, room(fd, size, at), at)
+
+    def short_preadv(fd: int, buffers: Sequence[Any], at: int) -> int:
+        whole = sum(map(len, buffers))
+        left = room(fd, whole, at)
+        return preadv(fd, buffers if left == whole else [memoryview(buffers[0])[:left]], at)
+
+    with mock.patch.object(os, "pread", short_pread), mock.patch.object(os, "preadv", short_preadv):
+        yield
 
 
 class FaultyFileSystem(FileSystem):

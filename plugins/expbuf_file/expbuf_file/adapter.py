@@ -673,9 +673,12 @@ class FilePersistenceAdapter(PersistenceAdapter):
             ]
             if number not in chain and chain and number > chain[0]:
                 continue  # given up: what was to be kept of it was written again
-            yield from verify_file(
-                file, min(ends, default=None), until_lsn, number == last, linked=number in chain
-            )
+            try:
+                yield from verify_file(
+                    file, min(ends, default=None), until_lsn, number == last, linked=number in chain
+                )
+            except CorruptionError as exc:  # reading ends there
+                yield Problem(str(path), exc.offset or 0, str(exc), True)
 
     def identify(self) -> bytes:
         return uuid_of(self._folder)

@@ -25,7 +25,7 @@ from expbuf_core.contracts import (
     one_by_one,
 )
 from expbuf_core.errors import CorruptionError
-from expbuf_core.filesystem import storage_errors
+from expbuf_core.filesystem import reading
 from expbuf_file import layout
 from expbuf_file.logfile import BadFrame, LogFile
 
@@ -207,7 +207,7 @@ class FilePin(Pin):
                 rows += [os.pread(fd, length, offset) for fd, length, offset in some]
             except OSError:  # once more, one by one, to say which file it is
                 for place, (fd, length, offset) in zip(places[at:], some, strict=False):
-                    with storage_errors("read", self._files[place >> layout.OFFSET_BITS].path):
+                    with reading(self._files[place >> layout.OFFSET_BITS].path, place & _OFFSET):
                         rows.append(os.pread(fd, length, offset))
             at += probed
             if not announced and time.perf_counter() - started > probed * _COLD_S:
@@ -216,8 +216,10 @@ class FilePin(Pin):
             probed = _PROBED_NEXT
         for row, length, place in zip(rows, lengths, places, strict=True):
             if len(row) < length:
-                path = self._files[place >> layout.OFFSET_BITS].path
-                offset = (place & _OFFSET) + len(row)
+                file = self._files[place >> layout.OFFSET_BITS]
+                path, offset = file.path, (place & _OFFSET) + len(row)
+                with reading(path, offset):
+                    os.pread(file.fd, 1, offset)  # raises if it is the disk that gives no more
                 raise CorruptionError(
                     f"{path.name}: the file ends at offset {offset}, inside a payload; run "
                     "`expbuf verify`",

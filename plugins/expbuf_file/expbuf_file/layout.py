@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError
-from expbuf_core.filesystem import storage_errors
+from expbuf_core.filesystem import reading, storage_errors
 
 DATA = "experience_data"
 INDEX = "index_operations"
@@ -77,10 +77,11 @@ def read_header(fd: int, path: Path, uuid: bytes | None) -> FileHeader:
         uuid: Of the buffer; None: of whatever buffer it is.
 
     Raises:
-        CorruptionError: It is damaged, or belongs to another buffer.
+        CorruptionError: It is damaged, cannot be read, or belongs to another buffer.
         FormatVersionError: A newer version wrote it.
     """
-    raw = os.pread(fd, HEADER_BYTES, 0)
+    with reading(path):
+        raw = os.pread(fd, HEADER_BYTES, 0)
     end = _HEADER.size
     if len(raw) < HEADER_BYTES:
         raise CorruptionError(

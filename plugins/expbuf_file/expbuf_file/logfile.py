@@ -14,7 +14,7 @@ from expbuf_core import frames
 from expbuf_core.contracts import LoggedOperation, LoggedRun
 from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError
-from expbuf_core.filesystem import open_for_good, storage_errors
+from expbuf_core.filesystem import first_unreadable, is_damage, open_to_read, reading
 from expbuf_core.frames import Header
 from expbuf_file import layout
 
@@ -66,7 +66,7 @@ class LogFile:
     ) -> None:
         self.path = layout.path_of(folder, log, number)
         self.number = number
-        self.fd = open_for_good(self.path, os.O_RDONLY)
+        self.fd = open_to_read(self.path)
         # Given: the stored one is damaged.
         self.header = header or layout.read_header(self.fd, self.path, uuid)
         self.salt_crc = crc32(self.header.salt)
@@ -109,10 +109,34 @@ class LogFile:
         if len(self._window) < size:
             self._window = memoryview(bytearray(size))
         self._window[: len(known)] = known
-        with storage_errors("read", self.path):
-            behind = [self._window[len(known) : size]]
-            self._filled = len(known) + os.preadv(self.fd, behind, offset + len(known))
+        self._filled, start = 0, len(known)  # nothing, should reading fail
+        try:
+            n = self._read_into(self._window[start:size], offset + start)
+        except CorruptionError:  # perhaps further ahead than anybody wants to read
+            n = self._read_into(self._window[start:length], offset + start)
+        self._filled = start + n
         self._window_at = offset
+
+    def _read_into(self, view: memoryview, offset: int) -> int:
+        """Read, and nowhere else is this file read; how many bytes: fewer at its end only.
+
+        Raises:
+            CorruptionError: The disk does not give them back.
+        """
+        done = 0
+        try:
+            while done < len(view) and (n := os.preadv(self.fd, [view[done:]], offset + done)):
+                done += n
+        except OSError as exc:
+            with reading(self.path, first_unreadable(self.fd, offset) if is_damage(exc) else None):
+                raise
+        return done
+
+    def _bytes_at(self, offset: int, length: int) -> bytearray:
+        """Bytes that nobody reads again soon; fewer at the end of the file."""
+        raw = bytearray(length)
+        n = self._read_into(memoryview(raw), offset)
+        return raw if n == length else raw[:n]
 
     def forget(self, wanted: int = 0) -> None:
         """Drop what was read ahead: the file grows.
@@ -323,7 +347,7 @@ class LogFile:
         step = 8 << 20
         overlap = frames.HEADER_BYTES - 8
         while offset < limit:
-            raw = os.pread(self.fd, min(step, limit - offset) + overlap, offset)
+            raw = self._bytes_at(offset, min(step, limit - offset) + overlap)
             if not raw:
                 break
             at = _first_nonzero(raw)
@@ -338,7 +362,7 @@ class LogFile:
         step = 8 << 20
         at = offset
         while at < limit:
-            raw = os.pread(self.fd, min(step, limit - at), at)
+            raw = self._bytes_at(at, min(step, limit - at))
             if not raw:
                 break
             if _first_nonzero(raw) < len(raw):
@@ -365,7 +389,7 @@ class LogFile:
         )
 
 
-def _first_nonzero(raw: bytes) -> int:
+def _first_nonzero(raw: bytearray) -> int:
     """Offset, a multiple of 8, of the first 8 bytes that are not all zero; `len(raw)` if none.
 
     Searching zeros for anything else takes ten times as long.

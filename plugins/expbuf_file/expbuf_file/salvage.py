@@ -1,12 +1,14 @@
 """Reading what is left of a damaged log, for `expbuf repair`. Nothing is changed.
 
-Recovery stops at what is bad; this goes on behind it. The salt in each frame's checksum tells
-frames from whatever else lies there. What the data log has lost is looked for in the index log,
-which holds the same operations without their rows. Rows are not checked here: the core does that.
+Recovery stops at what is bad; this goes on behind it, also where the disk gives nothing back. The
+salt in each frame's checksum tells frames from whatever else lies there. What the data log has lost
+is looked for in the index log, which holds the same operations without their rows. Rows are not
+checked here: the core does that.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from expbuf_core import frames
 from expbuf_core.contracts import Damage, LoggedOperation
 from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, StorageError
+from expbuf_core.filesystem import SECTOR, open_to_read, storage_errors
 from expbuf_file import layout
 from expbuf_file.logfile import BadFrame, Begin, Frame, LogFile
 
@@ -35,6 +38,59 @@ class _Bad(NamedTuple):
     reason: str
     after: int
     last: bool
+
+
+class _ScarredFile(LogFile):
+    """A log file of which the disk may give back only parts. The rest reads as zeros.
+
+    Attributes:
+        unreadable: Offsets of the sectors that were met and not given back.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        log: str,
+        number: int,
+        uuid: bytes,
+        header: layout.FileHeader | None = None,
+    ) -> None:
+        self.unreadable: set[int] = set()
+        super().__init__(folder, log, number, uuid, header)
+
+    def _read_into(self, view: memoryview, offset: int) -> int:
+        with contextlib.suppress(CorruptionError):
+            return super()._read_into(view, offset)
+        size = max(min(len(view), self.size() - offset), 0)
+        at = 0
+        while at < size:
+            place = offset + at
+            end = min(at + SECTOR - place % SECTOR, size)
+            try:
+                super()._read_into(view[at:end], place)
+            except CorruptionError:
+                view[at:end] = bytes(end - at)
+                self.unreadable.add(place - place % SECTOR)
+            at = end
+        return size
+
+    def is_empty(self, offset: int, limit: int) -> bool:
+        """Whether nothing but zeros stands in [offset, limit), as in room that was never used."""
+        if self.last_nonzero(offset, limit) > offset:
+            return False
+        return not any(offset - SECTOR < place < limit for place in self.unreadable)
+
+    def scars(self) -> Iterator[tuple[int, int]]:
+        """Where what could not be read begins and ends, rising."""
+        begin = end = -1
+        for place in sorted(self.unreadable):
+            if place != end:
+                if end > 0:
+                    yield begin, end
+                begin = place
+            end = place + SECTOR
+        if end > 0:
+            yield begin, end
 
 
 class _Scan:
@@ -87,7 +143,7 @@ def uuid_of(folder: Path) -> bytes:
 def _peek(path: Path) -> tuple[layout.FileHeader | None, bool]:
     """The header of a log file as it stands there, and whether its checksum is right."""
     try:
-        with path.open("rb") as file:
+        with open(open_to_read(path), "rb") as file:
             raw = file.read(layout.HEADER_BYTES)
     except OSError:
         return None, False
@@ -113,7 +169,7 @@ class Salvage:
 
     def operations(self, after_lsn: int) -> Iterator[LoggedOperation | Damage]:
         """See `PersistenceAdapter.salvage`."""
-        data: dict[int, LogFile | None] = {}
+        data: dict[int, _ScarredFile | None] = {}
         every = {n for log in _LOGS for n in layout.numbers(self._folder, log)}
         for number in sorted(every):
             data[number], damage = self._open(layout.DATA, number)
@@ -134,7 +190,7 @@ class Salvage:
 
     # ------------------------------------------------------------ files
 
-    def _open(self, log: str, number: int) -> tuple[LogFile | None, Damage | None]:
+    def _open(self, log: str, number: int) -> tuple[_ScarredFile | None, Damage | None]:
         """A log file, also one with a damaged header; None where nothing of it can be used."""
         path = layout.path_of(self._folder, log, number)
         if not path.exists():
@@ -143,7 +199,8 @@ class Salvage:
             message = f"{path.name}: missing; what was stored in it is lost"
             return None, Damage(str(path), -1, 0, 0, message) if used else None
         try:
-            return LogFile(self._folder, log, number, self._uuid), None
+            with storage_errors("open", path):
+                return _ScarredFile(self._folder, log, number, self._uuid), None
         except CorruptionError as exc:
             offset = -1 if exc.offset is None else exc.offset
             damage = Damage(str(path), offset, 0, 0, str(exc))
@@ -163,13 +220,16 @@ class Salvage:
             )
         ):
             return None, damage  # intact, and of another buffer or place
-        file = LogFile(self._folder, log, number, self._uuid, wanted)
+        try:
+            file = _ScarredFile(self._folder, log, number, self._uuid, wanted)
+        except StorageError:  # something else stands in its place
+            return None, damage
         file.salt_crc = _salt_crc(file)
         if log == layout.DATA:
             self.files[number] = file
         return file, damage
 
-    def _chain(self, data: dict[int, LogFile | None]) -> list[_Link]:
+    def _chain(self, data: dict[int, _ScarredFile | None]) -> list[_Link]:
         """The files that make up the log, oldest first, as far as that can be told."""
         begins: dict[int, Begin | None] = {}
         firsts: dict[int, int] = {}
@@ -205,7 +265,7 @@ class Salvage:
     # ------------------------------------------------------------ one file
 
     def _file(
-        self, link: _Link, file: LogFile | None, last: int, newest: bool
+        self, link: _Link, file: _ScarredFile | None, last: int, newest: bool
     ) -> Iterator[LoggedOperation | Damage]:
         """Operations of a file in order, each behind the damage that took those before it."""
         path = layout.path_of(self._folder, layout.DATA, link.number)
@@ -253,7 +313,7 @@ class Salvage:
             message = f"{gone.name}: missing; it went on behind lsn {expected - 1}"
             yield Damage(str(gone), -1, expected, 0, message)
 
-    def _scan(self, file: LogFile, end: int | None, after: int) -> _Scan:
+    def _scan(self, file: _ScarredFile, end: int | None, after: int) -> _Scan:
         """Read a log file, stepping over what is bad."""
         scan = _Scan()
         size = file.size()
@@ -272,17 +332,21 @@ class Salvage:
         whole = max(file.header.size, layout.HEADER_BYTES) if end is None else end
         if not closed and size < whole:
             scan.bad.append(_Bad(file.path, size, "the file was cut", last, True))
+        for begin, stop in file.scars():
+            scan.bad.append(
+                _Bad(file.path, begin, f"{stop - begin} bytes cannot be read", -1, False)
+            )
         return scan
 
     def _step_over(
-        self, file: LogFile, bad: BadFrame, limit: int, scan: _Scan, last: int
+        self, file: _ScarredFile, bad: BadFrame, limit: int, scan: _Scan, last: int
     ) -> tuple[int, int]:
         """Use what can be used of a bad frame; where the next one is, and the last LSN."""
         offset = bad.offset
         frame = _partial(file, offset, limit)
         if frame is None:
             after = _next_frame(file, offset + 8, limit)
-            if after == limit and file.last_nonzero(offset, limit) == offset:
+            if after == limit and file.is_empty(offset, limit):
                 return limit, last  # room that was never used
             scan.bad.append(_Bad(file.path, bad.at, bad.reason, last, after == limit))
             return after, last
@@ -442,7 +506,7 @@ def _first_lsn(file: LogFile) -> int:
 def _may_have_frames(index: Path) -> bool:
     """Whether an index log was in use."""
     try:
-        with index.open("rb") as file:
+        with open(open_to_read(index), "rb") as file:
             file.seek(layout.HEADER_BYTES)
             return bool(file.read(frames.HEADER_BYTES).strip(b"\0"))
     except OSError:

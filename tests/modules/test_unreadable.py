@@ -1,0 +1,130 @@
+"""Files that the disk does not give back, and things that stand in the place of files."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+from module_helpers import OpenBuffer, add_all, answers, expected
+
+from expbuf_core.errors import CorruptionError, StorageError
+from expbuf_core.repair import repair
+from expbuf_core.testing.faults import unreadable
+from expbuf_core.verification import verify
+
+SECTOR = 512
+
+
+@pytest.fixture
+def made(open_buffer: OpenBuffer, folder: Path) -> Path:
+    """A folder of 18 experiences: two snapshots, an index, and a log behind."""
+    with open_buffer() as buffer:
+        add_all(buffer, range(6))
+        buffer.save_snapshot()
+        add_all(buffer, range(6, 12))
+        buffer.rebuild_index()
+        buffer.save_snapshot()
+        add_all(buffer, range(12, 18))
+    return folder
+
+
+def newest(folder: Path, pattern: str) -> Path:
+    return max(folder.glob(pattern))
+
+
+def told(folder: Path) -> list[tuple[str | None, int]]:
+    return [(problem.path, problem.offset) for problem in verify(folder) if problem.damage]
+
+
+@pytest.mark.parametrize("offset", [0, 4096, 4608])
+def test_a_log_that_cannot_be_read_is_damage(
+    made: Path, open_buffer: OpenBuffer, offset: int
+) -> None:
+    """Opening says where, verifying finds it, repairing saves the rest."""
+    log = newest(made, "experience_data.*")
+    with unreadable(log, offset, SECTOR):
+        for mode in ("a", "r"):
+            with pytest.raises(CorruptionError, match=r"cannot read .*: Input/output") as caught:
+                open_buffer(mode=mode)
+            assert (caught.value.path, caught.value.offset) == (str(log), offset)
+        assert (str(log), offset) in told(made)
+        report = repair(made)
+    assert any(place.path == str(log) and place.offset == offset for place in report.damage)
+    gone = {id_ for a, b in report.lost_ids for id_ in range(a, b + 1)}
+    assert report.saved == 18 - len(gone)
+    assert bool(gone) == (offset > 0)  # a header can be made good
+    with open_buffer() as again:  # nothing was changed
+        assert answers(again) == expected(range(18))
+
+
+def test_reading_ahead_into_what_cannot_be_read_is_no_damage(
+    made: Path, open_buffer: OpenBuffer
+) -> None:
+    """What lies behind the end of the log was wanted by nobody."""
+    with open_buffer() as buffer:
+        buffer.add_many({"v_embed": [[1.0] * 6] * 2, "q_embed": [[1.0] * 6] * 2})
+        log = newest(made, "experience_data.*")
+        end = len(log.read_bytes().rstrip(b"\0")) // SECTOR * SECTOR + SECTOR
+        with unreadable(log, end), open_buffer(mode="r") as reader:
+            assert len(reader) == 20
+
+
+def test_a_torn_tail_that_cannot_be_read_may_be_none(made: Path, open_buffer: OpenBuffer) -> None:
+    """Opening drops nothing that it cannot look at; repairing tells that there may be more."""
+    log = newest(made, "experience_data.*")
+    raw = log.read_bytes()
+    last = raw.rindex(b"EXPF", 0, raw.rindex(b"EXPF"))  # the last operation, before the end mark
+    start = -(-last // SECTOR) * SECTOR
+    (made / "control").unlink()
+    with unreadable(log, start):
+        with pytest.raises(CorruptionError, match="cannot read"):
+            open_buffer()
+        report = repair(made)
+    assert not report.complete or any("torn tail" in note for note in report.notes)
+
+
+def test_a_payload_that_cannot_be_read(made: Path, open_buffer: OpenBuffer) -> None:
+    log = next(log for log in made.glob("*.wal") if b"answer 0" in log.read_bytes())
+    offset = log.read_bytes().index(b"answer 0")
+    with open_buffer() as buffer, unreadable(log, offset, 1):
+        with pytest.raises(CorruptionError, match="cannot read") as caught:
+            answers(buffer)
+        assert caught.value.path == str(log)
+        assert offset - SECTOR < (caught.value.offset or 0) <= offset
+        assert any(place == str(log) for place, _ in told(made))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_of_two_snapshots_that_cannot_be_read(
+    made: Path, open_buffer: OpenBuffer, which: int
+) -> None:
+    snapshot = sorted(made.glob("snapshots/*.snap"))[which]
+    with unreadable(snapshot, SECTOR):
+        assert told(made) == [(str(snapshot), SECTOR)]
+        with open_buffer(mode="r") as buffer:
+            assert answers(buffer) == expected(range(18))
+            assert len(buffer.recovery.warnings) == which  # the newer one is passed over
+        assert repair(made).saved == 18
+
+
+def test_a_snapshot_that_cannot_be_opened_now_is_not_passed_over(
+    made: Path, open_buffer: OpenBuffer
+) -> None:
+    """Too many open files are no damage."""
+    snapshot = newest(made, "snapshots/*.snap")
+    with unreadable(snapshot, error=errno.EMFILE):
+        with pytest.raises(StorageError, match="Too many open files") as caught:
+            open_buffer()
+        assert not isinstance(caught.value, CorruptionError)
+
+
+def test_an_identity_that_cannot_be_read(made: Path, open_buffer: OpenBuffer) -> None:
+    identity = made / "expbuf.json"
+    with unreadable(identity):
+        with pytest.raises(CorruptionError, match="cannot read"):
+            open_buffer()
+        assert told(made) == [(str(identity), 0)]
+        report = repair(made)
+    assert (report.saved, report.complete) == (18, True)
+    assert [place.path for place in report.damage] == [str(identity)]
