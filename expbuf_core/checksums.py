@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from expbuf_core.crc import crc32
-from expbuf_core.filesystem import storage_errors
+from expbuf_core.filesystem import open_to_read, reading
 from expbuf_core.submitting import Submitter
 
 _CHUNK = 1 << 18  # stays in the processor's cache between reading and checking
@@ -21,9 +21,11 @@ _POLYNOMIAL = 0xEDB88320  # of CRC-32, its highest power in the lowest bit
 def file_crc(path: Path, *, hurry: bool = False) -> tuple[int, int]:
     """(bytes, CRC-32) of a file; reads it through once, which also warms the page cache.
 
+    A `CorruptionError` says that it cannot be read; the offset is not known.
+
     `hurry`: by two threads, where nothing else could use the other core meanwhile.
     """
-    with storage_errors("read", path), open(path, "rb", buffering=0) as file:
+    with reading(path), open(open_to_read(path), "rb", buffering=0) as file:
         fd, size = file.fileno(), os.fstat(file.fileno()).st_size
         if not hurry or size < _SPLIT or len(os.sched_getaffinity(0)) < 2:
             return _part_crc(fd, 0, None)

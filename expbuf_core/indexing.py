@@ -7,6 +7,7 @@ writer waits for; killed at any instant it leaves the old set in place.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import threading
@@ -30,7 +31,7 @@ from expbuf_core.errors import (
     PluginError,
     StorageError,
 )
-from expbuf_core.filesystem import FileSystem, storage_errors
+from expbuf_core.filesystem import FileSystem, is_missing, read_file, storage_errors
 from expbuf_core.plugins import PluginRegistry
 from expbuf_core.replica import Replica
 from expbuf_core.segments import Manifest, OpenSegment, SegmentInfo
@@ -41,6 +42,8 @@ _TRIES = 5
 _MAX_DEAD = 0.25
 _FANOUT = 4  # more: fewer segments to search, and each row is written more often
 TARGET = "target.json"
+# Of this process or machine, at this moment: says nothing of the files.
+_SHORTAGE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 class IndexChoice:
@@ -179,7 +182,7 @@ def write_target(home: Path, settings: Mapping[str, object], fs: FileSystem) -> 
 def read_target(home: Path) -> dict[str, Any] | None:
     """What `write_target` noted; None where that is nothing, or damaged."""
     try:
-        document = json.loads((home / TARGET).read_bytes())
+        document = json.loads(read_file(home / TARGET))
         text = json.dumps(document["settings"], sort_keys=True)
         return dict(document["settings"]) if document["crc"] == crc32(text.encode()) else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -275,10 +278,14 @@ def _load_once(
         choice.unopened = True
         choice.damaged = isinstance(exc, CorruptionError)
         return None, ()
-    except (StorageError, FileNotFoundError) as exc:
-        if isinstance(exc, FileNotFoundError) or isinstance(exc.__cause__, FileNotFoundError):
+    except OSError as exc:
+        if is_missing(exc):
             return manifest, ()  # the builder has replaced it meanwhile: look again
-        raise
+        if exc.errno in _SHORTAGE:
+            raise
+        _log.warning("the index is not used and will be built again: %s", exc)
+        choice.unopened = choice.damaged = True
+        return None, ()
     return manifest, opened
 
 
@@ -379,6 +386,7 @@ def build(
     if missing:
         raise StorageError(f"{folder}: {missing} live experiences have no vector in any tier")
     home = segments.home(folder, choice.representation)
+    segments.clear_the_way(home, fs)
     previous = segments.read_manifest_or_none(home)
     published = replica.control.words[c.INDEX_GENERATION]
     generation = max(previous.generation if previous else 0, published) + 1

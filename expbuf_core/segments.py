@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,8 +26,17 @@ from numpy.typing import NDArray
 from expbuf_core.checksums import file_crc
 from expbuf_core.contracts import IndexBackend, IndexSegment
 from expbuf_core.crc import crc32
-from expbuf_core.errors import CorruptionError
-from expbuf_core.filesystem import FileSystem, storage_errors
+from expbuf_core.errors import CorruptionError, StorageError
+from expbuf_core.filesystem import (
+    FileSystem,
+    is_damage,
+    is_missing,
+    names_in,
+    read_file,
+    reading,
+    remove,
+    storage_errors,
+)
 from expbuf_core.sketch import Sketch, directions
 from expbuf_core.submitting import Submitter
 
@@ -134,13 +144,17 @@ def read_manifest(home: Path) -> Manifest | None:
     """The manifest, or None where there is none.
 
     Raises:
-        CorruptionError: It is damaged.
+        CorruptionError: It is damaged, or cannot be read.
+        StorageError: It cannot be read now.
     """
     path = home / MANIFEST
     try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return None
+        with storage_errors("read", path):
+            raw = read_file(path)
+    except StorageError as exc:
+        if is_missing(exc):
+            return None
+        raise
     try:
         document = json.loads(raw)
         text = json.dumps(document["manifest"], sort_keys=True)
@@ -229,6 +243,8 @@ def write_segment(
     """
     target = vectors_path(home, name)
     path = index_path(home, name, backend_name)
+    for place in (target, path):
+        remove(place, fs)
     temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
     try:
         write_vectors(target, ids, vectors, dim, uuid, fs)
@@ -274,7 +290,7 @@ def map_vectors(path: Path, dim: int) -> tuple[NDArray[np.int64], NDArray[np.flo
     Raises:
         CorruptionError: The file is not such a segment.
     """
-    with storage_errors("map", path):
+    with reading(path, what="map"):
         empty = os.stat(path).st_size == 0  # which cannot be mapped
         raw = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, mode="r")
     if len(raw) >= _PAGE:
@@ -378,13 +394,27 @@ def drop_unlisted(home: Path, manifest: Manifest | None, fs: FileSystem) -> None
     wanted = {MANIFEST}
     for info in manifest.segments if manifest else ():
         wanted |= {f"{info.name}.vectors", f"{info.name}.{info.backend}"}
-    try:
-        names = os.listdir(home)
-    except FileNotFoundError:
-        return
-    for name in names:
+    for name in names_in(home):
         if name not in wanted and not name.isdigit():
-            fs.unlink(home / name)
+            remove(home / name, fs)
+
+
+def clear_the_way(home: Path, fs: FileSystem) -> None:
+    """Remove what keeps an index from being written here (builder lock held).
+
+    What cannot be removed without more ado stays, and writing tells of it: a folder with something
+    in it, and a link to a place that is not there now.
+    """
+    root = home if home.name == FOLDER else home.parent
+    for place in dict.fromkeys((root, home)):
+        try:
+            blocked = not stat.S_ISDIR(os.stat(place).st_mode)
+        except OSError as exc:
+            blocked = is_damage(exc)  # as of a link to itself
+        if blocked:
+            fs.unlink(place)
+    if (home / MANIFEST).is_dir():
+        remove(home / MANIFEST, fs)
 
 
 def drop_representations(folder: Path, doomed: Callable[[int], bool], fs: FileSystem) -> None:
@@ -395,21 +425,18 @@ def drop_representations(folder: Path, doomed: Callable[[int], bool], fs: FileSy
         doomed: By number, whether to delete.
         fs: Deletes.
     """
-    try:
-        names = os.listdir(folder / FOLDER)
-    except FileNotFoundError:
-        return
+    names = names_in(folder / FOLDER)
     if doomed(0):
         for name in names:
             if not name.isdigit():
-                fs.unlink(folder / FOLDER / name)
+                remove(folder / FOLDER / name, fs)
     for name in names:
         if name.isdigit() and doomed(int(name)):
             place = folder / FOLDER / name
-            for file in os.listdir(place):
-                fs.unlink(place / file)
-            with contextlib.suppress(OSError):
-                place.rmdir()
+            if place.is_dir():
+                for file in os.listdir(place):
+                    remove(place / file, fs)
+            remove(place, fs)
 
 
 def describe(segment: OpenSegment) -> dict[str, Any]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from module_helpers import OpenBuffer, add_all, answers, expected
+from module_helpers import OpenBuffer, add_all, answers, expected, finds
 
 from expbuf_core.errors import CorruptionError, StorageError
 from expbuf_core.repair import repair
@@ -128,3 +132,62 @@ def test_an_identity_that_cannot_be_read(made: Path, open_buffer: OpenBuffer) ->
         report = repair(made)
     assert (report.saved, report.complete) == (18, True)
     assert [place.path for place in report.damage] == [str(identity)]
+
+
+# ---------------------------------------------------------------- the index
+
+
+def itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def nothing_in_it(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("instead", [Path.mkdir, itself, nothing_in_it, os.mkfifo])
+@pytest.mark.parametrize("name", ["manifest.json", "*.vectors", "*.exact", ""])
+def test_something_else_in_the_place_of_the_index_costs_no_data(
+    made: Path,
+    open_buffer: OpenBuffer,
+    name: str,
+    instead: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is told, searches are exact, and building it again replaces what stands there."""
+    path = next((made / "index").glob(name)) if name else made / "index"
+    if not name:
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    instead(path)
+    with caplog.at_level(logging.WARNING, "expbuf"), open_buffer(mode="r") as reader:
+        assert all(finds(reader, i) for i in range(18))
+    assert ("the index is not used" in caplog.text) != (name == "" and instead is Path.mkdir)
+    assert told(made) == []
+    with open_buffer() as buffer:
+        assert all(finds(buffer, i) for i in range(18))
+        assert buffer.rebuild_index()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "expbuf"), open_buffer() as again:
+        assert again.stats()["index"]["segments"]
+        assert all(finds(again, i) for i in range(18))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("pattern", ["manifest.json", "*.vectors", "*.exact"])
+def test_an_index_that_cannot_be_read(
+    made: Path, open_buffer: OpenBuffer, pattern: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with unreadable(newest(made, f"index/{pattern}")):
+        assert [problem.damage for problem in verify(made)] == [False]
+        with caplog.at_level(logging.WARNING, "expbuf"), open_buffer() as buffer:
+            assert "the index is not used and will be built again: cannot read" in caplog.text
+            assert all(finds(buffer, i) for i in range(18))
+            assert buffer.rebuild_index()
+
+
+def test_too_many_open_files_say_nothing_of_the_index(made: Path, open_buffer: OpenBuffer) -> None:
+    full = unreadable(made / "index" / "manifest.json", error=errno.EMFILE)
+    with full, pytest.raises(StorageError, match="Too many open files"):
+        open_buffer()

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError
+from expbuf_core.filesystem import open_to_read, reading
 
 MAGIC = b"EXPBFSG1"
 VERSION = 1
@@ -44,7 +45,7 @@ def check(path: Path, rows: int, dim: int) -> tuple[int, dict[str, Any]]:
         CorruptionError: The file is not what was written, or belongs to other vectors.
         FormatVersionError: A newer version wrote it.
     """
-    with path.open("rb") as file:
+    with reading(path), open(open_to_read(path), "rb") as file:
         size = file.seek(0, os.SEEK_END)
         if size < TRAILER_BYTES:
             raise _damaged(path, 0, f"{size} bytes, at least {TRAILER_BYTES} expected")

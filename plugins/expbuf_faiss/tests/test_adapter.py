@@ -284,6 +284,17 @@ def test_every_damaged_byte_is_found(tmp_path: Path) -> None:
             segment_file.check(path, 3, 4)
 
 
+def test_something_else_in_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    path.mkdir()
+    with pytest.raises(CorruptionError, match="something else"):
+        segment_file.check(path, 3, 4)
+    path.rmdir()
+    path.symlink_to(path.name)
+    with pytest.raises(CorruptionError, match="symbolic links"):
+        segment_file.check(path, 3, 4)
+
+
 @pytest.mark.parametrize(("rows", "dim"), [(4, 4), (3, 5)])
 def test_the_file_of_other_vectors(tmp_path: Path, rows: int, dim: int) -> None:
     segment_file.finish(tmp_path / "index", 3, 4, {"kind": "flat"})

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from expbuf_core import ExperienceBuffer
 from expbuf_core.contracts import (
+    Damage,
     LoggedOperation,
     LogGone,
     PersistenceContext,
@@ -26,7 +27,7 @@ from expbuf_core.contracts import (
 )
 from expbuf_core.errors import CorruptionError, StorageFull
 from expbuf_core.filesystem import FileSystem
-from expbuf_core.testing.faults import FaultyFileSystem
+from expbuf_core.testing.faults import FaultyFileSystem, unreadable
 from expbuf_core.testing.persistence_log import (
     alike,
     assert_same,
@@ -741,6 +742,27 @@ def test_a_file_of_another_buffer(folder: Folder, tmp_path: Path) -> None:
     shutil.copy(folder.file(1), folder.file(2))
     with pytest.raises(CorruptionError, match="copied or renamed"):
         folder.recover()
+
+
+def test_a_tail_that_cannot_be_read_is_not_taken_for_unused_room(folder: Folder) -> None:
+    """Zeros stand for what the disk does not give back, and zeros are what unused room holds."""
+    adapter = folder.new()
+    folder.append(adapter, 1, rows=1, body_bytes=16, row_bytes=24)
+    for lsn in range(2, 200):  # up to one that ends where a sector does
+        folder.append(adapter, lsn, rows=1, body_bytes=16, row_bytes=24)
+        end = folder.words[1]
+        if end % 512 == 0:
+            break
+    folder.append(adapter, lsn + 1)
+    folder.file(1, layout.INDEX).unlink()
+    for start, lost in ((end, True), (end + 4096, False)):
+        with unreadable(folder.file(1), start):
+            found = list(folder.adapter().salvage(0))
+        damage = [item for item in found if isinstance(item, Damage)]
+        assert [item.lsn for item in found if isinstance(item, LoggedOperation)][:lsn] == [
+            *range(1, lsn + 1)
+        ]
+        assert any(place.torn and place.first_lsn == lsn + 1 for place in damage) == lost
 
 
 def test_starting_anew_drops_what_was_left_out(folder: Folder) -> None:
