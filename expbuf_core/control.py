@@ -9,6 +9,7 @@ durable must be in the log, else the log is damaged.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import secrets
@@ -19,7 +20,8 @@ from typing import cast
 
 from expbuf_core.contracts import Words
 from expbuf_core.crc import crc32
-from expbuf_core.filesystem import FileSystem, storage_errors
+from expbuf_core.errors import StorageError
+from expbuf_core.filesystem import FileSystem, is_missing, is_plain, reading, storage_errors
 from expbuf_core.waiting import Doorbell
 
 PAGE_BYTES = 4096
@@ -108,6 +110,8 @@ class Control:
         with storage_errors("map", path):
             fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
             try:
+                if not is_plain(fd):
+                    raise OSError(errno.EINVAL, "something else stands in its place")
                 if writable and os.fstat(fd).st_size < PAGE_BYTES:
                     # Written, not just extended: a hole would be filled at the first store, and
                     # a full disk would kill the process there.
@@ -124,10 +128,13 @@ class Control:
     def map_existing(cls, path: Path) -> Control | None:
         """Map the page read-only; None where there is none."""
         try:
-            if os.stat(path).st_size < PAGE_BYTES:
+            with reading(path, what="map"):
+                if os.stat(path).st_size < PAGE_BYTES:
+                    return None
+        except StorageError as exc:
+            if is_missing(exc):
                 return None
-        except FileNotFoundError:
-            return None
+            raise
         return cls.map(path, writable=False)
 
     def is_mapped(self) -> bool:

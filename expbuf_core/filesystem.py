@@ -141,22 +141,19 @@ def open_to_read(path: Path) -> int:
             raise
         with reading(path, what="open"):
             raise
-    try:
-        check_plain(fd, path)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    if is_plain(fd):
+        return fd
+    os.close(fd)
+    raise CorruptionError(
+        f"{path}: something else stands in the place of a file; run `expbuf verify`",
+        path=path,
+        offset=0,
+    )
 
 
-def check_plain(fd: int, path: Path) -> None:
-    """See that what was opened is a file, and no folder, FIFO or device."""
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise CorruptionError(
-            f"{path}: something else stands in the place of a file; run `expbuf verify`",
-            path=path,
-            offset=0,
-        )
+def is_plain(fd: int) -> bool:
+    """Whether what was opened is a file, and no folder, FIFO or device."""
+    return stat.S_ISREG(os.fstat(fd).st_mode)
 
 
 def read_file(path: Path) -> bytes:

@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from expbuf_core.errors import BufferClosed, LockTimeout, ReentrantCall
-from expbuf_core.filesystem import open_for_good, storage_errors
+from expbuf_core.filesystem import is_plain, open_for_good, storage_errors
 
 # struct flock on 64-bit Linux and (reordered) macOS; only read to name the holder of a lock.
 _FLOCK = struct.Struct("hhqqi4x")
@@ -40,6 +40,9 @@ class _LockFile:
     def __init__(self, path: Path, *, writable: bool) -> None:
         flags = (os.O_RDWR | os.O_CREAT) if writable else os.O_RDONLY
         self.fd = open_for_good(path, flags)
+        if not is_plain(self.fd):
+            os.close(self.fd)
+            raise OSError(errno.EINVAL, "something else stands in its place")
         self.path = path
         self.mutex: Any = threading.RLock()  # knows its owner; never entered twice
         self.running = False  # by `run`
@@ -61,7 +64,7 @@ def registry_is_mine() -> bool:
 def _known(path: Path) -> _LockFile | None:
     try:
         stat = os.stat(path)
-    except FileNotFoundError:
+    except OSError:  # to open it says why
         return None
     return _files.get((stat.st_dev, stat.st_ino))
 
@@ -151,7 +154,7 @@ def _looked_at(path: Path, look: Callable[[int], Result | None]) -> Result | Non
             return look(file.fd)
         # This process holds no lock on it, so a descriptor may come and go.
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
             return None
         try:

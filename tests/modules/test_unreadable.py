@@ -191,3 +191,89 @@ def test_too_many_open_files_say_nothing_of_the_index(made: Path, open_buffer: O
     full = unreadable(made / "index" / "manifest.json", error=errno.EMFILE)
     with full, pytest.raises(StorageError, match="Too many open files"):
         open_buffer()
+
+
+# ---------------------------------------------------------------- what is no file
+
+
+@pytest.mark.parametrize("instead", [Path.mkdir, itself, os.mkfifo])
+@pytest.mark.parametrize("name", ["expbuf.json", "experience_data.*"])
+def test_something_else_in_the_place_of_a_file_is_damage(
+    made: Path, open_buffer: OpenBuffer, name: str, instead: Callable[[Path], None]
+) -> None:
+    """Nobody waits for a FIFO to be written to."""
+    path = newest(made, name)
+    path.unlink()
+    instead(path)
+    for mode in ("a", "r"):
+        with pytest.raises(CorruptionError) as caught:
+            open_buffer(mode=mode)
+        assert caught.value.path == str(path)
+    assert (str(path), 0) in told(made)
+    report = repair(made)
+    assert report.saved == (18 if name == "expbuf.json" else 12)
+    assert any(place.path == str(path) for place in report.damage)
+
+
+@pytest.mark.parametrize("instead", [Path.mkdir, itself, os.mkfifo])
+def test_something_else_in_the_place_of_an_index_log_costs_no_data(
+    made: Path, open_buffer: OpenBuffer, instead: Callable[[Path], None]
+) -> None:
+    path = newest(made, "index_operations.*")
+    path.unlink()
+    instead(path)
+    for mode in ("r", "a"):
+        with open_buffer(mode=mode) as buffer:
+            assert answers(buffer) == expected(range(18))
+            assert buffer.stats()
+    assert not os.path.lexists(path)
+
+
+@pytest.mark.parametrize("instead", [itself, os.mkfifo, Path.mkdir])
+@pytest.mark.parametrize("name", ["control", "locks/open", "locks/append", "locks"])
+def test_something_else_where_processes_meet(
+    made: Path, open_buffer: OpenBuffer, name: str, instead: Callable[[Path], None]
+) -> None:
+    """Writing is not possible then; what is stored is not touched, and can be saved."""
+    path = made / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    instead(path)
+    if (name, instead) != ("locks", Path.mkdir):
+        with pytest.raises(StorageError, match=str(path)) as caught:
+            open_buffer()
+        assert not isinstance(caught.value, CorruptionError)
+    assert told(made) in ([], [(str(path), 0)])
+    assert repair(made).saved == 18
+
+
+@pytest.mark.parametrize("instead", [itself, nothing_in_it])
+def test_something_else_in_the_place_of_the_snapshots(
+    folder: Path, open_buffer: OpenBuffer, instead: Callable[[Path], None]
+) -> None:
+    """The log alone will do, where nothing was dropped from it."""
+    with open_buffer() as buffer:
+        add_all(buffer, range(6))
+        buffer.save_snapshot()
+    place = folder / "snapshots"
+    shutil.rmtree(place)
+    instead(place)
+    with open_buffer(mode="r") as buffer:
+        assert answers(buffer) == expected(range(6))
+        assert str(place) in buffer.recovery.warnings[0]
+    assert told(folder) == [(str(place), 0)]
+    report = repair(folder)
+    assert (report.saved, report.complete) == (6, True)
+    assert [place.path for place in report.damage] == [str(place)]
+
+
+def test_a_folder_in_the_place_of_a_snapshot(made: Path, open_buffer: OpenBuffer) -> None:
+    """It is damage of that one, and goes with it."""
+    oldest = min(made.glob("snapshots/*.snap"))
+    oldest.unlink()
+    oldest.mkdir()
+    with open_buffer() as buffer:
+        assert answers(buffer) == expected(range(18))
+        for serial in (18, 19):
+            add_all(buffer, range(serial, serial + 1))
+            buffer.save_snapshot()
+    assert not oldest.exists()

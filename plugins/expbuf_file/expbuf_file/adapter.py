@@ -694,7 +694,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
             numbers = layout.numbers(self._folder, log)
             total = 0
             for number in numbers:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     total += os.stat(layout.path_of(self._folder, log, number)).st_size
             found[log] = {"files": len(numbers), "bytes": total}
         found["current_file"] = self._words[_FILE]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from expbuf_core import frames
 from expbuf_core.contracts import Appended, Buffer, Stamped
 from expbuf_core.errors import CorruptionError, StorageError
-from expbuf_core.filesystem import FileSystem, storage_errors
+from expbuf_core.filesystem import FileSystem, remove, storage_errors
 from expbuf_file import layout
 from expbuf_file.logfile import BadFrame, Begin, LogFile
 from expbuf_file.writing import begin_frame, lay_out, pages
@@ -76,7 +76,7 @@ class LogFolder:
     def unlink(self, log: str, number: int) -> None:
         path = layout.path_of(self.path, log, number)
         with storage_errors("remove", path):
-            self.fs.unlink(path)
+            remove(path, self.fs)
         self._forget(log, number)
         if log == layout.DATA:
             self.begins.pop(number, None)
