@@ -273,7 +273,10 @@ class BufferConfig(_Section):
         None, description="Folder of the buffer; `open(path)` wins. null: in memory, or as opened."
     )
     max_size: Int = Field(
-        100_000, ge=1, description="Most experiences held; the next one evicts the oldest."
+        100_000,
+        ge=1,
+        le=1 << 62,
+        description="Most experiences held; the next one evicts the oldest.",
     )
     max_experience_bytes: Bytes = Field(
         ByteSize(16 << 20),
@@ -303,6 +306,7 @@ class BufferConfig(_Section):
     receipts_kept: Int = Field(
         10_000,
         ge=1,
+        le=1 << 62,
         description="Receipts remembered, so that an outcome recorded twice counts once.",
     )
     embedding: EmbeddingConfig = Field(

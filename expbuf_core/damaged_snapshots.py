@@ -67,11 +67,11 @@ def read(
         }
         for name in lost:
             columns[name] = made_up.get(name, np.zeros(n, COLUMNS[name]))
-        state = State.load(tree, columns)
+        state = snapshots.state_of(tree, columns)
         replaced = set(lost) - {"live"}
         if not replaced:
             return Remains(state, lost, np.empty(0, np.int64))
-        search = _Search(State.load(tree, columns), replaced)
+        search = _Search(snapshots.state_of(tree, columns), replaced)
         if "sequence" in replaced:
             search.is_known("sequence", np.equal(*_bounds_of_sequence(tree, columns["id"])))
         search.in_log(log())

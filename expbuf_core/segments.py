@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import stat
 import struct
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ _PAGE = 4096
 _SKETCHED = 20_000  # rows; an index over more is faster than bounds for all of them
 _WORTH_A_THREAD = 4 << 20  # bytes of vectors
 VERSION = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]{0,99}")
 
 
 class SegmentInfo(NamedTuple):
@@ -163,14 +165,32 @@ def read_manifest(home: Path) -> Manifest | None:
         if document["version"] > VERSION:
             raise ValueError(f"version {document['version']}, newer than {VERSION}")
         body = document["manifest"]
-        segments = tuple(SegmentInfo(**info) for info in body.pop("segments"))
-        return Manifest(segments=segments, **body)
+        segments = tuple(SegmentInfo(**_checked(info)) for info in body.pop("segments"))
+        return Manifest(segments=segments, **_checked(body))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise CorruptionError(
             f"{FOLDER}/{MANIFEST}: {exc}; the index is derived and will be built again",
             path=path,
             offset=0,
         ) from exc
+
+
+def _checked(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts of a manifest or segment; a right checksum does not say that they make sense.
+
+    Raises:
+        ValueError: They do not.
+    """
+    for key, value in facts.items():
+        if key in ("name", "backend"):
+            right = isinstance(value, str) and _NAME.fullmatch(value) is not None
+        elif key in ("metric", "representation"):
+            right = isinstance(value, str)
+        else:
+            right = type(value) is int and 0 <= value < 1 << 63
+        if not right:
+            raise ValueError(f"{key} = {value!r}")
+    return facts
 
 
 def read_manifest_or_none(home: Path) -> Manifest | None:
@@ -356,6 +376,13 @@ def open_segment(
             _verify(index_file, info.index_bytes, info.index_crc, hurry=hurry)
         ids, vectors = map_vectors(vectors_file, dim)
         index = backend.open(index_file, ids, vectors)
+    if not len(ids) or (info.rows, info.first_id) != (len(ids), ids[0]) or ids[-1] >= info.end_id:
+        raise CorruptionError(
+            f"{FOLDER}/{vectors_file.name}: holds other ids than {FOLDER}/{MANIFEST} says; the "
+            "index will be built again",
+            path=vectors_file,
+            offset=_PAGE,
+        )
     live = np.zeros(len(ids), bool)
     if len(live_ids):
         live = live_ids[rows_of(live_ids, ids)] == ids

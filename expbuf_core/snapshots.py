@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from expbuf_core import codec
 from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError, StorageError
+from expbuf_core.exact_search import METRICS
 from expbuf_core.filesystem import (
     FileSystem,
     is_missing,
@@ -40,6 +41,8 @@ _HEADER = struct.Struct("<8sIIQ16sI")  # magic, version, tree crc, tree bytes, u
 _COVERED = _HEADER.size - 4
 _NAME = re.compile(r"snapshot\.(\d{20})\.snap")
 KEPT = 2
+_MOST = 1 << 62  # as the configuration allows, of rows and of what is kept besides
+_MOST_DIM = 1 << 20
 _KNOWN = {*COLUMNS, *(REEMBEDDED + name for name in REEMBEDDED_COLUMNS)}
 
 
@@ -134,22 +137,75 @@ def read(folder: Path, lsn: int, uuid: bytes) -> State:
     at = _HEADER.size
     if at + tree_bytes > len(raw) or crc32(view[at : at + tree_bytes]) != tree_crc:
         raise damaged("checksum mismatch in the tree", at)
-    tree = codec.load_json(view[at : at + tree_bytes])
-    at += tree_bytes
-    columns: dict[str, NDArray[Any]] = {}
-    for name, (dtype, n, crc) in tree["columns"].items():
-        if name not in _KNOWN:
-            raise FormatVersionError(f"{path.name}: unknown column {name!r}")
-        size = np.dtype(dtype).itemsize * n
-        if at + size > len(raw) or crc32(view[at : at + size]) != crc:
-            raise damaged(f"checksum mismatch in column {name!r}", at)
-        columns[name] = np.frombuffer(view[at : at + size], dtype)
-        at += size
-    if at != len(raw):
-        raise damaged("bytes behind the end", at)
-    if tree["lsn"] != lsn:
-        raise damaged(f"the snapshot of lsn {tree['lsn']} under this name", 0)
+    try:
+        tree = codec.load_json(view[at : at + tree_bytes])
+        at += tree_bytes
+        columns: dict[str, NDArray[Any]] = {}
+        for name, (dtype, n, crc) in tree["columns"].items():
+            if name not in _KNOWN:
+                raise FormatVersionError(f"{path.name}: unknown column {name!r}")
+            size = np.dtype(dtype).itemsize * n
+            if at + size > len(raw) or crc32(view[at : at + size]) != crc:
+                raise damaged(f"checksum mismatch in column {name!r}", at)
+            columns[name] = np.frombuffer(view[at : at + size], dtype)
+            at += size
+        if at != len(raw):
+            raise damaged("bytes behind the end", at)
+        if tree["lsn"] != lsn:
+            raise damaged(f"the snapshot of lsn {tree['lsn']} under this name", 0)
+        return state_of(tree, columns)
+    except codec.UNDECODABLE as exc:
+        raise damaged(f"a tree that makes no sense ({exc!r})", _HEADER.size) from exc
+
+
+def state_of(tree: dict[str, Any], columns: dict[str, NDArray[Any]]) -> State:
+    """The state that a tree and its columns tell of.
+
+    A right checksum says that they are what was written, and not that it made sense.
+
+    Raises:
+        ValueError: It does not; or another of `codec.UNDECODABLE`.
+    """
+    for name in ("next_id", "reserved_id", "reserved_lsn", "total_added", "receipts_horizon"):
+        _check_number(name, tree[name])
+    n = len(columns["id"])
+    for name, kind in COLUMNS.items():
+        if (columns[name].dtype, len(columns[name])) != (np.dtype(kind), n):
+            raise ValueError(f"column {name!r}: {columns[name].dtype}, {len(columns[name])} rows")
+    ids = columns["id"]
+    if n and not (ids[0] >= 0 and (np.diff(ids) > 0).all() and ids[-1] < tree["next_id"]):
+        raise ValueError(f"ids that do not rise up to next_id = {tree['next_id']}")
+    if not set(np.unique(columns["tags"]).tolist()) <= {0, *map(int, tree["tag_sets"])}:
+        raise ValueError("tags without their names")
+    for _, lsn in tree["receipts"]:
+        _check_number("a receipt", lsn)
+    for named in tree["rewards"].values():
+        if not all(type(value) in (int, float) for value in named.values()):
+            raise ValueError("rewards that are no numbers")
+    if tree["lsn"]:
+        _check_settings(tree["settings"])
     return State.load(tree, columns)
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    for name in ("max_size", "receipts_kept"):
+        _check_number(name, settings[name], 1, _MOST)
+    if settings["metric"] not in METRICS:
+        raise ValueError(f"metric = {settings['metric']!r}")
+    _check_number("representation", settings.get("representation", 0), 0, 1 << 31)
+    for name in ("v_dim", "q_dim"):
+        if settings.get(name) is not None:
+            _check_number(name, settings[name], 0, _MOST_DIM)
+    if "fusion" in settings:
+        fusion = settings["fusion"]
+        _check_number("fusion.version", fusion["version"], -_MOST, _MOST)
+        if not (isinstance(fusion["name"], str) and isinstance(fusion["settings"], dict)):
+            raise ValueError(f"fusion = {fusion}")
+
+
+def _check_number(name: str, value: Any, least: int = 0, most: int = (1 << 63) - 1) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} = {value!r}; expected {least} to {most}")
 
 
 def newest(folder: Path, uuid: bytes) -> tuple[State | None, list[CorruptionError]]:

@@ -13,6 +13,7 @@ import pytest
 from expbuf_core import segments
 from expbuf_core.builtin.exact import ExactIndexBackend, ExactSettings
 from expbuf_core.contracts import IndexContext
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, StorageError
 from expbuf_core.filesystem import FileSystem
 from expbuf_core.segments import Manifest, OpenSegment, SegmentInfo
@@ -231,8 +232,6 @@ def test_what_is_no_manifest(tmp_path: Path, text: str) -> None:
 
 
 def test_a_manifest_with_a_fitting_checksum_and_no_sense(tmp_path: Path) -> None:
-    from zlib import crc32
-
     bodies: list[Any] = [
         [],
         7,
@@ -247,6 +246,46 @@ def test_a_manifest_with_a_fitting_checksum_and_no_sense(tmp_path: Path) -> None
         (tmp_path / "manifest.json").write_text(json.dumps(document))
         with pytest.raises(CorruptionError):
             segments.read_manifest(tmp_path)
+
+
+NONSENSE: list[tuple[str, Any]] = [
+    ("lsn", 1 << 70),
+    ("lsn", -1),
+    ("generation", 1 << 70),
+    ("dim", "x"),
+    ("metric", 7),
+    ("representation", 5),
+    ("segments.rows", -1),
+    ("segments.rows", True),
+    ("segments.name", "../expbuf.json"),
+    ("segments.name", "a/b\0c"),
+    ("segments.name", "x" * 5000),
+    ("segments.backend", "../x"),
+    ("segments.first_id", 1 << 70),
+    ("segments.vectors_bytes", "x"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), NONSENSE)
+def test_a_manifest_that_names_what_cannot_be(tmp_path: Path, key: str, value: Any) -> None:
+    segments.write_manifest(tmp_path, manifest(write(tmp_path)), FileSystem())
+    path = tmp_path / "manifest.json"
+    document = json.loads(path.read_bytes())
+    outer, _, last = key.rpartition(".")
+    facts = document["manifest"]["segments"][0] if outer else document["manifest"]
+    facts[last] = value
+    document["crc"] = crc32(json.dumps(document["manifest"], sort_keys=True).encode())
+    path.write_text(json.dumps(document))
+    with pytest.raises(CorruptionError, match=f"{last} = "):
+        segments.read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"rows": 3}, {"first_id": 11}, {"end_id": 12}])
+def test_a_segment_of_other_ids_than_listed(tmp_path: Path, wrong: dict[str, int]) -> None:
+    """Searches would miss what is in it."""
+    info = write(tmp_path)._replace(**wrong)
+    with pytest.raises(CorruptionError, match="other ids"):
+        open_it(tmp_path, info)
 
 
 def test_unlisted_files_go(tmp_path: Path) -> None:

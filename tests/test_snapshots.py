@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from expbuf_core import codec, snapshots
 from expbuf_core.codec import AddBody
 from expbuf_core.contracts import LoggedOperation
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError, StorageError, StorageFull
 from expbuf_core.filesystem import FileSystem
 from expbuf_core.state import State
@@ -106,8 +109,6 @@ def test_a_stranger_or_a_wrong_name_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_newer_version_is_told(tmp_path: Path) -> None:
-    from zlib import crc32
-
     path = write(tmp_path, 9)
     raw = bytearray(path.read_bytes())
     raw[8] = 9
@@ -118,6 +119,85 @@ def test_a_newer_version_is_told(tmp_path: Path) -> None:
         snapshots.read(tmp_path, 9, UUID)
     with pytest.raises(FormatVersionError):  # never passed over for an older one
         snapshots.newest(tmp_path, UUID)
+
+
+def rewritten(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change the tree, with all checksums right."""
+    raw, size = path.read_bytes(), snapshots._HEADER.size
+    magic, version, _, tree_bytes, uuid, _ = snapshots._HEADER.unpack_from(raw)
+    tree = json.loads(raw[size : size + tree_bytes])
+    edit(tree)
+    text = json.dumps(tree).encode()
+    head = struct.pack("<8sIIQ16s", magic, version, crc32(text), len(text), uuid)
+    head += struct.pack("<I", crc32(head))
+    path.write_bytes(head + text + raw[size + tree_bytes :])
+
+
+NONSENSE: list[tuple[str, Any]] = [
+    ("next_id", 1 << 70),
+    ("next_id", -1),
+    ("next_id", 0),
+    ("next_id", "x"),
+    ("reserved_id", 1 << 70),
+    ("total_added", -5),
+    ("total_added", True),
+    ("receipts_horizon", "a"),
+    ("receipts", 5),
+    ("receipts", [["zz", 1]]),
+    ("receipts", [["00", "x"]]),
+    ("rewards", {"x": {"a": 1}}),
+    ("rewards", {"5": {"a": "b"}}),
+    ("tag_sets", []),
+    ("tag_sets", {}),
+    ("settings", {}),
+    ("settings", None),
+    ("settings.max_size", 0),
+    ("settings.max_size", 10**30),
+    ("settings.metric", "zzz"),
+    ("settings.metric", []),
+    ("settings.representation", 1 << 40),
+    ("settings.v_dim", 1 << 40),
+    ("settings.fusion", None),
+    ("settings.fusion", {"name": 1, "version": 1, "settings": {}}),
+    ("columns", {}),
+    ("columns", 5),
+    ("columns.id", ["|O", 5, 0]),
+    ("columns.id", ["<i8", 1 << 60, 0]),
+    ("columns.id", ["<i8", -1, 0]),
+    ("columns.id", ["zz", 1, 0]),
+    ("columns.flags", ["|u1", 0, 0]),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), NONSENSE)
+def test_a_tree_that_makes_no_sense(tmp_path: Path, key: str, value: Any) -> None:
+    """With all checksums right: damage like any other, and the older snapshot is used."""
+
+    def edit(tree: dict[str, Any]) -> None:
+        *outer, last = key.split(".")
+        (tree[outer[0]] if outer else tree)[last] = value
+
+    write(tmp_path, 9)
+    path = write(tmp_path, 20)
+    rewritten(path, lambda tree: None)
+    assert same(snapshots.read(tmp_path, 20, UUID), state(20))
+    rewritten(path, edit)
+    with pytest.raises(CorruptionError, match="offset") as caught:
+        snapshots.read(tmp_path, 20, UUID)
+    assert (caught.value.path, caught.value.lsn) == (str(path), 20)
+    found, errors = snapshots.newest(tmp_path, UUID)
+    assert found is not None
+    assert (found.lsn, len(errors)) == (9, 1)
+
+
+def test_a_tree_that_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path, 9)
+    raw, size = path.read_bytes(), snapshots._HEADER.size
+    text = b"[" * 100_000
+    head = struct.pack("<8sIIQ16s", raw[:8], 1, crc32(text), len(text), UUID)
+    path.write_bytes(head + struct.pack("<I", crc32(head)) + text + raw[size:])
+    with pytest.raises(CorruptionError, match="makes no sense"):
+        snapshots.read(tmp_path, 9, UUID)
 
 
 def test_the_newest_intact_one_is_found(tmp_path: Path) -> None:

@@ -92,22 +92,28 @@ def read_header(fd: int, path: Path, uuid: bytes | None) -> FileHeader:
         )
     (stored,) = _CRC.unpack_from(raw, end)
     magic, version, log, number, size, owner, salt, flags = _HEADER.unpack_from(raw)
-    if stored != crc32(raw[:end]) or raw[end + 4 :].strip(b"\0"):
+    if stored != crc32(raw[:end]):
         raise CorruptionError(
             f"{path.name}: checksum mismatch in the file header (offset 0): stored {stored:08x}, "
             f"computed {crc32(raw[:end]):08x}; run `expbuf verify`",
             path=path,
             offset=0,
         )
+    if behind := raw[end + 4 :].lstrip(b"\0"):
+        at = HEADER_BYTES - len(behind)
+        raise CorruptionError(
+            f"{path.name}: byte {behind[0]:#04x} at offset {at}, where only zeros are behind the "
+            "header; run `expbuf verify`",
+            path=path,
+            offset=at,
+        )
     if magic != _MAGIC or version > VERSION:
         raise FormatVersionError(
             f"{path.name}: log format {magic!r} version {version}; this expbuf reads version "
             f"{VERSION}"
         )
-    if (
-        owner != (uuid or owner)
-        or path.name != path_of(path.parent, (DATA, INDEX)[log], number).name
-    ):
+    names = [path_of(path.parent, each, number).name for each in (DATA, INDEX)]
+    if owner != (uuid or owner) or path.name not in names[log : log + 1]:
         raise CorruptionError(
             f"{path.name}: belongs to another buffer or place (number {number}); it was copied or "
             "renamed",

@@ -25,6 +25,7 @@ from expbuf_core.contracts import (
     Stamped,
     one_by_one,
 )
+from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, StorageFull
 from expbuf_core.filesystem import FileSystem
 from expbuf_core.testing.faults import FaultyFileSystem, unreadable
@@ -763,6 +764,28 @@ def test_a_tail_that_cannot_be_read_is_not_taken_for_unused_room(folder: Folder)
             *range(1, lsn + 1)
         ]
         assert any(place.torn and place.first_lsn == lsn + 1 for place in damage) == lost
+
+
+def test_a_header_that_is_wrong_says_where(folder: Folder) -> None:
+    """A checksum that does not match is told with both; a right one is no reason to believe it."""
+    folder.new()
+    path = folder.file(1)
+    right = path.read_bytes()
+
+    def refused(at: int, value: int, *, sealed: bool) -> CorruptionError:
+        raw = bytearray(right)
+        raw[at] = value
+        if sealed:
+            raw[72:76] = crc32(raw[:72]).to_bytes(4, "little")
+        path.write_bytes(raw)
+        with pytest.raises(CorruptionError) as caught:
+            folder.recover()
+        return caught.value
+
+    assert "checksum mismatch" in str(refused(40, 1, sealed=False))
+    error = refused(2000, 1, sealed=False)
+    assert (error.offset, "0x01 at offset 2000" in str(error)) == (2000, True)
+    assert "another buffer or place" in str(refused(12, 5, sealed=True))  # which log
 
 
 def test_starting_anew_drops_what_was_left_out(folder: Folder) -> None:
