@@ -13,20 +13,49 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from expbuf_core import control as c
 from expbuf_core import idle
-from expbuf_core.errors import ExpbufError, LockTimeout
+from expbuf_core.config_schema import BufferConfig, load_config
+from expbuf_core.errors import ConfigError, ExpbufError, LockTimeout
 from expbuf_core.upkeep import builder_program
 
 _log = logging.getLogger("expbuf")
 _POLL_S = 0.05
 _PATIENCE_S = 20.0
 _SHARE = 1 / 8
+_TAKEN = ("index", "snapshot", "lock_timeout_s")
+_OF_THE_BUFFER = {"max_size", "receipts_kept", "embedding", "fusion"}
+
+
+def builder_config(given: Mapping[str, Any] | None) -> BufferConfig:
+    """The configuration of a builder. It never changes what the buffer is.
+
+    Whoever opens a buffer with a smaller `max_size` evicts. That is for the programs that use it:
+    here no such key may be given, and one in the environment does not count.
+
+    Args:
+        given: Sections `index` and `snapshot`, and `lock_timeout_s`.
+
+    Raises:
+        ConfigError: There is something else in it, or a value is wrong.
+    """
+    if not isinstance(given, Mapping | None):
+        raise ConfigError(f"expected a mapping of sections, found a {type(given).__name__}")
+    for key in given or {}:
+        if key not in _TAKEN:
+            raise ConfigError(
+                f"{key}: not for a builder, which takes only {', '.join(_TAKEN)}; the rest is for "
+                "the programs that use the buffer",
+                key=str(key),
+            )
+    return load_config(
+        load_config(given).model_dump(exclude_unset=True, exclude=_OF_THE_BUFFER), env={}
+    )
 
 
 class IndexBuilder:
@@ -34,13 +63,13 @@ class IndexBuilder:
 
     Args:
         path: Folder of the buffer.
-        config: Sections `index` and `snapshot` of the configuration.
+        config: As for `builder_config`.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: dict[str, Any] | None = None) -> None:
         from expbuf_core.buffer import ExperienceBuffer
 
-        self.buffer = ExperienceBuffer.load_from_disk(path, config=config or {})
+        self.buffer = ExperienceBuffer.load_from_disk(path, config=builder_config(config))
         self._session = self.buffer._live()
 
     def run(self, *, idle_s: float) -> int:
@@ -106,7 +135,7 @@ def main(
         hurry: Compete for processors, if at the lowest priority.
     """
     os.nice(19)
-    logging.basicConfig(level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="expbuf: %(message)s")  # as the commands do
     try:
         builder = IndexBuilder(path, json.loads(config) if config else None)
     except (ExpbufError, LockTimeout) as exc:

@@ -440,6 +440,9 @@ def test_migrate_names_those_who_go_on_with_the_old_one(run: Run, buffer: Path, 
         (("builder", "memory", "--idle-s", -1), "at least 0"),
         (("builder", "memory", "--idle-s", "nan"), "at least 0"),
         (("builder", "memory", "--config", "{bad"), "expected JSON"),
+        (("builder", "memory", "--config", "[1]"), "expected a mapping of sections"),
+        (("builder", "memory", "--config", '{"max_size": 1}'), "max_size: not for a builder"),
+        (("builder", "memory", "--config", '{"index": {"seed": -1}}'), "index.seed = -1"),
         (("init", "new", "--v-dim", -1), "at least 0"),
         (("export", "memory", "memory.csv"), "no format for .csv"),
         (("import", "made", "new", "--skip", -1), "at least 0"),
@@ -454,6 +457,13 @@ def test_arguments_that_make_no_sense(
     assert done.code == 2
     assert word in done.err
     assert sorted(path.name for path in buffer.parent.iterdir()) == before
+
+
+def test_errors_of_the_builder_look_like_all_others(buffer: Path) -> None:
+    command = [sys.executable, "-m", "expbuf_core", "builder", str(buffer / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("expbuf: the index builder cannot open ")
 
 
 def test_what_is_named_must_be_there(run: Run, buffer: Path, home: Path) -> None:

@@ -34,7 +34,7 @@ def add_to(commands: Any) -> None:
 
     builder = commands.add_parser("builder", help="build the index whenever enough has changed")
     builder.add_argument("folder")
-    builder.add_argument("--config", metavar="JSON", help="sections of the configuration, as JSON")
+    builder.add_argument("--config", metavar="JSON", help="sections index and snapshot, as JSON")
     builder.add_argument(
         "--idle-s", type=idle_seconds, metavar="S", help="end after so many seconds without work"
     )
@@ -121,10 +121,14 @@ def _reindex(options: argparse.Namespace) -> int:
 
 
 def _builder(options: argparse.Namespace) -> int:
+    from expbuf_core.builder import builder_config
     from expbuf_core.builder import main as build
+    from expbuf_core.errors import ConfigError
 
     try:
-        json.loads(options.config or "{}")
+        builder_config(json.loads(options.config or "{}"))
+    except ConfigError as exc:
+        raise WrongUsage(f"argument --config: {exc}") from exc
     except ValueError as exc:
         raise WrongUsage(f"argument --config: expected JSON: {exc}") from exc
     return build(

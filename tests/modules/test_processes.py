@@ -37,6 +37,7 @@ from module_helpers import (
 from expbuf_core import (
     BufferClosed,
     BufferReplaced,
+    ConfigError,
     ExperienceBuffer,
     LockTimeout,
     StorageError,
@@ -731,6 +732,25 @@ def test_a_damaged_index_is_built_again_beside_one_that_is_open(
     assert late.stats()["index"]["tail_rows"] == 0
     for each in (buffer, other, late):
         assert all(finds(each, i) for i in range(60))
+
+
+def test_a_builder_changes_nothing_but_the_index(
+    open_buffer: OpenBuffer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A smaller `max_size` evicts: a builder refuses it, and one for programs is no matter."""
+    buffer = open_buffer()
+    add_all(buffer, range(20))
+    with pytest.raises(ConfigError, match="max_size: not for a builder, which takes only index"):
+        IndexBuilder(folder, {"max_size": 1})
+    monkeypatch.setenv("EXPBUF__MAX_SIZE", "1")
+    monkeypatch.setenv("EXPBUF__EMBEDDING__METRIC", "l2")
+    monkeypatch.setenv("EXPBUF__INDEX__REBUILD_EVERY", "7")
+    builder = IndexBuilder(folder, {"index": {"builder": "off"}})
+    assert builder.due()
+    assert builder.buffer.config.index.rebuild_every == 7
+    builder.close()
+    assert answers(buffer) == expected(range(20))
+    assert buffer.max_size == 1000
 
 
 def test_a_network_folder_is_refused_to_a_second_process(
