@@ -58,6 +58,7 @@ from expbuf_core.intake import (
     number,
     rewards,
     shown,
+    truth,
 )
 from expbuf_core.locks import holder
 from expbuf_core.opening import keeps_nothing
@@ -680,8 +681,7 @@ class ExperienceBuffer:
             InvalidExperience: The receipt is another buffer's, or a credit is out of bounds.
         """
         self._writer()
-        if not isinstance(success, bool | np.bool_ | int):  # a 0 or 1 of a dataset will do
-            raise InvalidExperience(f"success must be True or False, not {shown(success)}")
+        success = truth(success, "success")
         token, lsn = b"", 0
         if isinstance(receipt_or_ids, str):
             receipt_or_ids = Receipt.parse(receipt_or_ids)
@@ -711,7 +711,7 @@ class ExperienceBuffer:
         shares = _credits(credit, array)
         if not len(array):
             return 0
-        outcome = OutcomeBody(token or bytes(16), lsn, bool(success), array, shares)
+        outcome = OutcomeBody(token or bytes(16), lsn, success, array, shares)
         return session.commit(Draft(codec.encode_outcome(outcome), weight=0))[2]
 
     @_call

@@ -30,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from expbuf_core.config_schema import InferenceConfig
 from expbuf_core.errors import ConfigError, ExpbufError, InvalidExperience
 from expbuf_core.experience import Experience
+from expbuf_core.intake import shown, truth
 
 WRONG_WEIGHT = 0.5
 """Default weight of the evidence that an answer was wrong for a similar question."""
@@ -371,7 +372,8 @@ class TemporalEnsemble:
 
         Records the outcome if it is still open (`await_feedback`): success goes to the neighbours
         that spoke for the answer if it was right, and to none if not. Gives the stored experience
-        its reward, so that from now on it votes as known to be right or wrong.
+        its reward, so that from now on it votes as known to be right or wrong. A second verdict
+        that says the opposite changes this reward, but not what was counted for the neighbours.
 
         Args:
             consensus: As `answer` returned it.
@@ -379,14 +381,20 @@ class TemporalEnsemble:
             reward: Default: 1.0 if it was right, else -1.0.
 
         Raises:
+            InvalidExperience: `correct` is not True or False; nothing was written.
             ReceiptExpired: Too much has happened since; the reward was set, the outcome not.
             ExpbufError: The buffer cannot be written.
         """
+        if not isinstance(consensus, Consensus):
+            raise InvalidExperience(
+                f"feedback takes the Consensus that `answer` returned, not {shown(consensus)}"
+            )
+        correct = truth(correct, "correct")
         if consensus.experience_id is not None:
             value = reward if reward is not None else (1.0 if correct else -1.0)
             self.buffer.update_rewards([consensus.experience_id], [value])
         if consensus.used_memory and not consensus.recorded:
-            self._record(consensus, bool(correct))
+            self._record(consensus, correct)
 
     # ------------------------------------------------------------ steps
 

@@ -225,6 +225,19 @@ def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf
     return float(value)
 
 
+def truth(value: Any, name: str) -> bool:
+    """True or False; a 0 or 1 of a data set will do.
+
+    Raises:
+        InvalidExperience: It is something else.
+    """
+    if not isinstance(value, bool | np.bool_) and not (
+        isinstance(value, int | np.integer) and value in (0, 1)
+    ):
+        raise InvalidExperience(f"{name} must be True or False, not {shown(value)}")
+    return bool(value)
+
+
 def rewards(value: Any, where: str = "rewards") -> tuple[float, dict[str, float] | None]:
     """(total, components); NaN and None while unknown."""
     if value is None:

@@ -380,6 +380,21 @@ def test_feedback_without_memory_or_storage_writes_nothing_needless():
     assert memory.writes == [("add", 0), ("reward", 0, 1.0)]
 
 
+@pytest.mark.parametrize("bad", [None, "no", 0.5, math.nan, [], 2])
+def test_feedback_is_right_or_wrong_and_nothing_between(bad):
+    memory = Memory()
+    remember(memory, "yes")
+    ensemble = make(memory, await_feedback=True)
+    consensus = ask(ensemble)
+    before = list(memory.writes)
+    with pytest.raises(InvalidExperience, match="correct must be True or False"):
+        ensemble.feedback(consensus, bad)
+    with pytest.raises(InvalidExperience, match="the Consensus that `answer` returned"):
+        ensemble.feedback(bad, True)
+    assert memory.writes == before
+    ensemble.feedback(consensus, np.int64(1))
+
+
 def test_feedback_changes_the_next_vote():
     memory = Memory()
     ensemble = make(memory)

@@ -692,11 +692,21 @@ def test_a_message_is_short_whatever_the_value(buffer: ExperienceBuffer, bad: An
         assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("bad", [None, "yes", [True], np.zeros(2), 0.5])
+@pytest.mark.parametrize(
+    "bad", [None, "yes", [True], np.zeros(2), 0.5, np.nan, 2, -1, np.int64(2), 1.0, 10**400]
+)
 def test_success_is_true_or_false(buffer: ExperienceBuffer, bad: Any) -> None:
     add_all(buffer, range(1))
     with unchanged(buffer), pytest.raises(InvalidExperience, match="success must be"):
         buffer.record_outcome([0], success=bad)
+
+
+@pytest.mark.parametrize("good", [True, np.True_, 1, np.int64(1), np.uint8(1)])
+def test_success_may_be_a_0_or_1_of_a_data_set(buffer: ExperienceBuffer, good: Any) -> None:
+    id_ = buffer.add(experience(0))
+    buffer.record_outcome([id_], success=good)
+    buffer.record_outcome([id_], success=good * 0)
+    assert (buffer[id_].retrieval_count, buffer[id_].success_count) == (2, 1.0)
 
 
 def test_reembed_needs_a_function_and_a_name(buffer: ExperienceBuffer) -> None:
