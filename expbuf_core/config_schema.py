@@ -27,25 +27,17 @@ from pydantic import (
 
 from expbuf_core.errors import ConfigError
 from expbuf_core.plugins import KINDS, PluginRegistry, default_registry
-from expbuf_core.validation import validate
+from expbuf_core.validation import Float, Int, not_a_truth, validate
 
 SECTION = "experience_buffer"
 ENVIRONMENT = "EXPBUF__"
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):  # pydantic would read `yes` as 1
-        raise ValueError("must be a number, not true or false")
-    return value
 
 
 def _off(value: Any) -> Any:
     return "off" if value is False else value  # YAML 1.1 reads a bare `off` as false
 
 
-Int = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Bytes = Annotated[ByteSize, BeforeValidator(_number)]
+Bytes = Annotated[ByteSize, BeforeValidator(not_a_truth)]
 
 
 class _Section(BaseModel, extra="forbid", frozen=True, validate_default=True):
@@ -216,6 +208,7 @@ class SamplingConfig(_Section):
     samples_per_insert: Float | None = Field(
         None,
         gt=0,
+        le=1e9,
         description="Draws that `ReplayBatches` makes at most for each experience added.",
     )
     insert_wait_s: Float = Field(
@@ -275,7 +268,7 @@ class BufferConfig(_Section):
     max_size: Int = Field(
         100_000,
         ge=1,
-        le=1 << 62,
+        le=10**12,
         description="Most experiences held; the next one evicts the oldest.",
     )
     max_experience_bytes: Bytes = Field(
@@ -301,12 +294,12 @@ class BufferConfig(_Section):
         10.0, gt=0, le=60_000, description="Most milliseconds between flushes under group."
     )
     lock_timeout_s: Float = Field(
-        30.0, ge=0, description="Seconds to wait for another process before LockTimeout."
+        30.0, ge=0, le=1e9, description="Seconds to wait for another process before LockTimeout."
     )
     receipts_kept: Int = Field(
         10_000,
         ge=1,
-        le=1 << 62,
+        le=10**12,
         description="Receipts remembered, so that an outcome recorded twice counts once.",
     )
     embedding: EmbeddingConfig = Field(

@@ -5,14 +5,28 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from expbuf_core.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
+
+
+def not_a_truth(value: Any) -> Any:
+    """What pydantic gets where a number is wanted: it would read `yes` as 1."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(not_a_truth)]
+"""A whole number of a configuration; also for the settings of plugins."""
+
+Float = Annotated[float, BeforeValidator(not_a_truth), Field(allow_inf_nan=False)]
+"""A finite number of a configuration; also for the settings of plugins."""
 
 
 class Key(NamedTuple):

@@ -229,6 +229,13 @@ def test_unknown_keys_name_the_nearest(key: str, hint: str) -> None:
     [
         ("max_size", 0),
         ("max_size", True),
+        ("max_size", 2**63),
+        ("max_size", 10**30),
+        ("lock_timeout_s", 1e10),
+        ("sampling.samples_per_insert", 1e300),
+        ("priority.weighted_sum.reward_weight", 1e300),
+        ("priority.weighted_sum.age_half_life_s", True),
+        ("fusion.weighted_sum.visual_weight", True),
         ("max_size", 1.5),
         ("max_size", "many"),
         ("max_size", None),

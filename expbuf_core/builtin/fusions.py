@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
 
+from expbuf_core.validation import Float
+
 # Squared lengths in between cannot have lost anything to float32's range.
 _SAFE = (1e-24, 1e30)
 
@@ -15,8 +17,8 @@ _SAFE = (1e-24, 1e30)
 class FusionSettings(BaseModel, extra="forbid", frozen=True):
     """How much each part counts."""
 
-    visual_weight: float = Field(0.7, ge=0, le=1, description="Weight of the visual embedding.")
-    question_weight: float = Field(0.3, ge=0, le=1, description="Weight of the question embedding.")
+    visual_weight: Float = Field(0.7, ge=0, le=1, description="Weight of the visual embedding.")
+    question_weight: Float = Field(0.3, ge=0, le=1, description="Weight of the question embedding.")
     normalize_parts: bool = Field(
         True,
         description="Scale each part to length 1 first; otherwise the longer part decides alone.",

@@ -12,25 +12,26 @@ from pydantic import BaseModel, Field
 
 from expbuf_core.contracts import ScoringBatch
 from expbuf_core.errors import InvalidExperience
+from expbuf_core.validation import Float
 
 
 class WeightedSumSettings(BaseModel, extra="forbid", frozen=True):
     """Weights of the three parts of the initial priority."""
 
-    uncertainty_weight: float = Field(
-        0.4, ge=0, allow_inf_nan=False, description="Weight of P_uncertainty, in [0, 1]."
+    uncertainty_weight: Float = Field(
+        0.4, ge=0, le=1e6, description="Weight of P_uncertainty, in [0, 1]."
     )
-    reward_weight: float = Field(
-        0.4, ge=0, allow_inf_nan=False, description="Weight of P_reward, |total reward| scaled."
+    reward_weight: Float = Field(
+        0.4, ge=0, le=1e6, description="Weight of P_reward, |total reward| scaled."
     )
-    age_weight: float = Field(
-        0.2, ge=0, allow_inf_nan=False, description="Weight of P_age, in [0, 1); 0 at insertion."
+    age_weight: Float = Field(
+        0.2, ge=0, le=1e6, description="Weight of P_age, in [0, 1); 0 at insertion."
     )
-    reward_scale: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="P_reward = reward_scale · |total reward|."
+    reward_scale: Float = Field(
+        1.0, gt=0, le=1e6, description="P_reward = reward_scale · |total reward|."
     )
-    age_half_life_s: float = Field(
-        86_400.0, gt=0, allow_inf_nan=False, description="Age in seconds at which P_age is 1/2."
+    age_half_life_s: Float = Field(
+        86_400.0, gt=0, description="Age in seconds at which P_age is 1/2."
     )
 
 
@@ -78,11 +79,11 @@ class WeightedSumScorer:
 class AbsoluteRewardSettings(BaseModel, extra="forbid", frozen=True):
     """Settings of `AbsoluteReward`."""
 
-    reward_scale: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="Priority for a total reward of 1 or −1."
+    reward_scale: Float = Field(
+        1.0, gt=0, le=1e6, description="Priority for a total reward of 1 or −1."
     )
-    floor: float = Field(
-        0.01, ge=0, allow_inf_nan=False, description="Added to every priority, also without reward."
+    floor: Float = Field(
+        0.01, ge=0, le=1e6, description="Added to every priority, also without reward."
     )
 
 
@@ -100,14 +101,14 @@ class AbsoluteReward:
 class TDErrorSettings(BaseModel, extra="forbid", frozen=True):
     """Settings of `TDError`."""
 
-    discount: float = Field(
+    discount: Float = Field(
         0.99, ge=0, le=1, description="What the value of the next state is multiplied by."
     )
-    reward_scale: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="What the total reward is multiplied by."
+    reward_scale: Float = Field(
+        1.0, gt=0, le=1e6, description="What the total reward is multiplied by."
     )
-    unknown: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="Priority as long as no TD error can be told."
+    unknown: Float = Field(
+        1.0, ge=0, le=1e6, description="Priority as long as no TD error can be told."
     )
 
 

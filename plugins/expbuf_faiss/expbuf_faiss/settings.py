@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from expbuf_core.validation import Int
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -38,18 +40,18 @@ class FaissSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     index: str = Field(default="auto", min_length=1)
-    nlist: int | None = Field(default=None, ge=1)
-    n_lists: int | None = Field(default=None, ge=1)
-    nprobe: int | None = Field(default=None, ge=1)
-    n_probes: int | None = Field(default=None, ge=1)
-    m: int | None = Field(default=None, ge=1)
-    nbits: int = Field(default=8, ge=1, le=12)
-    rerank: int | None = Field(default=None, ge=0)
-    train_rows_per_list: int = Field(default=64, ge=1)
-    train_iterations: int = Field(default=10, ge=1)
-    flat_below: int = Field(default=20_000, ge=1)
-    calibration_rows: int = Field(default=256, ge=16)
-    private_bytes: int = Field(default=1 << 25, ge=0)
+    nlist: Int | None = Field(default=None, ge=1)
+    n_lists: Int | None = Field(default=None, ge=1)
+    nprobe: Int | None = Field(default=None, ge=1)
+    n_probes: Int | None = Field(default=None, ge=1)
+    m: Int | None = Field(default=None, ge=1)
+    nbits: Int = Field(default=8, ge=1, le=12)
+    rerank: Int | None = Field(default=None, ge=0)
+    train_rows_per_list: Int = Field(default=64, ge=1, le=1 << 20)
+    train_iterations: Int = Field(default=10, ge=1, le=10_000)
+    flat_below: Int = Field(default=20_000, ge=1)
+    calibration_rows: Int = Field(default=256, ge=16)
+    private_bytes: Int = Field(default=1 << 25, ge=0)
     mmap: bool = True
 
     @model_validator(mode="after")

@@ -71,7 +71,18 @@ def test_both_names_of_a_setting() -> None:
         FaissSettings(nlist=8, n_lists=9)
 
 
-@pytest.mark.parametrize("wrong", [{"nlist": 0}, {"index": ""}, {"rerank": -1}, {"nlists": 5}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"nlist": 0},
+        {"index": ""},
+        {"rerank": -1},
+        {"nlists": 5},
+        {"nlist": True},
+        {"train_iterations": 10**30},
+        {"train_rows_per_list": 10**30},
+    ],
+)
 def test_wrong_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         FaissSettings.model_validate(wrong)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from expbuf_core.validation import Int
 from expbuf_faiss import FaissSettings
 
 
@@ -18,6 +19,6 @@ class FaissGpuSettings(FaissSettings):
             is slower. FAISS by itself would take 1.5 GB.
     """
 
-    device: int = Field(default=0, ge=0)
+    device: Int = Field(default=0, ge=0)
     float16: bool = False
-    temp_memory_bytes: int = Field(default=256 << 20, ge=0)
+    temp_memory_bytes: Int = Field(default=256 << 20, ge=0)

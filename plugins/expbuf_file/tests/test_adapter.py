@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from expbuf_core import ExperienceBuffer
 from expbuf_core.contracts import (
@@ -944,3 +945,9 @@ def test_what_another_process_deletes_gives_its_room_back(tmp_path: Path, mode: 
                 writer.save_snapshot()
                 assert deleted() <= 8
             assert len(list(path.glob("experience_data.*"))) < 8
+
+
+@pytest.mark.parametrize("wrong", [{"initial_bytes": 2**64}, {"segment_bytes": True}])
+def test_sizes_that_are_none_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        FileSettings.model_validate(wrong)

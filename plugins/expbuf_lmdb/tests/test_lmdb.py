@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from expbuf_core import Experience, ExperienceBuffer
+from expbuf_core.config_schema import load_config
 from expbuf_core.contracts import LogGone
 from expbuf_core.errors import (
     ConfigError,
@@ -90,6 +91,15 @@ def test_one_line_of_yaml(tmp_path: Path) -> None:
         assert buffer.get(0).answer == "answer 0"
     with pytest.raises(ConfigError, match="expbuf migrate"):
         ExperienceBuffer.open(tmp_path / "memory", persistence={"backend": "file"})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"map_bytes": 2**64}, {"stage_bytes": 2**64}, {"max_readers": 2**32}, {"max_readers": True}],
+)
+def test_sizes_beyond_any_machine_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"persistence.lmdb.{next(iter(wrong))} = "):
+        load_config({"persistence": {"lmdb": wrong}}, env={})
 
 
 def test_a_creation_that_died_is_taken_up(tmp_path: Path) -> None:
