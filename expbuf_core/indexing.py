@@ -28,6 +28,8 @@ from expbuf_core.crc import crc32
 from expbuf_core.errors import (
     BackendUnavailable,
     CorruptionError,
+    ExpbufError,
+    PluginContractError,
     PluginError,
     StorageError,
 )
@@ -89,12 +91,17 @@ class IndexChoice:
             settings = self._registry.settings("index", name, self._config.index.section(name))
             try:
                 backend = provider.factory(settings, self._context_of(name))
-            except (ImportError, RuntimeError, OSError) as exc:
-                if isinstance(exc, PluginError):
-                    raise
+            except ExpbufError:
+                raise
+            except Exception as exc:
                 raise BackendUnavailable(
                     f"the index backend {name!r} cannot run here: {type(exc).__name__}: {exc}"
                 ) from exc
+            if not isinstance(backend, IndexBackend):
+                raise PluginContractError(
+                    f"the index backend {name!r} made a {type(backend).__name__}; expected an "
+                    "IndexBackend"
+                )
             self._made[name] = backend
         return backend
 

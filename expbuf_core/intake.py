@@ -530,7 +530,12 @@ class Intake:
         return as_vectors(value, name, rank=rank, dim=dim)
 
     def query(self, v: Any, q: Any, hybrid: Any, *, rank: int) -> Vectors:
-        """Fused query vectors (m, dim); a part that is missing counts as zeros."""
+        """Fused query vectors (m, dim), read-only; a part that is missing counts as zeros."""
+        vectors = self._query(v, q, hybrid, rank=rank).view()
+        vectors.flags.writeable = False  # an index that writes into them would change the caller's
+        return vectors
+
+    def _query(self, v: Any, q: Any, hybrid: Any, *, rank: int) -> Vectors:
         if hybrid is not None:
             if v is not None or q is not None:
                 raise InvalidExperience("give either hybrid_embed, or v_embed and q_embed")

@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from expbuf_core.answers import Found, checked
 from expbuf_core.checksums import file_crc
 from expbuf_core.contracts import IndexBackend, IndexSegment
 from expbuf_core.crc import crc32
-from expbuf_core.errors import CorruptionError, StorageError
+from expbuf_core.errors import CorruptionError, ExpbufError, PluginContractError, StorageError
 from expbuf_core.filesystem import (
     FileSystem,
     is_damage,
@@ -127,6 +128,21 @@ class OpenSegment:
         self.live = live
         self.dead = int(len(live) - np.count_nonzero(live))
         self.bitmap = np.packbits(live, bitorder="little")
+        self._to_read = self.bitmap.view()  # for the index, which must not change it
+        self._to_read.flags.writeable = False
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.uint8] | None = None
+    ) -> Found:
+        """What the index finds, see `IndexSegment.search`; its arrays may come again.
+
+        Raises:
+            PluginContractError: It is no answer to this question.
+        """
+        if allowed is self.bitmap:
+            allowed = self._to_read
+        answer = self.index.search(queries, k, allowed)
+        return checked(answer, queries, k, self.info.backend, self.vectors)
 
     def remove(self, ids: NDArray[np.int64]) -> None:
         """Take rows out; ids that are not here, or are out already, are skipped."""
@@ -357,6 +373,7 @@ def open_segment(
 
     Raises:
         CorruptionError: Its files are not what was written.
+        PluginContractError: The backend opens no segment.
     """
     vectors_file = vectors_path(home, info.name)
     index_file = index_path(home, info.name, info.backend)
@@ -367,7 +384,7 @@ def open_segment(
             verifying = other.submit(_verify, vectors_file, *expected)
             try:
                 ids, vectors = map_vectors(vectors_file, dim)
-                index = backend.open(index_file, ids, vectors)
+                index = _open_index(backend, info.backend, index_file, ids, vectors)
             finally:
                 verifying.result()
     else:
@@ -375,7 +392,7 @@ def open_segment(
         if not verifies:
             _verify(index_file, info.index_bytes, info.index_crc, hurry=hurry)
         ids, vectors = map_vectors(vectors_file, dim)
-        index = backend.open(index_file, ids, vectors)
+        index = _open_index(backend, info.backend, index_file, ids, vectors)
     if not len(ids) or (info.rows, info.first_id) != (len(ids), ids[0]) or ids[-1] >= info.end_id:
         raise CorruptionError(
             f"{FOLDER}/{vectors_file.name}: holds other ids than {FOLDER}/{MANIFEST} says; the "
@@ -389,6 +406,29 @@ def open_segment(
     if next_id is not None:
         live |= ids >= next_id
     return OpenSegment(info, ids, vectors, index, live, filters, watch)
+
+
+def _open_index(
+    backend: IndexBackend,
+    name: str,
+    path: Path,
+    ids: NDArray[np.int64],
+    vectors: NDArray[np.float32],
+) -> IndexSegment:
+    try:
+        index = backend.open(path, ids, vectors)
+    except (ExpbufError, OSError, ValueError, RuntimeError):
+        raise
+    except Exception as exc:
+        raise PluginContractError(
+            f"the index backend {name!r} failed to open {path.name}: {type(exc).__name__}: {exc}"
+        ) from exc
+    if not isinstance(index, IndexSegment):
+        raise PluginContractError(
+            f"the index backend {name!r} opened {path.name} as a {type(index).__name__}; expected "
+            "an IndexSegment"
+        )
+    return index
 
 
 def rows_of(here: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.intp]:

@@ -548,9 +548,9 @@ def _nothing(m: int, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
 def _merged(
     parts: list[tuple[NDArray[np.int64], NDArray[np.float32]]], k: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The k most similar of what at least one tier has found."""
-    if len(parts) == 1:
-        return parts[0]
+    """The k most similar of what at least one tier has found, in arrays of their own."""
+    if len(parts) == 1:  # an index may use its arrays again
+        return parts[0][0].copy(), parts[0][1].copy()
     ids = np.concatenate([part[0] for part in parts], axis=1)
     similarities = np.concatenate([part[1] for part in parts], axis=1)
     return best(ids, similarities, k)
@@ -595,7 +595,7 @@ def _search_segment(
     filtered = count < rows
     if not segment.filters:
         return _search_unfiltered(segment, metric, queries, k, live, wanted)
-    ids, similarities = segment.index.search(queries, k, bitmap if filtered else None)
+    ids, similarities = segment.search(queries, k, bitmap if filtered else None)
     return _complete(segment, metric, queries, k, live, wanted, ids, similarities)
 
 
@@ -611,7 +611,7 @@ def _search_unfiltered(
     rows = segment.info.rows
     ask = k
     while True:
-        ids, similarities = segment.index.search(queries, min(ask, rows), None)
+        ids, similarities = segment.search(queries, min(ask, rows))
         at = np.searchsorted(segment.ids, ids)
         at[at == rows] = 0
         good = (ids >= 0) & (segment.ids[at] == ids) & live[at]
@@ -643,6 +643,7 @@ def _complete(
     if wanted and ids[:, wanted - 1].min(initial=0) < 0:
         short = np.flatnonzero(ids[:, wanted - 1] < 0)
         exact_rows, exact = exact_search(segment.vectors, None, queries[short], k, metric, live)
+        ids, similarities = ids.copy(), similarities.copy()  # these are the index's own
         ids[short] = _ids_at(segment.ids, exact_rows)
         similarities[short] = exact
     return ids, similarities

@@ -115,6 +115,14 @@ class PadsWithZeros(Right):
         return np.where(ids < 0, 0, ids), similarities
 
 
+class UsesItsArraysAgain(Right):
+    def search(self, queries: Any, k: int, allowed: Any) -> Any:
+        found = super().search(queries, k, allowed)
+        kept = self.__dict__.setdefault("kept", {}).setdefault(found[0].shape, found)
+        kept[0][:], kept[1][:] = found
+        return kept
+
+
 class Unsorted(Right):
     def search(self, queries: Any, k: int, allowed: Any) -> Any:
         ids, similarities = super().search(queries, k, allowed)
@@ -348,6 +356,7 @@ BUGS: list[tuple[type[IndexSegment] | type[IndexBackend], str]] = [
     (KnowsItsPath, "x31"),
     (ChangesQueries, "x32"),
     (PretendsToServeAll, "x13"),
+    (UsesItsArraysAgain, "x14"),
     (BelievesAnyFile, "x34"),
     (DiesOfDamage, "x35"),
     (OddFacts, "x36"),

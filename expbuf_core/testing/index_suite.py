@@ -182,6 +182,15 @@ class IndexSuite(Suite):
         with pytest.raises(BackendUnavailable, match=metric):
             self.backend(metric)
 
+    def test_x14_results_are_the_callers(self, tmp_path: Path) -> None:
+        """X14: what a search returned stays as it is when others follow."""
+        case = self.case(tmp_path)
+        for queries in (case.queries[:1], case.queries):
+            found = case.segment.search(queries, 10, None)
+            before = found[0].copy(), found[1].copy()
+            case.segment.search(np.ascontiguousarray(-queries), 10, None)
+            assert _identical(before, found), "a later search has changed an earlier result"
+
     # ------------------------------------------------------------ allowed rows
 
     @each_metric
