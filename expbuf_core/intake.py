@@ -120,6 +120,13 @@ def as_vectors(value: Any, name: str, *, rank: int, dim: int | None) -> Vectors:
     return array
 
 
+def to_read(array: NDArray[Any]) -> NDArray[Any]:
+    """The same for a plugin, which must not change it: it may be the caller's, or be stored."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 def _sum_of_squares(array: Vectors) -> float:
     """Of a C-contiguous array; unlike `@`, this overflows without a warning.
 
@@ -178,7 +185,7 @@ def normalised(vectors: Vectors) -> Vectors:
 
 def fuse(fusion: EmbeddingFusion, metric: str, v: Vectors, q: Vectors, dim: int) -> Vectors:
     """Fused vectors as they are indexed: (n, dim) float32, normalised under cosine."""
-    fused = np.asarray(fusion(v, q))
+    fused = np.asarray(fusion(to_read(v), to_read(q)))
     if fused.shape != (len(v), dim) or fused.dtype != _FLOAT32:
         raise PluginContractError(
             f"fusion {type(fusion).__name__} returned {fused.dtype} {fused.shape}; expected "
@@ -294,7 +301,7 @@ def _probabilities(value: Any, name: str = "probabilities") -> NDArray[np.float3
     total = float(array.sum(dtype=np.float64))
     if array.min() < 0 or abs(total - 1.0) > 1e-2:
         raise InvalidExperience(f"{name}: must not be negative and must sum to 1, not to {total:g}")
-    return array
+    return to_read(array)
 
 
 def listed(values: Any, name: str) -> list[Any]:
@@ -531,9 +538,7 @@ class Intake:
 
     def query(self, v: Any, q: Any, hybrid: Any, *, rank: int) -> Vectors:
         """Fused query vectors (m, dim), read-only; a part that is missing counts as zeros."""
-        vectors = self._query(v, q, hybrid, rank=rank).view()
-        vectors.flags.writeable = False  # an index that writes into them would change the caller's
-        return vectors
+        return to_read(self._query(v, q, hybrid, rank=rank))
 
     def _query(self, v: Any, q: Any, hybrid: Any, *, rank: int) -> Vectors:
         if hybrid is not None:
@@ -580,7 +585,7 @@ class Intake:
             if np.isinf(total).any():
                 finite32(reward[~unknown], "rewards")
             batch = ScoringBatch(
-                confidence=confidence,
+                confidence=to_read(confidence),
                 total_reward=total,
                 reward_known=~unknown,
                 probabilities=probabilities,

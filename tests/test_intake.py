@@ -219,3 +219,36 @@ def test_what_are_no_ids_is_refused(ids: Any) -> None:
 def test_what_are_no_priorities_is_refused(values: Any) -> None:
     with pytest.raises(InvalidExperience):
         checked_priorities(values, len(values))
+
+
+def test_plugins_cannot_change_what_they_are_given() -> None:
+    """It may be the caller's, and it is stored."""
+
+    class Scribbler(WeightedSum):
+        def __call__(self, v: Any, q: Any) -> Any:
+            refuses(v, q)
+            return super().__call__(v, q)
+
+    def scorer(batch: Any) -> Any:
+        refuses(batch.confidence if len(batch) > 1 else None, *batch.probabilities)
+        return np.ones(len(batch))
+
+    refused = []
+
+    def refuses(*arrays: Any) -> None:
+        for array in arrays:
+            if array is not None:
+                with pytest.raises(ValueError, match="read-only"):
+                    array[:] = 0
+                refused.append(array)
+
+    made = intake(scorer, Scribbler(FusionSettings()))
+    p = np.array([0.5, 0.5], np.float32)
+    v, q, many = V.copy(), Q.copy(), np.stack([V, V])
+    made.one(Experience(v_embed=v, q_embed=q, probabilities=p), None)
+    made.many([Experience(v_embed=v, q_embed=q, probabilities=p)] * 2, None)
+    made.columns({"v_embed": many, "q_embed": many, "confidence": np.ones(2)}, None)
+    made.query(v, q, None, rank=1)
+    assert len(refused) == 3 + 5 + 3 + 2
+    for array in (v, q, many, p):
+        array += 0  # still the caller's to change

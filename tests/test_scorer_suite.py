@@ -193,6 +193,21 @@ class StartsThreads(Sound):
         threading.Thread(target=self.stop.wait, daemon=True).start()
 
 
+class MarksMetadata(Sound):
+    def __call__(self, batch: ScoringBatch) -> Any:
+        for metadata in batch.metadata:
+            if metadata is not None:
+                metadata["seen"] = True  # type: ignore[index]
+        return super().__call__(batch)
+
+
+class MarksMetadataOneByOne(OneByOne):
+    def one(self, *, metadata: Any, **rest: Any) -> Any:
+        if metadata is not None:
+            metadata["nested"] = None
+        return super().one(**rest)
+
+
 class IgnoresTheAge(OneByOne):
     def one(self, *, age: float, **rest: Any) -> Any:
         return super().one(age=0.0, **rest)
@@ -217,6 +232,8 @@ BUGS: list[tuple[type[Sound], str]] = [
     (Counts, "s2"),
     (WorksInPlace, "s3"),
     (SmoothsProbabilities, "s3"),
+    (MarksMetadata, "s3"),
+    (MarksMetadataOneByOne, "s3"),
     (Remembers, "s3"),
     (Scratch, "s4"),
     (Counts, "s5"),

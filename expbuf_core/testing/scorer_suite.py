@@ -16,7 +16,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, ClassVar, cast
 
@@ -39,14 +39,18 @@ class ScorerSuite(Suite):
     Attributes:
         provider: The scorer's name, or its `ScorerProvider`.
         settings: Its section of the configuration.
-        metadata: What the experiences of S1 to S4 and S7 carry, in turn, for a scorer that looks
-            at it.
+        metadata: What the experiences of S1 to S4, S7 and S9 carry, in turn, for a scorer that
+            looks at it. Default: something that means nothing to any.
         limit_s: S7: what 100,000 experiences may take.
     """
 
     kind = "priority"
     provider: ClassVar[str | ScorerProvider] = ""
-    metadata: ClassVar[Sequence[Mapping[str, Any] | None]] = ()
+    metadata: ClassVar[Sequence[Mapping[str, Any] | None]] = (
+        {"source": "suite", "nested": {"parts": [1, 2]}},
+        None,
+        {},
+    )
     limit_s: ClassVar[float] = 2.0
 
     @pytest.mark.parametrize("n", [1, 2, 33, 1000])
@@ -84,9 +88,12 @@ class ScorerSuite(Suite):
 
     def test_s3_arguments_stay_as_they_are(self) -> None:
         """S3: nothing that it is given is changed, or need be writable."""
-        batch = self.batch(40)
+        scorer, batch = self.scorer(), self.batch(40)
         before = copy.deepcopy(batch)
         self.scores(batch)
+        if (one := getattr(scorer, "one", None)) is not None:
+            for i in range(len(batch)):
+                _ask(one, batch, i)
         for field in fields(ScoringBatch):
             assert _same(getattr(batch, field.name), getattr(before, field.name)), (
                 f"{field.name} was changed"
@@ -209,14 +216,7 @@ class ScorerSuite(Suite):
             batch = replace(batch, age=age)
             wanted = self.scores(batch)
             for i in range(n):
-                found = one(
-                    confidence=float(batch.confidence[i]),
-                    total_reward=float(batch.total_reward[i]),
-                    reward_known=bool(batch.reward_known[i]),
-                    probabilities=batch.probabilities[i],
-                    age=float(batch.age[i]),
-                    metadata=batch.metadata[i] if batch.metadata else None,
-                )
+                found = _ask(one, batch, i)
                 assert found is None or type(found) is float, f"`one` returned {found!r}"
                 assert found is None or np.isclose(found, wanted[i], rtol=1e-6, atol=0), (
                     f"`one` says {found}, the batch {wanted[i]}"
@@ -283,6 +283,18 @@ def pick(batch: ScoringBatch, rows: Sequence[int]) -> ScoringBatch:
 def _experience(draw: np.random.Generator, **fields: Any) -> Experience:
     v, q = draw.standard_normal((2, 8), dtype=np.float32)
     return Experience(v_embed=v, q_embed=q, **fields)
+
+
+def _ask(one: Callable[..., Any], batch: ScoringBatch, i: int) -> Any:
+    """What the method `one` says of the i-th of a batch."""
+    return one(
+        confidence=float(batch.confidence[i]),
+        total_reward=float(batch.total_reward[i]),
+        reward_known=bool(batch.reward_known[i]),
+        probabilities=batch.probabilities[i],
+        age=float(batch.age[i]),
+        metadata=batch.metadata[i] if batch.metadata else None,
+    )
 
 
 def _arrays(batch: ScoringBatch) -> list[NDArray[Any]]:
