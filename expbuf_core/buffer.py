@@ -1246,6 +1246,7 @@ def _first_intake(session: Session, v: Any, q: Any, *, rank: int) -> Intake:
             metric=str(settings["metric"]),
             fusion=session.fusion,
             scorer=session.scorer,
+            names=(str(settings["fusion"]["name"]), session.config.priority.backend),
             max_experience_bytes=session.config.max_experience_bytes,
             max_commit_bytes=session.config.max_commit_bytes,
         )

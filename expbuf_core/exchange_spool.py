@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from expbuf_core import codec, frames
 from expbuf_core.config_schema import BufferConfig
-from expbuf_core.contracts import Buffer, FusionProvider, Pin
+from expbuf_core.contracts import Buffer, Pin
 from expbuf_core.errors import ConfigError, InvalidExperience, StorageError
 from expbuf_core.exchange_formats import Reader
 from expbuf_core.exchange_records import Item
 from expbuf_core.experience import Experience
 from expbuf_core.filesystem import storage_errors
-from expbuf_core.intake import Intake
+from expbuf_core.intake import Intake, fused_dim
 from expbuf_core.plugins import PluginRegistry
 from expbuf_core.state import State
 from expbuf_core.transfer import Content, Progress
@@ -127,14 +127,14 @@ class Spool:
             choice = options.fusion
             section = choice.section(choice.backend)
             settings = self._registry.settings("fusion", choice.backend, section)
-            provider = cast("FusionProvider", self._registry.get("fusion", choice.backend))
+            fusion = self._registry.make("fusion", choice.backend, settings)
             given = {
                 "v_dim": v_dim,
                 "q_dim": q_dim,
                 "metric": options.embedding.metric,
                 "fusion": {
                     "name": choice.backend,
-                    "version": int(provider.factory(settings).version),
+                    "version": int(fusion.version),
                     "settings": settings.model_dump(mode="json"),
                 },
                 "max_size": max(options.max_size, self._reader.count),
@@ -149,8 +149,9 @@ class Spool:
         dims = [0 if x is None else int(np.shape(x)[-1]) for x in (e.v_embed, e.q_embed)]
         settings, registry = self._settings(*dims), self._registry
         fusion = settings["fusion"]
-        provider = cast("FusionProvider", registry.get("fusion", str(fusion["name"])))
-        fuse = provider.factory(registry.settings("fusion", fusion["name"], fusion["settings"]))
+        name = str(fusion["name"])
+        model = registry.settings("fusion", name, fusion["settings"])
+        fuse = registry.make("fusion", name, model)
         if int(fuse.version) != fusion["version"]:
             raise StorageError(
                 f"the source was written with version {fusion['version']} of the fusion "
@@ -158,10 +159,9 @@ class Spool:
                 "into a new buffer"
             )
         choice = self._options.priority
-        scorer = registry.get("priority", choice.backend)
         section = choice.section(choice.backend)
         try:
-            fuse.output_dim(*dims)
+            fused_dim(fuse, dims[0], dims[1], name)
         except ValueError as exc:
             raise ConfigError(
                 f"{exc}: the source does not say which fusion its buffer had, so that is the "
@@ -173,11 +173,14 @@ class Spool:
             q_dim=dims[1],
             metric=str(settings["metric"]),
             fusion=fuse,
-            scorer=cast("Any", scorer).factory(
-                registry.settings("priority", choice.backend, section)
+            scorer=registry.make(
+                "priority",
+                choice.backend,
+                registry.settings("priority", choice.backend, section),
             ),
             max_experience_bytes=1 << 30,
             max_commit_bytes=1 << 40,
+            names=(name, choice.backend),
         )
         self.dim = intake.dim
         return intake

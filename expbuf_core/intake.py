@@ -18,7 +18,12 @@ from expbuf_core import codec
 from expbuf_core.codec import AddBody
 from expbuf_core.commit import Draft, draft_rows
 from expbuf_core.contracts import EmbeddingFusion, PriorityScorer, ScoringBatch
-from expbuf_core.errors import DimensionError, InvalidExperience, PluginContractError
+from expbuf_core.errors import (
+    DimensionError,
+    ExpbufError,
+    InvalidExperience,
+    PluginContractError,
+)
 from expbuf_core.experience import Experience
 
 Vectors = NDArray[np.float32]
@@ -30,6 +35,7 @@ _MOST_DRAWN = 1 << 31
 _SHOWN = 80  # characters of a value in a message
 _SAFE = (1e-24, 1e30)  # squared lengths in between have lost nothing to float32's range
 _LARGEST = float(np.finfo(np.float32).max)
+_ORDINARY = 1e12  # the size of numbers of which a fusion can make finite ones
 
 COLUMNS = (
     "v_embed",
@@ -183,20 +189,82 @@ def normalised(vectors: Vectors) -> Vectors:
     return wide.astype(np.float32)
 
 
-def fuse(fusion: EmbeddingFusion, metric: str, v: Vectors, q: Vectors, dim: int) -> Vectors:
-    """Fused vectors as they are indexed: (n, dim) float32, normalised under cosine."""
-    fused = np.asarray(fusion(to_read(v), to_read(q)))
-    if fused.shape != (len(v), dim) or fused.dtype != _FLOAT32:
+def _plugin(noun: str, name: str, plugin: object) -> str:
+    """A plugin in a message."""
+    named = f"the {noun} {name!r}" if name else f"the {noun}"
+    return f"{named} ({type(plugin).__name__})"
+
+
+def _as_array(found: Any, who: str, wanted: str) -> NDArray[Any]:
+    """What a plugin has returned, as an array."""
+    try:
+        return np.asarray(found)
+    except (TypeError, ValueError, OverflowError) as exc:  # ragged, or it cannot be read
+        raise PluginContractError(f"{who} returned {shown(found)}; expected {wanted}") from exc
+
+
+def fused_dim(fusion: EmbeddingFusion, v_dim: int, q_dim: int, name: str = "") -> int:
+    """Dimension of the fused vectors. `name`: of the fusion, for messages.
+
+    Raises:
+        ValueError: The fusion does not take these dimensions, and says why.
+        PluginContractError: It says something else than a dimension.
+    """
+    who = _plugin("embedding fusion", name, fusion)
+    try:
+        dim = fusion.output_dim(v_dim, q_dim)
+    except (ExpbufError, ValueError):
+        raise
+    except Exception as exc:
         raise PluginContractError(
-            f"fusion {type(fusion).__name__} returned {fused.dtype} {fused.shape}; expected "
-            f"float32 {(len(v), dim)}"
+            f"{who} failed in output_dim({v_dim}, {q_dim}): {type(exc).__name__}: {exc}; expected "
+            "a dimension, or a ValueError that says why there is none"
+        ) from exc
+    if not isinstance(dim, int | np.integer) or isinstance(dim, bool) or dim < 1:
+        raise PluginContractError(
+            f"{who} returned {shown(dim)} from output_dim({v_dim}, {q_dim}); expected an integer "
+            "of at least 1"
         )
+    return int(dim)
+
+
+def fuse(
+    fusion: EmbeddingFusion, metric: str, v: Vectors, q: Vectors, dim: int, name: str = ""
+) -> Vectors:
+    """Fused vectors as they are indexed: (n, dim) float32, normalised under cosine.
+
+    Args:
+        fusion: Of the buffer.
+        metric: Of the buffer.
+        v: (n, v_dim)
+        q: (n, q_dim)
+        dim: Of the result.
+        name: Of the fusion, for messages.
+
+    Raises:
+        PluginContractError: The fusion returned something else.
+        InvalidExperience: The parts are so large that their fusion is not finite.
+    """
+    found = fusion(to_read(v), to_read(q))
+    if type(found) is not np.ndarray or found.shape != (len(v), dim) or found.dtype != _FLOAT32:
+        who, wanted = _plugin("embedding fusion", name, fusion), f"float32 {(len(v), dim)}"
+        found = _as_array(found, who, wanted)
+        if found.shape != (len(v), dim) or found.dtype != _FLOAT32:
+            raise PluginContractError(
+                f"{who} returned {found.dtype} {found.shape}; expected {wanted}"
+            )
+    fused: Vectors = found
     if metric == "cosine":
         scaled = _normalised_plainly(fused)
         if scaled is not None:
             return scaled
     # Their sum of squares is finite if they are; where it is not, a second look tells.
     if not math.isfinite(_sum_of_squares(fused)) and not np.isfinite(fused).all():
+        if max(np.abs(part).max(initial=0.0) for part in (v, q)) <= _ORDINARY:
+            raise PluginContractError(
+                f"{_plugin('embedding fusion', name, fusion)} returned numbers that are not "
+                "finite for parts that are"
+            )
         raise InvalidExperience("the fused embedding is not finite: its parts are too large")
     return normalised(fused) if metric == "cosine" else np.ascontiguousarray(fused)
 
@@ -499,6 +567,7 @@ class Intake:
         max_experience_bytes: Most bytes that one experience may take.
         max_commit_bytes: Most bytes that one commit may take.
         representation: Number of the buffer's; what is fused here is of it.
+        names: Of fusion and scorer, for messages.
     """
 
     def __init__(
@@ -512,13 +581,15 @@ class Intake:
         max_experience_bytes: int,
         max_commit_bytes: int,
         representation: int = 0,
+        names: tuple[str, str] = ("", ""),
     ) -> None:
         self.v_dim, self.q_dim = v_dim, q_dim
         self.metric = metric
         self.fusion = fusion
         self.scorer = scorer
         self._ask_one: Callable[..., float | None] | None = getattr(scorer, "one", None)
-        self.dim = fusion.output_dim(v_dim, q_dim)
+        self._fusion_name, self._scorer_name = names
+        self.dim = fused_dim(fusion, v_dim, q_dim, self._fusion_name)
         self._max_experience = max_experience_bytes
         self._max_commit = max_commit_bytes
         self.representation = representation
@@ -563,11 +634,11 @@ class Intake:
             raise DimensionError(
                 f"v_embed holds {len(filled[0])} queries, q_embed {len(filled[1])}"
             )
-        return fuse(self.fusion, self.metric, filled[0], filled[1], self.dim)
+        return self.refuse(filled[0], filled[1])
 
     def refuse(self, v: Vectors, q: Vectors) -> Vectors:
-        """Fused vectors of stored parts."""
-        return fuse(self.fusion, self.metric, v, q, self.dim)
+        """Fused vectors of parts (n, v_dim) and (n, q_dim)."""
+        return fuse(self.fusion, self.metric, v, q, self.dim, self._fusion_name)
 
     def score(
         self,
@@ -595,14 +666,21 @@ class Intake:
             return self._checked_scores(self.scorer(batch), batch)
 
     def _checked_scores(self, found: Any, batch: ScoringBatch) -> NDArray[np.float32]:
-        with np.errstate(over="ignore"):
-            scores = np.asarray(found).astype(np.float32)
-        if scores.shape != (len(batch),) or not _are_priorities(scores):
-            raise PluginContractError(
-                f"scorer {type(self.scorer).__name__} returned {scores!r} for {len(batch)} "
-                "experiences; expected as many finite priorities, none below 0"
-            )
-        return scores
+        who = _plugin("priority scorer", self._scorer_name, self.scorer)
+        wanted = f"{len(batch)} finite priorities, none below 0"
+        array = _as_array(found, who, wanted)
+        if array.dtype.kind in "fiub" and array.shape == (len(batch),):
+            with np.errstate(over="ignore"):
+                scores = array.astype(np.float32)
+            if _are_priorities(scores):
+                return scores
+        values = "" if array.size > 1 else f" {shown(found)}"
+        if array.size > 1 and array.dtype.kind in "fiub":
+            bad = array[~(np.isfinite(array) & (array >= 0) & (array <= _LARGEST))]
+            values = f" with {bad[0]}" if bad.size else ""
+        raise PluginContractError(
+            f"{who} returned {array.dtype} {array.shape}{values}; expected {wanted}"
+        )
 
     # ------------------------------------------------------------ drafts
 
@@ -628,7 +706,7 @@ class Intake:
         """
         if len(accepted) == 1:
             ((v, q, row, item, value),) = accepted
-            vector = fuse(self.fusion, self.metric, v[np.newaxis], q[np.newaxis], self.dim)
+            vector = self.refuse(v[np.newaxis], q[np.newaxis])
             body = codec.encode_add_one(
                 *(item.timestamp, item.reward, item.confidence, value, vector),
                 _labels_of((item,)),
@@ -678,8 +756,8 @@ class Intake:
             age=np.array((age,), np.float32),
             metadata=(metadata,),
         )
-        scores = np.asarray(self.scorer(batch))
-        if scores.shape == (1,):
+        scores = self.scorer(batch)
+        if type(scores) is np.ndarray and scores.shape == (1,) and scores.dtype.kind == "f":
             score = float(scores[0])
             if 0.0 <= score <= _LARGEST:
                 return score
@@ -858,7 +936,7 @@ class Intake:
         labels: dict[str, list[Any]] | None,
     ) -> Draft:
         self._check_sizes(lengths)
-        vectors = fuse(self.fusion, self.metric, v, q, self.dim)
+        vectors = self.refuse(v, q)
         confidence, reward, timestamp = numbers
         body = codec.encode_add(
             AddBody(timestamp, reward, confidence, priority, vectors, labels, self.representation)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
+import numpy as np
 import pluggy
 from pydantic import BaseModel
 
@@ -33,6 +34,8 @@ from expbuf_core.contracts import (
     ScorerProvider,
 )
 from expbuf_core.errors import (
+    BackendUnavailable,
+    ExpbufError,
     PluginContractError,
     PluginError,
     PluginLoadError,
@@ -263,6 +266,35 @@ class PluginRegistry:
         model = self.get(kind, name).settings
         return validate(model, section, prefix=f"{kind}.{name}.", origin=origin)
 
+    def make(self, kind: Literal["priority", "fusion"], name: str, settings: BaseModel) -> Any:
+        """Make a scorer or a fusion, and see that it is one.
+
+        Args:
+            kind: Of the backend.
+            name: Of the backend; errors as in `get`.
+            settings: As `settings` has validated them.
+
+        Raises:
+            BackendUnavailable: It cannot run here.
+            PluginContractError: Its factory failed in another way, or made something else.
+        """
+        what = f"the {KINDS[kind].noun} {name!r}"
+        try:
+            made = self.get(kind, name).factory(settings)
+        except ExpbufError:
+            raise
+        except (ImportError, RuntimeError, OSError) as exc:
+            raise BackendUnavailable(
+                f"{what} cannot run here: {type(exc).__name__}: {exc}"
+            ) from exc
+        except Exception as exc:
+            raise PluginContractError(
+                f"{what} failed in its factory: {type(exc).__name__}: {exc}"
+            ) from exc
+        if wrong := _not_a_fusion(made) if kind == "fusion" else _not_callable(made):
+            raise PluginContractError(f"{what}: its factory made a {type(made).__name__}, {wrong}")
+        return made
+
     def plugins(self) -> list[PluginInfo]:
         """Describe every plugin that was found, also those that cannot be used."""
         return [self._info(source) for source in self._sources]
@@ -460,6 +492,19 @@ def _flaw(provider: Any, wanted: type[Provider]) -> str | None:
     if not isinstance(provider.capabilities, frozenset):
         return f"{name}: capabilities {provider.capabilities!r}; expected a frozenset of words"
     return None
+
+
+def _not_callable(made: Any) -> str | None:
+    return None if callable(made) else "which cannot be called"
+
+
+def _not_a_fusion(made: Any) -> str | None:
+    if not callable(getattr(made, "output_dim", None)):
+        return "which has no method output_dim"
+    version = getattr(made, "version", None)
+    if not isinstance(version, int | np.integer) or isinstance(version, bool):
+        return f"whose version is {version!r}; expected an integer such as 1"
+    return _not_callable(made)
 
 
 # ---------------------------------------------------------------- discovery

@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +30,12 @@ from expbuf_core import control as c
 from expbuf_core.codec import ReembedBody
 from expbuf_core.commit import Draft, Lock
 from expbuf_core.config_schema import BufferConfig, load_config
-from expbuf_core.contracts import EmbeddingFusion, FusionProvider, LogGone, Operation
+from expbuf_core.contracts import EmbeddingFusion, LogGone, Operation
 from expbuf_core.crc import crc32
 from expbuf_core.errors import ConfigError, CorruptionError, InvalidExperience, StorageError
 from expbuf_core.experience import Experience
 from expbuf_core.filesystem import FileSystem, storage_errors
-from expbuf_core.intake import as_vectors, fuse
+from expbuf_core.intake import as_vectors, fuse, fused_dim
 from expbuf_core.plugins import PluginRegistry, default_registry
 from expbuf_core.results import PinnedExperiences
 from expbuf_core.segments import Manifest, SegmentInfo
@@ -182,8 +182,7 @@ def _wanted_settings(session: Session, wanted: BufferConfig) -> dict[str, Any]:
 
 
 def _fusion(registry: PluginRegistry, name: str, model: Any) -> EmbeddingFusion:
-    provider = cast("FusionProvider", registry.get("fusion", name))
-    fusion: EmbeddingFusion = provider.factory(model)
+    fusion: EmbeddingFusion = registry.make("fusion", name, model)
     return fusion
 
 
@@ -312,7 +311,8 @@ class _Change:
         model = registry.settings("fusion", stored["name"], stored["settings"])
         self.fusion = _fusion(registry, stored["name"], model)
         try:
-            self.dim = self.fusion.output_dim(settings["v_dim"], settings["q_dim"])
+            dims = settings["v_dim"], settings["q_dim"]
+            self.dim = fused_dim(self.fusion, *dims, stored["name"])
         except ValueError as exc:
             raise ConfigError(str(exc), key="fusion") from exc
 
@@ -372,7 +372,7 @@ class _Change:
         """See that the buffer's fusion takes such embeddings, before any is logged."""
         if self._dims is None:
             try:
-                self.session.fusion.output_dim(v_dim, q_dim)
+                fused_dim(self.session.fusion, v_dim, q_dim)
             except ValueError as exc:
                 raise ConfigError(str(exc), key="fusion") from exc
 
@@ -583,7 +583,8 @@ class _Change:
             if len(live):
                 found.append(live)
                 metric = str(self.settings["metric"])
-                blocks.append(fuse(self.fusion, metric, v, q, self.dim))
+                name = self.settings["fusion"]["name"]
+                blocks.append(fuse(self.fusion, metric, v, q, self.dim, name))
             self._progress("fuse", done + min(start + _READ_ROWS, len(ids)), total)
         if not found:
             return np.empty(0, np.int64), np.empty((0, self.dim), np.float32)

@@ -52,7 +52,7 @@ from expbuf_core.errors import (
     StorageError,
 )
 from expbuf_core.filesystem import FileSystem, read_file
-from expbuf_core.intake import fuse
+from expbuf_core.intake import fuse, fused_dim
 from expbuf_core.locks import opener
 from expbuf_core.plugins import PluginRegistry, default_registry
 from expbuf_core.session import Session
@@ -706,9 +706,8 @@ class _Vectors:
         if self._made is None:
             stored = self._state.settings["fusion"]
             name = stored["name"]
-            provider = self._registry.get("fusion", name)
             settings = self._registry.settings("fusion", name, stored["settings"])
-            fusion: EmbeddingFusion = provider.factory(settings)
+            fusion: EmbeddingFusion = self._registry.make("fusion", name, settings)
             if int(fusion.version) != stored["version"]:
                 raise ConfigError(
                     f"the fusion {name!r} of the buffer has version {stored['version']}, the "
@@ -716,7 +715,7 @@ class _Vectors:
                     key="fusion",
                 )
             dims = self._state.settings["v_dim"], self._state.settings["q_dim"]
-            self._made = fusion, fusion.output_dim(*dims)
+            self._made = fusion, fused_dim(fusion, *dims, name)
         return self._made
 
     def __call__(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:

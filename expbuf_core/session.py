@@ -41,7 +41,7 @@ from expbuf_core.errors import (
     StorageError,
 )
 from expbuf_core.filesystem import FileSystem
-from expbuf_core.intake import Accepted, Intake
+from expbuf_core.intake import Accepted, Intake, fused_dim
 from expbuf_core.locks import OpenLock, ProcessLock, ThreadLock, registry_is_mine
 from expbuf_core.opening import open_session
 from expbuf_core.plugins import PluginRegistry
@@ -131,9 +131,8 @@ class Session:
         self.upkeep = Upkeep(self)
 
     def _make_plugin(self, kind: Any, choice: Any) -> Any:
-        provider = self.registry.get(kind, choice.backend)
         settings = self.registry.settings(kind, choice.backend, choice.section(choice.backend))
-        return provider.factory(settings)
+        return self.registry.make(kind, choice.backend, settings)
 
     def fusion_settings(self) -> dict[str, Any]:
         """The configured fusion, as it is logged."""
@@ -415,9 +414,8 @@ class Session:
             ConfigError: Another version of it is.
         """
         name = stored["name"]
-        provider = self.registry.get("fusion", name)
         settings = self.registry.settings("fusion", name, stored["settings"])
-        fusion: EmbeddingFusion = provider.factory(settings)
+        fusion: EmbeddingFusion = self.registry.make("fusion", name, settings)
         if int(fusion.version) != stored["version"] and not self.any_fusion:
             raise ConfigError(
                 f"the fusion {name!r} of {self.path or 'the buffer'} has version "
@@ -483,6 +481,7 @@ class Session:
             metric=metric,
             fusion=self.fusion,
             scorer=self.scorer,
+            names=(self._fused_by["name"], self.config.priority.backend),
             max_experience_bytes=self.config.max_experience_bytes,
             max_commit_bytes=self.config.max_commit_bytes,
             representation=representation,
@@ -499,7 +498,7 @@ class Session:
 
     def _fused_dim(self, v_dim: int, q_dim: int) -> int:
         try:
-            return self.fusion.output_dim(v_dim, q_dim)
+            return fused_dim(self.fusion, v_dim, q_dim, self._fused_by["name"])
         except ValueError as exc:
             raise ConfigError(str(exc), key="fusion") from exc
 

@@ -19,7 +19,7 @@ from expbuf_core.builtin.scorers import (
     WeightedSumSettings,
 )
 from expbuf_core.commit import Draft
-from expbuf_core.errors import InvalidExperience
+from expbuf_core.errors import InvalidExperience, PluginContractError
 from expbuf_core.intake import COLUMNS, Intake, as_ids, checked_priorities
 
 NOW = 1_700_000_000.0
@@ -252,3 +252,90 @@ def test_plugins_cannot_change_what_they_are_given() -> None:
     assert len(refused) == 3 + 5 + 3 + 2
     for array in (v, q, many, p):
         array += 0  # still the caller's to change
+
+
+SINGLE = Experience(v_embed=V, q_embed=Q)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda n: None,
+        lambda n: ["1"] * n,
+        lambda n: np.ones(n) + 0j,
+        lambda n: [[1], [1, 2]],
+        lambda n: iter(range(n)),
+        lambda n: np.array([10**400] * n, object),
+        lambda n: np.ones((n, 1)),
+        lambda n: np.ones(n + 1),
+        lambda n: np.full(n, np.nan),
+        lambda n: np.full(n, -1.0),
+        lambda n: np.full(n, 1e300),
+        lambda n: "x" * 1000,
+    ],
+)
+@pytest.mark.parametrize("n", [1, 3])
+def test_scores_that_are_none_name_the_scorer(wrong: Any, n: int) -> None:
+    class Planted:
+        def __call__(self, batch: Any) -> Any:
+            return wrong(len(batch))
+
+    made = intake(Planted(), names=("weighted_sum", "planted"))
+    with pytest.raises(PluginContractError) as caught:
+        made.one(SINGLE, None) if n == 1 else made.many([SINGLE] * n, None)
+    message = str(caught.value)
+    assert message.startswith("the priority scorer 'planted' (Planted) returned ")
+    assert message.endswith(f"; expected {n} finite priorities, none below 0")
+    assert len(message) < 300
+
+
+class Planted:
+    """A fusion that returns what it is told to."""
+
+    version = 1
+
+    def __init__(self, dim: Any, fused: Any = None) -> None:
+        self.dim, self.fused = dim, fused
+
+    def output_dim(self, v_dim: int, q_dim: int) -> Any:
+        return self.dim() if callable(self.dim) else self.dim
+
+    def __call__(self, v: Any, q: Any) -> Any:
+        return self.fused(v, q)
+
+
+@pytest.mark.parametrize("dim", [None, 16.0, 0, -3, True, "8", lambda: {}["x"]])
+def test_a_dimension_that_is_none_names_the_fusion(dim: Any) -> None:
+    with pytest.raises(PluginContractError, match=r"^the embedding fusion 'mine' \(Planted\) "):
+        intake(fusion=Planted(dim), names=("mine", "weighted_sum"))
+    assert intake(fusion=Planted(np.int64(8))).dim == 8
+
+
+@pytest.mark.parametrize(
+    "fused",
+    [
+        lambda v, q: None,
+        lambda v, q: v[:, 1:],
+        lambda v, q: v.astype(np.float64),
+        lambda v, q: v.tolist(),
+        lambda v, q: [[1.0], [1.0, 2.0]],
+        lambda v, q: v * np.float32(np.nan),
+    ],
+)
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_vectors_that_are_none_name_the_fusion(fused: Any, metric: str) -> None:
+    made = intake(fusion=Planted(8, fused), names=("mine", "weighted_sum"), metric=metric)
+    with pytest.raises(PluginContractError, match=r"^the embedding fusion 'mine' \(Planted\) ret"):
+        made.one(SINGLE, 1.0)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_parts_that_are_too_large_are_told(metric: str) -> None:
+    def product(v: Any, q: Any) -> Any:
+        with np.errstate(over="ignore"):
+            return v * q
+
+    made = intake(fusion=Planted(8, product), metric=metric)
+    large = np.full(8, 1e30, np.float32)
+    with pytest.raises(InvalidExperience, match="its parts are too large"):
+        made.one(Experience(v_embed=large, q_embed=large), 1.0)

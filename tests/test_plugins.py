@@ -17,8 +17,9 @@ import pytest
 from pydantic import BaseModel
 
 from expbuf_core import Experience, ExperienceBuffer, plugins
-from expbuf_core.contracts import API_VERSION, HostInfo, ScorerProvider
+from expbuf_core.contracts import API_VERSION, FusionProvider, HostInfo, ScorerProvider
 from expbuf_core.errors import (
+    BackendUnavailable,
     ConfigError,
     PluginContractError,
     PluginLoadError,
@@ -582,3 +583,73 @@ def test_an_installed_plugin_is_found_and_nothing_heavy_is_imported(tmp_path: Pa
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+# ---------------------------------------------------------------- what a factory makes
+
+
+class Fusion:
+    version: Any = 1
+
+    def output_dim(self, v_dim: int, q_dim: int) -> int:
+        return v_dim
+
+    def __call__(self, v: Any, q: Any) -> Any:
+        return v
+
+
+def raising(error: Exception) -> Any:
+    def factory(settings: Any) -> Any:
+        raise error
+
+    return factory
+
+
+@pytest.mark.parametrize(
+    ("kind", "factory", "error", "word"),
+    [
+        ("priority", raising(KeyError("x")), PluginContractError, "failed in its factory: KeyErr"),
+        ("priority", raising(OSError("no device")), BackendUnavailable, "no device"),
+        ("priority", raising(ConfigError("of its own")), ConfigError, "^of its own$"),
+        ("priority", lambda settings: None, PluginContractError, "made a NoneType, which cannot"),
+        ("priority", lambda settings: 7, PluginContractError, "made a int, which cannot be called"),
+        ("fusion", raising(TypeError("x")), PluginContractError, "failed in its factory: TypeErr"),
+        ("fusion", lambda settings: None, PluginContractError, "has no method output_dim"),
+        (
+            "fusion",
+            lambda settings: type("NoVersion", (Fusion,), {"version": None})(),
+            PluginContractError,
+            "made a NoVersion, whose version is None; expected an integer",
+        ),
+        (
+            "fusion",
+            lambda settings: type("Text", (Fusion,), {"version": "1.0"})(),
+            PluginContractError,
+            "whose version is '1.0'",
+        ),
+        (
+            "fusion",
+            lambda settings: type("Mute", (), {"version": 1, "output_dim": max})(),
+            PluginContractError,
+            "made a Mute, which cannot be called",
+        ),
+    ],
+)
+def test_a_factory_that_makes_something_else_is_told(
+    kind: Any, factory: Any, error: type[Exception], word: str
+) -> None:
+    class Mine:
+        @hookimpl
+        def expbuf_register_priority_scorers(self) -> list[ScorerProvider]:
+            return [ScorerProvider("mine", api_version=1, factory=factory)]
+
+        @hookimpl
+        def expbuf_register_embedding_fusions(self) -> list[FusionProvider]:
+            return [FusionProvider("mine", api_version=1, factory=factory)]
+
+    plugins = [Mine()]
+    with pytest.raises(error, match=word) as caught:
+        ExperienceBuffer.open(plugins=plugins, **{kind: "mine"})
+    if error is not ConfigError:
+        assert str(caught.value).startswith("the ")
+        assert " 'mine'" in str(caught.value)
