@@ -201,6 +201,7 @@ class ExperienceBuffer:
         if mode not in ("r", "a", "x"):
             raise ConfigError(f"mode = {mode!r}: must be 'r', 'a' or 'x'")
         _check_seed(seed)
+        _check_objects(plugins, lock, filesystem)
         close_dropped()
         registry: PluginRegistry = default_registry()
         if plugins:
@@ -1358,6 +1359,20 @@ def _check_seed(seed: Any) -> None:
         np.random.default_rng(seed)
     except (TypeError, ValueError) as exc:
         raise ConfigError(f"seed = {shown(seed)}: {exc}") from exc
+
+
+def _check_objects(plugins: Any, lock: Any, filesystem: Any) -> None:
+    """Raise where arguments of `open` are not the objects that they must be."""
+    if not isinstance(plugins, Sequence) or isinstance(plugins, str | bytes):
+        raise ConfigError(f"plugins = {shown(plugins)}: must be a list of plugin objects")
+    if lock is not None and not (hasattr(lock, "__enter__") and hasattr(lock, "__exit__")):
+        raise ConfigError(
+            f"lock = {shown(lock)}: must be a context manager, such as threading.Lock()"
+        )
+    if filesystem is not None and not isinstance(filesystem, FileSystem):
+        raise ConfigError(
+            f"filesystem = {shown(filesystem)}: must be an expbuf_core.filesystem.FileSystem"
+        )
 
 
 def _left_out(exclude: Any) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ import inspect
 import logging
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -35,6 +36,7 @@ from expbuf_core.contracts import (
 )
 from expbuf_core.errors import (
     BackendUnavailable,
+    ConfigError,
     ExpbufError,
     PluginContractError,
     PluginError,
@@ -80,6 +82,7 @@ KINDS: Mapping[Kind, _KindOf] = {
 }
 """What can be chosen; each kind is also the name of its section in the configuration."""
 
+_NO_PLUGINS = (str, bytes, int, float, Mapping, list, tuple, set, frozenset)
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _SPECS = {
     name: tuple(inspect.signature(spec).parameters)
@@ -303,8 +306,15 @@ class PluginRegistry:
         """Make a registry that has these objects too. Those it has already change nothing.
 
         Raises:
+            ConfigError: One of them is text, a number or a container, and so no plugin.
             PluginError: One of them cannot be used; what is passed by hand is meant to be.
         """
+        for plugin in plugins:
+            if isinstance(plugin, _NO_PLUGINS) or plugin is None:
+                raise ConfigError(
+                    f"plugins: {reprlib.repr(plugin)} is no plugin; give objects with hooks, such "
+                    "as a module (a plugin that is installed is found by itself)"
+                )
         have = {id(source.plugin) for source in self._sources}
         added = [_Source(_name_of(plugin), plugin=plugin) for plugin in plugins]
         added = list({id(new.plugin): new for new in added if id(new.plugin) not in have}.values())
@@ -421,12 +431,10 @@ def _register(
         manager.register(plugin, name)
     except (pluggy.PluginValidationError, ValueError) as exc:
         raise PluginContractError(f"plugin {source} was refused: {exc}") from exc
-    marked = set()
     for caller in manager.get_hookcallers(plugin) or ():
         for implementation in caller.get_hookimpls():
             if implementation.plugin is not plugin:
                 continue
-            marked.add(implementation.function.__name__)
             if not caller.has_spec() and not implementation.optionalhook:
                 raise _unknown_hook(source, caller.name)
             if implementation.hookwrapper or getattr(implementation, "wrapper", False):
@@ -435,17 +443,25 @@ def _register(
                 )
             if caller.has_spec():
                 yield caller.name, implementation.function
-    forgotten = [name for name in _SPECS if name not in marked and _is_own(plugin, name)]
-    if forgotten:
+    own = {name: found for name in _SPECS if (found := _own(plugin, name)) is not None}
+    mark = f"{hookspecs.PROJECT}_impl"
+    if forgotten := [name for name, found in own.items() if not hasattr(found, mark)]:
         raise PluginContractError(
             f"plugin {source} defines {', '.join(forgotten)} without the decorator @hookimpl"
         )
+    for name, found in own.items():
+        if not inspect.isroutine(found):  # passed over in silence
+            raise PluginContractError(
+                f"plugin {source} implements {name} by a {type(found).__name__}; it must be a "
+                "function or a method"
+            )
 
 
-def _is_own(plugin: object, name: str) -> bool:
-    """Whether the plugin defines that function, and has not merely imported the specification."""
-    function = getattr(plugin, name, None)
-    return callable(function) and not hasattr(function, f"{hookspecs.PROJECT}_spec")
+def _own(plugin: object, name: str) -> Any:
+    """What the plugin defines by that name; None where it merely imports the specification."""
+    found = getattr(plugin, name, None)
+    is_spec = hasattr(found, f"{hookspecs.PROJECT}_spec")
+    return found if callable(found) and not is_spec else None
 
 
 def _unknown_hook(source: _Source, hook: str) -> PluginContractError:

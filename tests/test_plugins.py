@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import subprocess
 import sys
@@ -653,3 +654,52 @@ def test_a_factory_that_makes_something_else_is_told(
     if error is not ConfigError:
         assert str(caught.value).startswith("the ")
         assert " 'mine'" in str(caught.value)
+
+
+# ---------------------------------------------------------------- plugins by hand
+
+
+def test_a_hook_may_have_another_name_as_a_function() -> None:
+    kinds = []
+
+    def count(self: Any, kind: str) -> None:
+        kinds.append(kind)
+
+    class Alias:
+        expbuf_on_committed = hookimpl(count)
+
+    registry = discover("all").with_plugins([Alias()])
+    registry.fire("expbuf_on_committed", **FACTS)
+    assert kinds == ["add"]
+
+
+def test_a_hook_that_is_no_function_is_told() -> None:
+    """It would be passed over in silence."""
+
+    class Part:
+        def __init__(self) -> None:
+            self.expbuf_on_committed = hookimpl(functools.partial(print))
+
+    with pytest.raises(PluginContractError, match="expbuf_on_committed by a partial; it must be"):
+        discover("all").with_plugins([Part()])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"plugins": 5}, "plugins = 5: must be a list of plugin objects"),
+        ({"plugins": "faiss"}, "plugins = 'faiss': must be a list"),
+        ({"plugins": Observer()}, "must be a list of plugin objects"),
+        ({"plugins": None}, "plugins = None: must be a list"),
+        ({"plugins": ["expbuf_metrics"]}, "'expbuf_metrics' is no plugin; give objects with hooks"),
+        ({"plugins": [Observer(), None]}, "None is no plugin"),
+        ({"plugins": [7]}, "7 is no plugin"),
+        ({"plugins": [{}]}, "{} is no plugin"),
+        ({"lock": 5}, "lock = 5: must be a context manager"),
+        ({"filesystem": 5}, "filesystem = 5: must be an"),
+    ],
+)
+def test_objects_that_are_none_are_refused(arguments: Any, word: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ExperienceBuffer.open(**arguments)
+    assert word in str(caught.value)
