@@ -384,6 +384,7 @@ def load_config(
     for name, value in (overrides or {}).items():
         given.merge(_nested(name.replace("__", "."), value), "keyword argument")
 
+    _check_section_name(given)
     config = validate(BufferConfig, given.values, origin=given.origin)
     skipped = []
     for kind in KINDS:
@@ -424,9 +425,12 @@ class _Given:
             self._put(into[key], str(name), inner, f"{dotted}.{name}", origin)
 
     def origin(self, key: str) -> str:
-        """Where a key came from; for one that was not given, a neighbour of it."""
+        """Where a key came from; a section: one of its keys; one not given: a neighbour of it."""
         if key in self._origins:
             return self._origins[key]
+        inside = [o for name, o in self._origins.items() if name.startswith(f"{key}.")]
+        if inside:
+            return inside[-1]
         around = key.rpartition(".")[0]
         near = [o for name, o in self._origins.items() if name.startswith(f"{around}.")]
         return near[-1] if around and near else ""
@@ -478,6 +482,17 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> tuple[An
             f"{where}: {SECTION} must be a mapping, not {type(section).__name__}", key=SECTION
         )
     return section, where
+
+
+def _check_section_name(given: _Given) -> None:
+    """Tell of a misspelt name of the section, which looks like a key, or one that is no key."""
+    for key, value in given.values.items():
+        if isinstance(value, dict) and difflib.get_close_matches(key, [SECTION], cutoff=0.8):
+            where = given.origin(key)
+            hint = f"the section is called {SECTION!r}"
+            if key == SECTION:
+                hint = f"the section is not part of a key: {ENVIRONMENT}MAX_SIZE, max_size=5000"
+            raise ConfigError(f"{where}: {key}: {hint}" if where else f"{key}: {hint}", key=key)
 
 
 def _is_of_others(key: Any, value: Any) -> bool:

@@ -306,6 +306,31 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, text: bytes, reason: st
     assert reason in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["experience_bufer", "experiencebuffer", "experience_buffers"])
+def test_a_misspelt_section_is_told(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, f"{name}: {{max_size: 5}}")
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(caught.value) == f"{path}: {name}: the section is called 'experience_buffer'"
+    assert caught.value.key == name
+
+
+def test_the_section_is_not_part_of_a_key() -> None:
+    name = "EXPBUF__EXPERIENCE_BUFFER__MAX_SIZE"
+    with pytest.raises(ConfigError, match=f"environment variable {name}: experience_buffer: the"):
+        load(env={name: "5"})
+    with pytest.raises(
+        ConfigError, match="keyword argument: experience_buffer: the section is not"
+    ):
+        load(experience_buffer={"max_size": 5})
+
+
+def test_an_unknown_section_names_where_it_came_from(tmp_path: Path) -> None:
+    path = write(tmp_path, "experience_buffer: {indes: {backend: exact}}")
+    with pytest.raises(ConfigError, match=r"params\.yaml: indes: unknown key; did you mean"):
+        load(path)
+
+
 def test_a_file_that_is_missing_or_a_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.yaml", tmp_path):
         with pytest.raises(ConfigError, match="cannot read the configuration"):
