@@ -101,7 +101,7 @@ def export_experiences(
         progress: Called now and then with (done, total).
 
     Raises:
-        StorageError: The target exists, or cannot be written.
+        StorageError: The target exists, lies in the buffer's folder, or cannot be written.
         CorruptionError: The source is damaged.
         BackendUnavailable: The format needs a library that is not installed.
     """
@@ -113,6 +113,9 @@ def export_experiences(
         raise StorageError(f"{goal} exists already; choose a new name")
     if not goal.parent.is_dir():
         raise StorageError(f"{goal.parent} is no folder")
+    home = source.path if isinstance(source, ExperienceBuffer) else resolved(source)
+    if home is not None and goal.is_relative_to(home):
+        raise StorageError(f"{goal} lies in the buffer's own folder; choose another place")
     if isinstance(source, ExperienceBuffer):
         return _export(source, goal, chosen, progress)
     with columns_of(source) as buffer:

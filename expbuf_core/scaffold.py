@@ -33,7 +33,10 @@ def new_plugin(name: str, kind: str, parent: str | os.PathLike[str] = ".") -> li
         ConfigError: The name or the kind is not allowed, or the folder exists.
     """
     if not _NAME.fullmatch(name) or keyword.iskeyword(name):
-        raise ConfigError(f"name {name!r}; expected lower-case letters, digits and underscores")
+        raise ConfigError(
+            f"name {name!r}; expected lower-case letters, digits and underscores, a letter first, "
+            "and no keyword of Python's"
+        )
     if kind not in KINDS:
         raise ConfigError(f"kind {kind!r}; expected one of {', '.join(KINDS)}")
     section: Any = {"scorer": "priority"}.get(kind, kind)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expbuf_core import Experience, ExperienceBuffer, cli, doctor, transfer
+from expbuf_core import Experience, ExperienceBuffer, StorageError, cli, doctor, exchange, transfer
 from expbuf_core import folder as folders
 from expbuf_core.cli import output
 from expbuf_core.filesystem import FileSystem
@@ -577,6 +577,30 @@ def test_export_and_import(run: Run, buffer: Path, home: Path) -> None:
     done = run("import", home / "e", home / "new", "--add", "--skip", 15)
     assert done.out == f"5 experiences are in {home / 'new'}, as ids 20 to 24\n"
     assert run("export", buffer, home / "e").code == 1
+
+
+def test_an_export_does_not_go_into_the_buffer(run: Run, buffer: Path) -> None:
+    for name in ("e", "e.parquet"):
+        done = run("export", buffer, buffer / name)
+        assert done.code == 1
+        assert "lies in the buffer's own folder" in done.err
+    with ExperienceBuffer.open(buffer, config=CONFIG) as opened, pytest.raises(StorageError):
+        exchange.export_experiences(opened, buffer / "e")
+    assert not (buffer / "e").exists()
+
+
+def test_an_addition_of_nothing_says_so(run: Run, buffer: Path, home: Path) -> None:
+    run("export", buffer, home / "e")
+    done = run("import", home / "e", buffer, "--add", "--skip", 99)
+    assert (done.code, "nothing (more) for" in done.out) == (0, True)
+    assert "None" not in done.out
+
+
+def test_a_closed_stream_is_no_error(buffer: Path) -> None:
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        command = f"exec {sys.executable} -m expbuf_core info {buffer} --json {closed}"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_interrupted_addition_says_how_to_go_on(

@@ -79,7 +79,7 @@ def test_every_kind_can_be_begun() -> None:
 
 @pytest.mark.parametrize("name", ["", "My", "my-own", "1st", "class", "../up", "a b"])
 def test_names_that_cannot_be_selected(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="name"):
+    with pytest.raises(ConfigError, match="a letter first, and no keyword of Python"):
         new_plugin(name, "scorer", tmp_path)
     assert not list(tmp_path.iterdir())
 

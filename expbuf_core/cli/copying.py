@@ -49,7 +49,9 @@ def add_to(commands: Any) -> None:
     load = commands.add_parser("import", help="experiences from such files")
     load.add_argument("source", help="a Parquet file, or a folder with JSON Lines and npy")
     load.add_argument("target", help="the buffer's folder: new, except with --add")
-    load.add_argument("--add", action="store_true", help="to what is there, with new ids")
+    load.add_argument(
+        "--add", action="store_true", help="with new ids; to what is there, if anything"
+    )
     load.add_argument(
         "--skip", type=natural, default=0, metavar="N", help="with --add: not the first"
     )
@@ -153,6 +155,8 @@ def _import(options: argparse.Namespace) -> int:
             config=options.config,
             progress=progress,
         )
+    if not report.experiences:
+        return _report(options, report, f"the source has nothing (more) for {report.target}")
     kept = "with their ids" if report.kept_ids else f"as ids {report.first_id} to {report.last_id}"
     return _report(
         options, report, f"{report.experiences} experiences are in {report.target}, {kept}"

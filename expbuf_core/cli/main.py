@@ -41,9 +41,17 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _have_streams() -> None:
+    """Print to nowhere where a stream was closed from outside (`>&-`), as `print` does."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (until the process ends)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. Without arguments: those of this process, which is for that."""
     if arguments is None:
+        _have_streams()
         for stream in (sys.stdout, sys.stderr):  # a terminal may not know all that a name holds
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
