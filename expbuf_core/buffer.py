@@ -684,6 +684,7 @@ class ExperienceBuffer:
         self._writer()
         success = truth(success, "success")
         token, lsn = b"", 0
+        ids: Any
         if isinstance(receipt_or_ids, str):
             receipt_or_ids = Receipt.parse(receipt_or_ids)
         if isinstance(receipt_or_ids, Receipt):
@@ -691,7 +692,7 @@ class ExperienceBuffer:
             session = self._live()
             if receipt.buffer != session.name:
                 raise InvalidExperience("the receipt is of another buffer; nothing was counted")
-            token, lsn = bytes.fromhex(receipt.token), receipt.lsn
+            token, lsn, ids = _parts_of(receipt)
             session.refresh()
             with session.replica.lock:
                 state = session.replica.state
@@ -703,7 +704,6 @@ class ExperienceBuffer:
                         f"{state.receipts_horizon} (receipts_kept = "
                         f"{state.settings['receipts_kept']}); nothing was counted"
                     )
-            ids: Any = np.array(receipt.ids, np.int64)
         elif isinstance(receipt_or_ids, SearchResult | SearchBatch):
             raise InvalidExperience("record_outcome takes a search's receipt: give its `.receipt`")
         else:
@@ -1407,6 +1407,21 @@ def _without(
     similarities = np.where(gone, np.float32(-np.inf), similarities)
     ids, similarities = best(ids, similarities, k)
     return np.where(np.isneginf(similarities), -1, ids), similarities
+
+
+def _parts_of(receipt: Receipt) -> tuple[bytes, int, NDArray[np.int64]]:
+    """Token, LSN and ids of a receipt, which somebody may have made by hand."""
+    try:
+        token, lsn = bytes.fromhex(receipt.token), receipt.lsn
+        ids = np.array(receipt.ids)
+        sound = ids.ndim == 1 and (ids.dtype.kind == "i" or not len(ids))
+        if len(token) != 16 or not sound or not isinstance(lsn, int) or not 0 <= lsn < 1 << 63:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InvalidExperience(
+            f"not a receipt of a search: {shown(receipt)}; nothing was counted"
+        ) from None
+    return token, lsn, ids.astype(np.int64)
 
 
 def _credits(credit: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:

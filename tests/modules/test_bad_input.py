@@ -701,6 +701,35 @@ def test_success_is_true_or_false(buffer: ExperienceBuffer, bad: Any) -> None:
         buffer.record_outcome([0], success=bad)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"token": "no hex"},
+        {"token": "00"},
+        {"token": ""},
+        {"token": None},
+        {"lsn": 10**30},
+        {"lsn": -1},
+        {"lsn": "5"},
+        {"lsn": 5.0},
+        {"ids": (0.5,)},
+        {"lsn": None},
+        {"ids": (10**30,)},
+        {"ids": ("x",)},
+        {"ids": ((0,),)},
+        {"ids": None},
+    ],
+)
+def test_receipts_made_by_hand_are_refused(buffer: ExperienceBuffer, wrong: Any) -> None:
+    add_all(buffer, range(1))
+    made = dataclasses.replace(find(buffer, 0).receipt, **wrong)
+    with unchanged(buffer), pytest.raises(InvalidExperience, match="not a receipt"):
+        buffer.record_outcome(made, success=True)
+    if any(value in (10**30, (10**30,), "no hex") for value in wrong.values()):  # as text, too
+        with unchanged(buffer), pytest.raises(InvalidExperience, match="not a receipt"):
+            buffer.record_outcome(str(made), success=True)
+
+
 @pytest.mark.parametrize("good", [True, np.True_, 1, np.int64(1), np.uint8(1)])
 def test_success_may_be_a_0_or_1_of_a_data_set(buffer: ExperienceBuffer, good: Any) -> None:
     id_ = buffer.add(experience(0))
