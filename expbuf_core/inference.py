@@ -264,6 +264,9 @@ class TemporalEnsemble:
                 raise ConfigError(f"{name} must be a whole number, not {value!r}")
             return value
 
+        for name, function in (("vote_key", vote_key), ("clock", clock)):
+            if function is not None and not callable(function):
+                raise ConfigError(f"{name} must be a function, not {shown(function)}")
         if half_life_s is None and inference.half_life_s is None:
             half_life_s = math.inf
         if wrong_weight is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from expbuf_core.errors import ConfigError, InvalidExperience, SampleLimitError
-from expbuf_core.intake import check_batch_size
+from expbuf_core.intake import check_batch_size, shown
 from expbuf_core.sampling import restore_rng, rng_state
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ class ReplayBatches:
             picklable.
         samples_per_insert: Above 0, `math.inf` for no limit. Default: the configured one.
         insert_wait_s: Seconds to wait for the next experience. Default: the configured time.
+
+    Raises:
+        InvalidExperience: One of them is not that, or out of bounds.
     """
 
     def __init__(
@@ -84,8 +87,10 @@ class ReplayBatches:
         insert_wait_s: float | None = None,
     ) -> None:
         check_batch_size(batch_size)
-        if length is not None and length < 1:
-            raise InvalidExperience(f"length must be at least 1, not {length}")
+        _check_whole(length, "length", 1)
+        _check_whole(seed, "seed", 0)
+        if not callable(transform):
+            raise InvalidExperience(f"transform must be a function, not {shown(transform)}")
         self._buffer = buffer
         self._arguments = {
             "batch_size": batch_size,
@@ -93,14 +98,17 @@ class ReplayBatches:
             "where": where,
             "uniform": uniform,
         }
-        self._length = length
-        self._seed = seed
+        self._length = None if length is None else int(length)
+        self._seed = None if seed is None else int(seed)
         self._transform = transform
         self._home = os.getpid()
         self._stream: tuple[Any, np.random.Generator] | None = None
         sampling = buffer.config.sampling
         ratio = sampling.samples_per_insert if samples_per_insert is None else samples_per_insert
         wait_s = sampling.insert_wait_s if insert_wait_s is None else insert_wait_s
+        _check_real(wait_s, "insert_wait_s")
+        if ratio is not None:
+            _check_real(ratio, "samples_per_insert")
         self._limit = None if ratio in (None, np.inf) else _Limit(buffer, float(ratio), wait_s)
 
     def __len__(self) -> int:
@@ -191,7 +199,23 @@ class ReplayBatches:
         return () if pid == self._home else (pid,)
 
 
+def _check_whole(value: Any, name: str, least: int) -> None:
+    if value is None:
+        return
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise InvalidExperience(
+            f"{name} must be an integer of at least {least}, not {shown(value)}"
+        )
+
+
+def _check_real(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise InvalidExperience(f"{name} must be a number, not {shown(value)}")
+
+
 _COUNTERS = 1 << 12
+_MOST = 2.0**62
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.0005, 0.05
 
 
@@ -250,7 +274,7 @@ class _Limit:
         seen, pause, deadline = -1, _FIRST_PAUSE_S, 0.0
         while True:
             added = buffer.total_added - self._begin
-            drawn, allowed = self._drawn(), int(self._ratio * added)
+            drawn, allowed = self._drawn(), int(min(self._ratio * added, _MOST))
             if drawn + n <= allowed:
                 return
             now = time.monotonic()

@@ -264,6 +264,12 @@ def test_free_form_answers_are_grouped():
     assert other.answer == " Seven "
 
 
+@pytest.mark.parametrize("wrong", [{"vote_key": 5}, {"clock": 5}])
+def test_functions_must_be_such(wrong):
+    with pytest.raises(ConfigError, match="must be a function, not 5"):
+        make(Memory(), **wrong)
+
+
 def test_a_vote_key_of_the_callers():
     memory = Memory()
     remember(memory, {"digit": 7, "why": "a bar"}, rewards=1.0)

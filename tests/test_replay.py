@@ -177,6 +177,34 @@ def test_a_length_of_nothing() -> None:
         ReplayBatches(buffer, 4, length=0)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"length": "3"},
+        {"length": 1.5},
+        {"length": True},
+        {"seed": -1},
+        {"seed": "x"},
+        {"seed": 1.5},
+        {"samples_per_insert": "x"},
+        {"insert_wait_s": "x", "samples_per_insert": 1},
+        {"insert_wait_s": None, "samples_per_insert": True},
+        {"transform": 5},
+    ],
+)
+def test_arguments_are_checked_before_the_first_draw(wrong: dict[str, Any]) -> None:
+    with filled(None, 2) as buffer, pytest.raises(InvalidExperience, match="must be a"):
+        ReplayBatches(buffer, 4, **wrong)
+
+
+def test_numbers_may_be_numpys() -> None:
+    with filled(None, 8) as buffer:
+        few = ReplayBatches(buffer, 4, length=np.int64(2), seed=np.uint8(1))
+        assert len(few) == len(list(few)) == 2
+        limited = ReplayBatches(buffer, 4, samples_per_insert=1e308)
+        assert len(limited.draw()["ids"]) == 4
+
+
 def test_torch_itself(tmp_path: Path) -> None:
     data = pytest.importorskip("torch.utils.data")
     with filled(tmp_path / "memory") as buffer:
