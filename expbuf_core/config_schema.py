@@ -461,8 +461,10 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> tuple[An
         where = os.fspath(source)
         try:
             text = Path(source).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as exc:
-            reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+        except (OSError, ValueError) as exc:
+            reason = getattr(exc, "strerror", None) or str(exc)  # no path: it holds a NUL
+            if isinstance(exc, UnicodeDecodeError):
+                reason = "it is not UTF-8"
             raise ConfigError(f"{where}: cannot read the configuration: {reason}") from exc
         document = _yaml(text, where)
         document = {} if document is None else document

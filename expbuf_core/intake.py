@@ -93,7 +93,11 @@ def as_vectors(value: Any, name: str, *, rank: int, dim: int | None) -> Vectors:
                 f"{name}: expected an array of numbers, found a {type(value).__name__}"
             )
         try:
-            array = np.asarray(value, np.float64)
+            array = np.asarray(value)
+            if array.dtype.kind in "US":
+                raise TypeError("found text")
+            if array.dtype.kind == "O":  # beyond 64 bits, or no numbers
+                array = array.astype(np.float64)
         except (TypeError, ValueError, OverflowError) as exc:
             raise InvalidExperience(f"{name}: not an array of numbers: {exc}") from exc
     if array.ndim != rank:

@@ -315,6 +315,11 @@ def test_a_misspelt_section_is_told(tmp_path: Path, name: str) -> None:
     assert caught.value.key == name
 
 
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the configuration: .*null"):
+        load("params\0.yaml")
+
+
 def test_the_section_is_not_part_of_a_key() -> None:
     name = "EXPBUF__EXPERIENCE_BUFFER__MAX_SIZE"
     with pytest.raises(ConfigError, match=f"environment variable {name}: experience_buffer: the"):
