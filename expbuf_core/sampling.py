@@ -518,7 +518,7 @@ class PrioritySampler:
         if slots.size < n:
             raise NotEnoughExperiences(
                 f"{drawn + n} different experiences were asked for, but only {drawn + slots.size} "
-                "have a sampling weight above 0; set eps above 0 to reach the others"
+                "have a sampling weight above 0; a larger sampling.eps reaches the others"
             )
         log_weights = np.log(weights)
         if self.settings.ageing != "off":
