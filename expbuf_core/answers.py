@@ -58,8 +58,8 @@ def checked(
             f"ids int64 {shape} and similarities float32 {shape}"
         )
     if shape[0] == 1 and k <= _FEW:
-        row = ids[0].tolist()
-        top = sum(similarities[0].tolist())  # a NaN or an infinity among them stays one
+        row = ids.tolist()[0]
+        top = sum(similarities.tolist()[0])  # a NaN or an infinity among them stays one
         again = len(set(row)) != k if row[-1] >= 0 else _any_twice(ids)
     else:
         top = np.maximum.reduce(similarities, axis=None, initial=-np.inf)
