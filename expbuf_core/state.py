@@ -135,7 +135,10 @@ def runs(
             if run:
                 yield run
             run, kind, size = [], 0, 0
-            yield operation
+            if operation.kind in _IN_RUNS:
+                yield operation
+            else:
+                yield from ([single] for single in operation.operations())
             continue
         if operation.kind != kind or size > _RUN_BYTES or kind not in _IN_RUNS:
             if run:

@@ -31,9 +31,73 @@ from module_helpers import (
 
 from expbuf_core import CorruptionError, ExperienceBuffer
 from expbuf_core import control as c
+from expbuf_core.backup import backup
+from expbuf_core.repair import repair
 from expbuf_core.verification import verify
 
 # ---------------------------------------------------------------- killed, and opened again
+
+
+def _one_by_one(buffer: ExperienceBuffer, ids: list[int], kind: str) -> None:
+    """Twenty operations of a kind and size, one right behind the other: they are read together."""
+    if kind == "reembed":
+        buffer.reembed(lambda items: {"v_embed": vectors(items) + 1}, batch_size=1)
+        return
+    for n, id_ in enumerate(ids[:20]):
+        if kind == "add":
+            buffer.add(experience(100 + n))
+        elif kind == "remove":
+            buffer.remove([id_])
+        elif kind == "priority":
+            buffer.update_priorities([id_], [n + 1.0])
+        elif kind == "reward":
+            buffer.update_rewards([id_], [n + 1.0])
+        elif kind == "components":
+            buffer.update_rewards([id_], [{"a": n % 10 / 2}])
+        elif kind == "outcome":
+            buffer.record_outcome([id_], success=n % 2 == 0)
+        elif kind == "clear":
+            buffer.clear()
+        elif kind == "settings":
+            assert buffer.path is not None
+            ExperienceBuffer.open(buffer.path, max_size=200 + n, index={"builder": "off"}).close()
+        else:
+            raise AssertionError(kind)
+
+
+def vectors(items: Any) -> Any:
+    return np.stack([item.v_embed for item in items])
+
+
+@pytest.mark.parametrize("backend", ["file", "lmdb"])
+@pytest.mark.parametrize(
+    "kind",
+    "add remove priority reward components outcome clear settings reembed".split(),
+)
+def test_many_operations_of_a_kind_in_a_row(
+    open_buffer: OpenBuffer, folder: Path, backend: str, kind: str
+) -> None:
+    """Who follows, recovers, checks, copies or repairs takes them as who wrote them did."""
+    if backend == "lmdb":
+        pytest.importorskip("expbuf_lmdb")
+    writer = open_buffer(persistence=backend)
+    ids = add_all(writer, range(30))
+    other = open_buffer(persistence=backend)
+    assert contents(other) == contents(writer)
+    _one_by_one(writer, ids, kind)
+    before = contents(writer)
+    assert contents(other) == before
+    assert contents(open_buffer(persistence=backend)) == before
+    copy = folder.with_name("copy")
+    shutil.copytree(folder, copy)
+    with ExperienceBuffer.open(copy, mode="r") as recovered:
+        assert contents(recovered) == before
+    assert not [problem for problem in verify(copy) if problem.damage]
+    assert repair(copy, folder.with_name("repaired")).complete
+    backup(folder, folder.with_name("backed up"))
+    for name in ("repaired", "backed up"):
+        with ExperienceBuffer.open(folder.with_name(name), mode="r") as saved:
+            assert contents(saved) == before
 
 
 def test_group_without_a_thread_for_it_syncs_at_once(
