@@ -211,7 +211,8 @@ def remove(path: Path, fs: FileSystem) -> None:
         with contextlib.suppress(OSError):
             path.rmdir()
     else:
-        fs.unlink(path)
+        with storage_errors("remove", path):
+            fs.unlink(path)
 
 
 class FileSystem:

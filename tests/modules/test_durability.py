@@ -72,7 +72,17 @@ def vectors(items: Any) -> Any:
 @pytest.mark.parametrize("backend", ["file", "lmdb"])
 @pytest.mark.parametrize(
     "kind",
-    "add remove priority reward components outcome clear settings reembed".split(),
+    [
+        "add",
+        "remove",
+        "priority",
+        "reward",
+        "components",
+        "outcome",
+        "clear",
+        "settings",
+        "reembed",
+    ],
 )
 def test_many_operations_of_a_kind_in_a_row(
     open_buffer: OpenBuffer, folder: Path, backend: str, kind: str
