@@ -844,8 +844,8 @@ def test_payloads_written_again_are_found_where_they_are_now(
         # What stands behind the durable part of the old file is nothing to anybody.
         logs = buffer._session.adapter._logs
         logs.begins.clear()
-        logs.chain(0)
-        os.truncate(given_up, logs.begins[max(logs.begins)].previous_end)
+        chain = logs.chain(0)
+        os.truncate(given_up, chain[max(chain)].previous_end)
         for each in (buffer, other):
             check(each, list(range(21)))
         buffer.save_snapshot()

@@ -220,7 +220,8 @@ class HidesGaps(Plain):
         try:
             return super().follow(after_lsn)
         except LogGone:
-            after_lsn = self._logs.begins[self._logs.chain(1 << 62)[0]].previous_lsn
+            chain = self._logs.chain(1 << 62)
+            after_lsn = chain[min(chain)].previous_lsn
             return super().follow(after_lsn)
 
 
@@ -315,7 +316,7 @@ class RetiresTooLittle(Plain):
         chain = self._logs.chain(durable_lsn)
         last = max(
             found.header.lsn
-            for found in self._logs.open(layout.DATA, chain[-1]).frames(4096, 1 << 30, rows=False)
+            for found in self._logs.open(layout.DATA, max(chain)).frames(4096, 1 << 30, rows=False)
             if hasattr(found, "header")
         )
         super().retire(durable_lsn, max(keep_lsn, last), next_lsn)

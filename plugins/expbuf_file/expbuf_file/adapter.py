@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -457,12 +458,13 @@ class FilePersistenceAdapter(PersistenceAdapter):
         chain = self._logs.chain(durable_lsn)
         # Not from a file whose first frame may be unsynced: the new one could lose its link.
         synced = [n for n in chain if n <= self._words[_SYNCED]]
-        start = max(n for n in synced if self._logs.begins[n].previous_lsn <= durable_lsn)
-        previous = (start, self._logs.begins[start].end, durable_lsn)
+        start = max(n for n in synced if chain[n].previous_lsn <= durable_lsn)
+        previous = (start, chain[start].end, durable_lsn)
         again: list[Stamped] = []
-        for number in chain[chain.index(start) :]:
+        repeats = [n for n in chain if n >= start]
+        for number in repeats:
             file = self._logs.open(layout.DATA, number)
-            for found in file.frames(self._logs.begins[number].end, file.size(), rows=True):
+            for found in file.frames(chain[number].end, file.size(), rows=True):
                 if isinstance(found, BadFrame) or found.header.kind == frames.LOG_END:
                     break
                 header = found.header
@@ -483,7 +485,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
             )
         number = self._free_number()
         *ends, _ = self._begin(number, next_lsn, previous, durable_lsn, again)
-        for given_up in sorted({old, *chain[chain.index(start) :]}):
+        for given_up in sorted({old, *repeats}):
             if layout.path_of(self._folder, layout.INDEX, given_up).exists():
                 self._end_index(given_up, keep_lsn, number)
         self._set_end(number, *ends)
@@ -524,16 +526,13 @@ class FilePersistenceAdapter(PersistenceAdapter):
     def _start_of(self, after_lsn: int) -> list[Part]:
         """Files to follow from `after_lsn` on."""
         chain = self._logs.chain(after_lsn)
-        first = max(
-            (n for n in chain if self._logs.begins[n].previous_lsn <= after_lsn), default=None
-        )
+        first = max((n for n in chain if chain[n].previous_lsn <= after_lsn), default=None)
         if first is None:
             raise LogGone
-        files = chain[chain.index(first) :]
-        successors = [self._logs.begins[n] for n in files[1:]]
+        files = [n for n in chain if n >= first]
         parts = [
-            Part(number, successor.previous_end, successor.previous_lsn)
-            for number, successor in zip(files, successors, strict=False)
+            Part(number, chain[following].previous_end, chain[following].previous_lsn)
+            for number, following in itertools.pairwise(files)
         ]
         return [*parts, Part(files[-1])]
 
@@ -563,8 +562,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
         self, lsn: int, live_ids: NDArray[np.int64], live_locations: NDArray[np.int64]
     ) -> None:
         chain = self._logs.chain(lsn)
-        begins = [self._logs.begins[n] for n in chain]
-        needed = max((n for n in chain if self._logs.begins[n].previous_lsn <= lsn), default=0)
+        needed = max((n for n in chain if chain[n].previous_lsn <= lsn), default=0)
         with_payloads = set(np.unique(live_locations >> layout.OFFSET_BITS).tolist())
         for number in layout.numbers(self._folder, layout.INDEX):
             if number < needed:
@@ -572,17 +570,17 @@ class FilePersistenceAdapter(PersistenceAdapter):
         for number in layout.numbers(self._folder, layout.DATA):
             if number < needed and number not in with_payloads:
                 self._logs.unlink(layout.DATA, number)
-        self._trim_sealed(chain, begins)
+        self._trim_sealed(chain)
 
-    def _trim_sealed(self, chain: list[int], begins: list[Begin]) -> None:
+    def _trim_sealed(self, chain: Mapping[int, Begin]) -> None:
         """Give back the room that ended logs have not used: a snapshot ends a log early.
 
         Only behind an end marker that is durable, so that a file is cut where it says it ends.
         """
-        for number, following, begin in zip(chain, chain[1:], begins[1:], strict=False):
+        for number, following in itertools.pairwise(chain):
             if following > self._words[_SYNCED]:
                 break
-            end = begin.previous_end
+            end = chain[following].previous_end
             try:
                 file = self._logs.open(layout.DATA, number)
             except StorageError:
@@ -653,7 +651,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
         except CorruptionError as exc:
             yield Problem(exc.path or "", exc.offset or 0, str(exc), True)
             return
-        last = chain[-1] if chain else 0
+        last = max(chain, default=0)
         for number in layout.numbers(self._folder, layout.DATA):
             path = layout.path_of(self._folder, layout.DATA, number)
             try:
@@ -666,12 +664,8 @@ class FilePersistenceAdapter(PersistenceAdapter):
                     continue  # dropped meanwhile
                 yield Problem(str(path), -1, str(exc), True)
                 continue
-            ends = [
-                b.previous_end
-                for n, b in self._logs.begins.items()
-                if b.previous == number and n in chain
-            ]
-            if number not in chain and chain and number > chain[0]:
+            ends = [begin.previous_end for begin in chain.values() if begin.previous == number]
+            if number not in chain and chain and number > min(chain):
                 continue  # given up: what was to be kept of it was written again
             try:
                 yield from verify_file(

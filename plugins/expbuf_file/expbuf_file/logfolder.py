@@ -50,7 +50,8 @@ class LogFolder:
         initial_bytes: Size of a file that begins a log.
 
     Attributes:
-        begins: How each data log continues another, as far as it was looked at.
+        begins: How each data log continues another, as far as it was looked at; for `chain`, and
+            to be cleared where that may have changed.
     """
 
     def __init__(self, path: Path, uuid: bytes, fs: FileSystem, initial_bytes: int) -> None:
@@ -92,15 +93,17 @@ class LogFolder:
             finally:
                 self.fs.close(fd)
 
-    def chain(self, after_lsn: int) -> list[int]:
-        """Numbers of the data logs that make up the log behind `after_lsn`, oldest first.
+    def chain(self, after_lsn: int) -> dict[int, Begin]:
+        """The data logs that make up the log behind `after_lsn`, by number, oldest first.
+
+        Each with how it continues the one before. Another thread may drop some meanwhile.
 
         A file names its predecessor; files that were skipped that way were given up. After a power
         loss the first frame of a file may be lost and that of its successor not: then neither is
         part of the log (unless something says that they were durable; see `LogReader`).
         """
         numbers = layout.numbers(self.path, layout.DATA)
-        chain: list[int] = []
+        chain: dict[int, Begin] = {}  # newest first
         wanted: int | None = None
         for number in reversed(numbers):
             if wanted is not None and number > wanted:
@@ -114,14 +117,14 @@ class LogFolder:
                     break  # dropped since the folder was listed, and so are those before it
                 raise
             if begin is None:
-                if chain and self.begins[chain[-1]].previous_lsn <= after_lsn:
+                if chain and chain[min(chain)].previous_lsn <= after_lsn:
                     break  # damaged, but nothing behind `after_lsn` is missing
                 chain.clear()  # prepared and never used, or lost with what came behind it
                 wanted = None
                 continue
-            chain.append(number)
+            chain[number] = begin
             wanted = begin.previous
-        return chain[::-1]
+        return dict(reversed(chain.items()))
 
     def begin(self, number: int) -> Begin | None:
         begin = self.begins.get(number)

@@ -43,35 +43,36 @@ class LogReader:
         """See `PersistenceAdapter.recover_alike`."""
         self._logs.begins.clear()
         chain = self._logs.chain(after_lsn)
-        while len(chain) > 1 and self._logs.begins[chain[1]].previous_lsn <= after_lsn:
-            chain.pop(0)
-        if not chain or self._logs.begins[chain[0]].previous_lsn > after_lsn:
-            first = f"begins at lsn {self._logs.begins[chain[0]].lsn}" if chain else "is missing"
+        files = list(chain)
+        while len(files) > 1 and chain[files[1]].previous_lsn <= after_lsn:
+            del files[0]
+        if not files or chain[files[0]].previous_lsn > after_lsn:
+            first = f"begins at lsn {chain[files[0]].lsn}" if files else "is missing"
             raise CorruptionError(
                 f"{self._logs.path}: the log {first}, but operations from lsn {after_lsn + 1} on "
                 "are needed: log files were deleted or damaged. Run `expbuf verify`",
-                path=layout.path_of(self._logs.path, layout.DATA, chain[0] if chain else 1),
+                path=layout.path_of(self._logs.path, layout.DATA, files[0] if files else 1),
                 lsn=after_lsn + 1,
             )
         self.last_lsn = after_lsn
-        for number, following in zip(chain, [*chain[1:], 0], strict=True):
-            successor = self._logs.begins[following] if following else None
-            intact = yield from self._recover_file(number, successor, durable_lsn)
+        for number, following in zip(files, [*files[1:], 0], strict=True):
+            intact = yield from self._recover_file(
+                number, chain[number], chain.get(following), durable_lsn
+            )
             if not intact:
                 return
         # Nothing is torn; is anything missing behind the end?
         lsn = self.last_lsn + 1
-        proof = max(durable_lsn, self._proof_behind(chain[-1]))
+        proof = max(durable_lsn, self._proof_behind(files[-1]))
         if proof >= lsn:
             missing = BadFrame(self.end, self.end, f"lsn {proof} was durable and is missing")
             raise self._logs.shared(layout.DATA, self.number).corrupt(missing, lsn)
 
     def _recover_file(
-        self, number: int, successor: Begin | None, durable_lsn: int
+        self, number: int, begin: Begin, successor: Begin | None, durable_lsn: int
     ) -> Generator[LoggedOperation | LoggedRun, None, bool]:
         """Yield a file's operations; return whether it ends where it should."""
         file = self._logs.open(layout.DATA, number)
-        begin = self._logs.begins[number]
         self.number, self.end = number, begin.end
         self.scanned[number] = begin.end
         size = file.size()

@@ -917,6 +917,30 @@ def test_rows_that_come_from_the_disk_are_announced(
         assert len(announced) == 40 - 8, "a single one has nothing to announce"
 
 
+def test_a_log_is_found_while_another_thread_forgets_what_it_knew_of_it(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot drops logs, and a failed sync retires one, in threads of their own."""
+    adapter = folder.new()
+    folder.append(adapter, *range(1, 60), row_bytes=2000)
+    folder.sync(adapter)
+    assert len(folder.numbers()) > 3
+    known = adapter._logs.chain
+
+    def chain(after_lsn: int) -> Any:
+        found = known(after_lsn)
+        adapter._logs.begins.clear()
+        return found
+
+    monkeypatch.setattr(adapter._logs, "chain", chain)
+    folder.check(list(adapter.follow(10).read(59)), 11)
+    adapter.drop_below(20, *(np.empty(0, np.int64) for _ in range(2)))
+    assert not [problem for problem in adapter.verify(59) if problem.damage]
+    adapter.retire(59, 59, 60)
+    folder.append(adapter, *range(60, 65))
+    folder.check(list(adapter.follow(30).read(64)), 31)
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
 @pytest.mark.parametrize("mode", ["r", "a"])
 def test_what_another_process_deletes_gives_its_room_back(tmp_path: Path, mode: str) -> None:
