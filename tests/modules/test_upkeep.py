@@ -222,6 +222,14 @@ def end(pid: int) -> None:
 INDEX = {"backend": "exact", "builder": "process", "rebuild_every": 10}
 
 
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_sessions_share_a_builder_and_leave_no_zombie(
     open_buffer: OpenBuffer, folder: Path, builders: list[int]
 ) -> None:
@@ -234,7 +242,7 @@ def test_sessions_share_a_builder_and_leave_no_zombie(
     assert len(builders) == 2
     with open_buffer(index={**INDEX, "rebuild_every": 11}) as buffer:
         add_all(buffer, range(20))
-        assert len(builders) == 3, "one that builds otherwise"
+        until(lambda: len(builders) == 3)  # one that builds otherwise
         for pid in builders:
             end(pid)
     for pid in builders:
@@ -253,10 +261,7 @@ def test_a_builder_that_ends_without_looking_is_followed_by_another(
         add_all(buffer, range(20, 40))
         assert len(builders) == 1
         end(builders[0])
-        deadline = time.monotonic() + DEADLINE_S
-        while len(builders) == 1:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: len(builders) > 1)
 
 
 # ---------------------------------------------------------------- many short sessions
