@@ -30,7 +30,7 @@ from expbuf_core.errors import CorruptionError, FormatVersionError
 from expbuf_core.testing.crash import scratch_folder
 from expbuf_core.verification import verify
 
-STRIDE = 1 if LONG else 197
+STRIDE = 1 if LONG else 397
 END_BYTES = 80  # of the mark at the end of a log
 KINDS = ("flip", "zero", "noise", "sector", "cut")
 
@@ -110,7 +110,7 @@ def positions(raw: bytes, stride: int, rng: random.Random) -> list[int]:
     chosen.update(range(min(len(raw), 96)))
     for page in range(0, len(raw), 4096):  # the first frame behind each page's beginning
         if raw[page : page + 8].strip(b"\0"):
-            chosen.update(range(page, min(len(raw), page + 88), 1 if LONG else 11))
+            chosen.update(range(page, min(len(raw), page + 88), 1 if LONG else 23))
     chosen.add(len(raw) - 1)
     return sorted(at for at in chosen if 0 <= at < len(raw))
 

@@ -43,10 +43,10 @@ def taken() -> tuple[set[str], int, int]:
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
 @pytest.mark.parametrize("there", [False, True], ids=["creating", "opening"])
-def test_whatever_fails(tmp_path: Path, config: dict[str, Any], there: bool) -> None:
+def test_whatever_fails(folder: Path, config: dict[str, Any], there: bool) -> None:
     failed = 0
     for nth in range(1, 100):
-        path, fs = tmp_path / str(nth), FaultyFileSystem()
+        path, fs = folder.with_name(str(nth)), FaultyFileSystem()
         if there:
             with ExperienceBuffer.open(path, config=config) as buffer:
                 buffer.add(Experience(v_embed=V, q_embed=V))
