@@ -180,6 +180,22 @@ def read_file(path: Path) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def read_if_there(path: Path) -> bytes | None:
+    """All of a file; None where it is missing.
+
+    Raises:
+        CorruptionError: It cannot be read, or is no file.
+        StorageError: It cannot be read now.
+    """
+    try:
+        with storage_errors("read", path):
+            return read_file(path)
+    except StorageError as exc:
+        if is_missing(exc):
+            return None
+        raise
+
+
 def first_unreadable(fd: int, offset: int = 0) -> int:
     """Where, at or behind an offset, a file cannot be read; its end if it can."""
     offset -= offset % SECTOR

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError, StorageError
-from expbuf_core.filesystem import FileSystem, is_missing, read_file, storage_errors
+from expbuf_core.filesystem import FileSystem, read_if_there, storage_errors
 
 IDENTITY = "expbuf.json"
 UNFINISHED = "migration.json"
@@ -54,13 +54,9 @@ def read_identity(folder: Path) -> Identity | None:
     path = folder / IDENTITY
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is a file; a buffer is a folder")
-    try:
-        with storage_errors("read", path):
-            raw = read_file(path)
-    except StorageError as exc:
-        if is_missing(exc):
-            return None
-        raise
+    raw = read_if_there(path)
+    if raw is None:
+        return None
     if (folder / UNFINISHED).exists():
         return None
     try:
@@ -161,13 +157,9 @@ def read_unfinished(folder: Path) -> dict[str, Any] | None:
         CorruptionError: It is damaged.
     """
     path = folder / UNFINISHED
-    try:
-        with storage_errors("read", path):
-            raw = read_file(path)
-    except StorageError as exc:
-        if is_missing(exc):
-            return None
-        raise
+    raw = read_if_there(path)
+    if raw is None:
+        return None
     try:
         note = dict(json.loads(raw))
         stored = note.pop("crc")

@@ -28,13 +28,12 @@ from expbuf_core.answers import Found, checked
 from expbuf_core.checksums import file_crc
 from expbuf_core.contracts import IndexBackend, IndexSegment
 from expbuf_core.crc import crc32
-from expbuf_core.errors import CorruptionError, ExpbufError, PluginContractError, StorageError
+from expbuf_core.errors import CorruptionError, ExpbufError, PluginContractError
 from expbuf_core.filesystem import (
     FileSystem,
     is_damage,
-    is_missing,
     names_in,
-    read_file,
+    read_if_there,
     reading,
     remove,
     storage_errors,
@@ -166,13 +165,9 @@ def read_manifest(home: Path) -> Manifest | None:
         StorageError: It cannot be read now.
     """
     path = home / MANIFEST
-    try:
-        with storage_errors("read", path):
-            raw = read_file(path)
-    except StorageError as exc:
-        if is_missing(exc):
-            return None
-        raise
+    raw = read_if_there(path)
+    if raw is None:
+        return None
     try:
         document = json.loads(raw)
         text = json.dumps(document["manifest"], sort_keys=True)

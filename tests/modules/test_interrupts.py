@@ -286,6 +286,22 @@ CALLS = {
 }
 
 
+def closing(buffer: Callable[[], ExperienceBuffer], outcomes: list[str]) -> Callable[[], None]:
+    """A handler that closes the buffer there is then, and notes what came of it."""
+
+    def handler() -> None:
+        def inner() -> None:
+            try:
+                buffer().close()
+                outcomes.append("closed")
+            except ReentrantCall:
+                outcomes.append("told")
+
+        inner()
+
+    return handler
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("backend", ["file", "lmdb"])
 @pytest.mark.parametrize("call", CALLS)
@@ -296,16 +312,7 @@ def test_a_handler_that_closes_in_the_middle_of_a_call_is_told(
     outcomes: list[str] = []
     buffer = ExperienceBuffer.open(folder, **options(backend))
 
-    def handler() -> None:
-        def inner() -> None:
-            try:
-                buffer.close()
-                outcomes.append("closed")
-            except ReentrantCall:
-                outcomes.append("told")
-
-        inner()
-
+    handler = closing(lambda: buffer, outcomes)
     for at in instants(call, rng):
         if outcomes[-1:] == ["closed"]:
             buffer = ExperienceBuffer.open(folder, **options(backend))
@@ -334,16 +341,7 @@ def test_a_handler_that_closes_while_it_is_being_closed_is_told(
 ) -> None:
     outcomes: list[str] = []
 
-    def handler() -> None:
-        def inner() -> None:
-            try:
-                buffer.close()
-                outcomes.append("closed")
-            except ReentrantCall:
-                outcomes.append("told")
-
-        inner()
-
+    handler = closing(lambda: buffer, outcomes)
     for n, at in enumerate(instants("close", rng)):
         buffer = ExperienceBuffer.open(folder, **options(backend))
         assert n == 0 or buffer.recovery.clean
