@@ -20,6 +20,7 @@ METRICS = ("cosine", "inner_product", "l2")
 _BLOCK_SCORES = 1 << 22  # scores held at once: 16 MB
 _BATCH = 32  # queries scored together
 _PRODUCT = 1 << 18  # multiplications up to which OpenBLAS stays in the calling thread
+_PRODUCT_BY_ONE = 9000  # the same of a matrix and a vector
 _CROWD = 8  # times k: so many that reach the floor are too many to sort
 _SPARSE = 8  # gather rows one by one when fewer than 1 in so many is allowed
 _MANY = 200  # candidates that are parted before they are sorted
@@ -39,6 +40,21 @@ _dot: Callable[..., _Float] = getattr(np, "vecdot", _einsum_dot)
 def dot(a: _Float, b: _Float, out: _Float | None = None) -> _Float:
     """Inner products along the last axis, by this thread alone."""
     return _dot(a, b, out=out)
+
+
+def short_products(rows: _Float, vector: _Float) -> _Float:
+    """(n,) inner products of (n, d) rows and (d,), by this thread alone; `dot` where d is small.
+
+    There a call of BLAS for each row takes longer than what it computes.
+    """
+    n, d = rows.shape
+    step = max(1, _PRODUCT_BY_ONE // d)
+    whole = n - n % step
+    products = np.empty(n, np.float32)
+    np.matmul(rows[:whole].reshape(-1, step, d), vector, out=products[:whole].reshape(-1, step))
+    if whole < n:
+        np.matmul(rows[whole:], vector, out=products[whole:])
+    return products
 
 
 def squared_norms(vectors: _Float) -> _Float:
@@ -177,16 +193,6 @@ def exact_best(
                 rows = _near(_dot(vectors, query), squared, query, k, chosen, floor)
                 rows, values = _first(rows, exact_similarities(vectors, rows, query, metric), k)
     return rows + offset if offset else rows, values
-
-
-def exact_among(
-    vectors: _Float, rows: _Rows, query: _Float, k: int, metric: str
-) -> tuple[_Rows, _Float]:
-    """Find the k most similar among some rows, rising; otherwise as `exact_best`.
-
-    Of overflows numpy warns unless the caller sees to it.
-    """
-    return _first(rows, exact_similarities(vectors, rows, query, metric), k)
 
 
 def exact_rerank(

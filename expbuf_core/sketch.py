@@ -14,7 +14,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core.exact_search import dot, inner_products, squared_norms
+from expbuf_core.exact_search import dot, inner_products, short_products, squared_norms
 
 LEAST_DIM = 128
 LEAST_ROWS = 384  # fewer are scanned as fast as they are bounded
@@ -160,7 +160,7 @@ class Sketch:
         if made < rows:
             made = self._bound_until(min(rows, made + max(_STEP, (rows - made) // _CATCH_UP)))
         asked = self.known.bounding_one(query)
-        bounds = dot(self._bounding[:made], asked)
+        bounds = short_products(self._bounding[:made], asked)
         if squared is None:
             out = bounds < floor
         else:  # |x - q|² >= |x|² + |q|² - 2 bound, where rounding is a part of the lengths

@@ -10,14 +10,19 @@ from __future__ import annotations
 import contextlib
 import resource
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import memory
-from expbuf_core.exact_search import exact_among, exact_best, exact_search, squared_norms
+from expbuf_core.exact_search import (
+    exact_best,
+    exact_search,
+    exact_similarities,
+    squared_norms,
+)
 from expbuf_core.segments import OpenSegment, rows_of
 from expbuf_core.sketch import LEAST_ROWS, Directions, Sketch
 
@@ -475,50 +480,56 @@ def _search_one(
     The segments come first: what they find says how similar a row of the tail has to be to count,
     which spares sorting it. Each call into numpy counts here.
     """
-    parts, floor = [], -np.inf
+    ids, similarities, floor = [], [], -np.inf
     for segment in view.segments:
         part = None
         if segment.sketch is not None and floor > -np.inf and allowed is None:
-            part = _search_sketched(segment, segment.sketch, metric, query[0], k, floor)
+            part = _search_sketched(segment, segment.sketch, metric, query[0], floor)
         if part is None:
-            part = _search_segment(segment, metric, query, k, allowed)
-            floor = max(floor, float(part[1][0, -1]))
-        if part[0].shape[1]:
-            parts.append(part)
-    if not len(view.tail_ids):
-        return _merged(parts, k) if parts else _nothing(1, k)
+            found = _search_segment(segment, metric, query, k, allowed)
+            part = found[0][0], found[1][0]
+            floor = max(floor, float(part[1][-1]))
+        ids.append(part[0])
+        similarities.append(part[1])
+    for rows, values in _search_tail(view, metric, query[0], k, allowed, floor):
+        ids.append(view.tail_ids.take(rows))
+        similarities.append(values)
+    return _nearest(ids, similarities, k)
+
+
+def _search_tail(
+    view: View,
+    metric: str,
+    query: NDArray[np.float32],
+    k: int,
+    allowed: NDArray[np.int64] | None,
+    floor: float,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Rows that may be among the k most similar, from `floor` on, in no order."""
+    rows = len(view.tail_ids)
+    if not rows:
+        return
     mask = view.tail_live if view.tail_dead or allowed is not None else None
     if allowed is not None:
         mask = view.tail_live & _member(view.tail_ids, allowed)
-    tail, first = [], 0  # what was found in the tail; the row that nothing has told about yet
+    first = 0  # the row that nothing has told about yet
     if view.tail_sketch is not None and floor > -np.inf:
-        told = view.tail_sketch.candidates(len(view.tail_ids), query[0], floor, view.tail_squared)
+        told = view.tail_sketch.candidates(rows, query, floor, view.tail_squared)
         if told is not None:
-            rows, first = told
-            rows = rows if mask is None else rows[mask[rows]]
-            tail.append(exact_among(view.tail_vectors, rows, query[0], k, metric))
-    if first < len(view.tail_ids):
-        rows, similarities = exact_best(
+            near, first = told
+            near = near if mask is None else near[mask[near]]
+            yield near, exact_similarities(view.tail_vectors, near, query, metric)
+    if first < rows:
+        near, values = exact_best(
             view.tail_vectors[first:],
             None if view.tail_squared is None else view.tail_squared[first:],
-            query[0],
+            query,
             k,
             metric,
             None if mask is None else mask[first:],
             floor,
         )
-        tail.append((rows + first if first else rows, similarities))
-    found = [
-        (view.tail_ids.take(rows)[np.newaxis], similarities[np.newaxis])
-        for rows, similarities in tail
-        if len(rows)
-    ]
-    if parts or (found and found[0][0].shape[1] == k):
-        return _merged([*found, *parts], k)
-    padded = _nothing(1, k)
-    for ids, values in found:  # one: without a segment there is no sketch
-        padded[0][:, : ids.shape[1]], padded[1][:, : ids.shape[1]] = ids, values
-    return padded
+        yield near + first if first else near, values
 
 
 def _search_sketched(
@@ -526,23 +537,38 @@ def _search_sketched(
     sketch: Sketch,
     metric: str,
     query: NDArray[np.float32],
-    k: int,
     floor: float,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
-    """Rows of a small segment from `floor` on, (1, up to k); None where bounds do not tell."""
+    """Ids of a small segment from `floor` on, in no order; None where bounds do not tell."""
     told = sketch.candidates(segment.info.rows, query, floor, sketch.squared)
     if told is None:
         return None
     rows, _ = told
     if len(rows) and segment.dead:
         rows = rows[segment.live[rows]]
-    rows, similarities = exact_among(sketch.vectors, rows, query, k, metric)
-    return segment.ids.take(rows)[np.newaxis], similarities[np.newaxis]
+    return segment.ids.take(rows), exact_similarities(sketch.vectors, rows, query, metric)
 
 
 def _nothing(m: int, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Padding alone."""
     return np.full((m, k), -1, np.int64), np.full((m, k), -np.inf, np.float32)
+
+
+def _nearest(
+    ids: list[NDArray[np.int64]], similarities: list[NDArray[np.float32]], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The k most similar of what the tiers have found for one query, (1, k), padded.
+
+    What was found in one place alone is in falling order, and in others there are at least k.
+    """
+    if len(ids) > 1:
+        found = np.concatenate(similarities)
+        first = np.negative(found).argsort(kind="stable")[:k]
+        return np.concatenate(ids).take(first)[np.newaxis], found.take(first)[np.newaxis]
+    padded = _nothing(1, k)  # never the arrays of an index, which may use them again
+    for some, values in zip(ids, similarities, strict=True):
+        padded[0][0, : len(some)], padded[1][0, : len(some)] = some, values
+    return padded
 
 
 def _merged(

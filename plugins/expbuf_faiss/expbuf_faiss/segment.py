@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from expbuf_core.builtin.exact import ExactSegment
 from expbuf_core.contracts import IndexSegment
-from expbuf_core.exact_search import exact_rerank
 from expbuf_faiss import runtime
 from expbuf_faiss.calibration import CANDIDATES_FLOOR, NEIGHBOURS, Tuning
 from expbuf_faiss.parameters import most_effort, parameters
@@ -60,8 +59,12 @@ class FaissSegment(IndexSegment):
         self._index = index
         self._dim = vectors.shape[1]
         self._ids = np.asarray(ids)
-        self._vectors = np.asarray(vectors)
+        self._vectors = np.ascontiguousarray(vectors, np.float32)  # FAISS believes in a pointer
+        self._where = faiss.swig_ptr(self._vectors)
         self._metric = metric
+        self._nearest_of = (
+            faiss.knn_L2sqr_by_idx if metric == "l2" else faiss.knn_inner_products_by_idx
+        )
         self._tuning = tuning
         self._facts = dict(facts or {})
         self._most = most_effort(faiss, index)
@@ -151,14 +154,28 @@ class FaissSegment(IndexSegment):
     def _ranked(
         self, queries: NDArray[np.float32], k: int, effort: int | None, chosen: RowFilter
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(m, k) rows and similarities; a line that ends with -1 has fewer than k."""
         rerank = self._tuning.rerank
-        if not rerank:
+        if rerank:
+            wanted = min(rerank * max(k, CANDIDATES_FLOOR), chosen.count)
+            candidates, _ = self.search_index(queries, wanted, effort, chosen)
+            rows, distances = self._compared(queries, candidates, k)
+        else:
             rows, distances = self.search_index(queries, k, effort, chosen)
-            similarities = np.float32(0) - distances if self._metric == "l2" else distances
-            return rows, similarities
-        wanted = min(rerank * max(k, CANDIDATES_FLOOR), chosen.count)
-        rows, _ = self.search_index(queries, wanted, effort, chosen)
-        return exact_rerank(self._vectors, rows, queries, k, self._metric)
+        return rows, np.float32(0) - distances if self._metric == "l2" else distances
+
+    def _compared(
+        self, queries: NDArray[np.float32], candidates: NDArray[np.int64], k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The k best of each line of candidates, by their whole vectors, which nobody copies."""
+        pointer, (m, wanted) = self._pointer, candidates.shape
+        distances = np.empty((m, k), np.float32)
+        rows = np.empty((m, k), np.int64)
+        self._nearest_of(
+            *(pointer(queries), self._where, pointer(candidates), self._dim),
+            *(m, len(self._vectors), wanted, k, pointer(distances), pointer(rows), wanted),
+        )
+        return rows, distances
 
     def _effort(self, k: int, count: int) -> int | None:
         """The calibrated effort; more where neighbours lie further out than calibrated for."""
