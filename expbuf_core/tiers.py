@@ -452,17 +452,12 @@ def search(
             return _search_one(view, metric, queries, k, allowed)
         with np.errstate(over="ignore", invalid="ignore"):  # vectors of 1e19 and more
             return _search_one(view, metric, queries, k, allowed)
-    parts = []
+    parts = [_search_segment(one, metric, queries, k, allowed) for one in view.segments]
     if len(view.tail_ids):
-        mask = view.tail_live if view.tail_dead or allowed is not None else None
-        if allowed is not None:
-            mask = view.tail_live & _member(view.tail_ids, allowed)
         rows, similarities = exact_search(
-            view.tail_vectors, view.tail_squared, queries, k, metric, mask
+            view.tail_vectors, view.tail_squared, queries, k, metric, _tail_mask(view, allowed)
         )
         parts.append((_ids_at(view.tail_ids, rows), similarities))
-    for segment in view.segments:
-        parts.append(_search_segment(segment, metric, queries, k, allowed))
     if not parts:
         return _nothing(len(queries), k)
     return _merged(parts, k)
@@ -492,8 +487,9 @@ def _search_one(
         ids.append(part[0])
         similarities.append(part[1])
     for rows, values in _search_tail(view, metric, query[0], k, allowed, floor):
-        ids.append(view.tail_ids.take(rows))
-        similarities.append(values)
+        if len(rows):
+            ids.append(view.tail_ids.take(rows))
+            similarities.append(values)
     return _nearest(ids, similarities, k)
 
 
@@ -509,9 +505,7 @@ def _search_tail(
     rows = len(view.tail_ids)
     if not rows:
         return
-    mask = view.tail_live if view.tail_dead or allowed is not None else None
-    if allowed is not None:
-        mask = view.tail_live & _member(view.tail_ids, allowed)
+    mask = _tail_mask(view, allowed)
     first = 0  # the row that nothing has told about yet
     if view.tail_sketch is not None and floor > -np.inf:
         told = view.tail_sketch.candidates(rows, query, floor, view.tail_squared)
@@ -530,6 +524,13 @@ def _search_tail(
             floor,
         )
         yield near + first if first else near, values
+
+
+def _tail_mask(view: View, allowed: NDArray[np.int64] | None) -> NDArray[np.bool_] | None:
+    """Which rows of the tail may be found; None for all."""
+    if allowed is not None:
+        return view.tail_live & _member(view.tail_ids, allowed)
+    return view.tail_live if view.tail_dead else None
 
 
 def _search_sketched(
@@ -559,7 +560,7 @@ def _nearest(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The k most similar of what the tiers have found for one query, (1, k), padded.
 
-    What was found in one place alone is in falling order, and in others there are at least k.
+    Where several have found something, that is at least k; one alone gives it in falling order.
     """
     if len(ids) > 1:
         found = np.concatenate(similarities)
