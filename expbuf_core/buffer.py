@@ -30,6 +30,7 @@ from expbuf_core.config_schema import BufferConfig, load_config
 from expbuf_core.contracts import LogGone
 from expbuf_core.dropped import Unclosed, close_dropped
 from expbuf_core.embedding_cache import EmbeddingCache
+from expbuf_core.embeddings import as_vectors
 from expbuf_core.errors import (
     BufferClosed,
     BufferReplaced,
@@ -43,23 +44,11 @@ from expbuf_core.errors import (
     ReentrantCall,
     StorageError,
     UnknownExperienceError,
+    shown,
 )
 from expbuf_core.experience import Experience
 from expbuf_core.filesystem import FileSystem, storage_errors
-from expbuf_core.intake import (
-    Intake,
-    ages,
-    as_ids,
-    as_vectors,
-    check_batch_size,
-    checked_priorities,
-    finite32,
-    listed,
-    number,
-    rewards,
-    shown,
-    truth,
-)
+from expbuf_core.intake import Intake
 from expbuf_core.locks import holder
 from expbuf_core.opening import keeps_nothing
 from expbuf_core.plugins import PluginRegistry, default_registry
@@ -82,6 +71,17 @@ from expbuf_core.session import Outdated, Session
 from expbuf_core.state import State
 from expbuf_core.submitting import Submitter
 from expbuf_core.tiers import best, search
+from expbuf_core.values import (
+    ages,
+    as_ids,
+    check_batch_size,
+    checked_priorities,
+    finite32,
+    listed,
+    number,
+    rewards,
+    truth,
+)
 
 _PIN_TRIES = 5
 _MOST = 1 << 31  # results of a search

@@ -179,3 +179,15 @@ class CorruptionError(StorageError):
         self.path = os.fspath(path) if path is not None else None
         self.offset = offset
         self.lsn = lsn
+
+
+_SHOWN = 80  # characters of a value in a message
+
+
+def shown(value: object) -> str:
+    """A value in a message: short, and whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # nested too deep, an integer of thousands of digits, a `__repr__` that fails
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... (a {type(value).__name__})"

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from expbuf_core import codec, frames
 from expbuf_core.config_schema import BufferConfig
 from expbuf_core.contracts import Buffer, Pin
+from expbuf_core.embeddings import fused_dim
 from expbuf_core.errors import ConfigError, InvalidExperience, StorageError
 from expbuf_core.exchange_formats import Reader
 from expbuf_core.exchange_records import Item
 from expbuf_core.experience import Experience
 from expbuf_core.filesystem import storage_errors
-from expbuf_core.intake import Intake, fused_dim
+from expbuf_core.intake import Intake
 from expbuf_core.plugins import PluginRegistry
 from expbuf_core.state import State
 from expbuf_core.transfer import Content, Progress

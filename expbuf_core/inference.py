@@ -28,9 +28,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from expbuf_core.config_schema import InferenceConfig
-from expbuf_core.errors import ConfigError, ExpbufError, InvalidExperience
+from expbuf_core.errors import ConfigError, ExpbufError, InvalidExperience, shown
 from expbuf_core.experience import Experience
-from expbuf_core.intake import shown, truth
+from expbuf_core.values import truth
 
 WRONG_WEIGHT = 0.5
 """Default weight of the evidence that an answer was wrong for a similar question."""

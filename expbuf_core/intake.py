@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,24 +17,39 @@ from expbuf_core import codec
 from expbuf_core.codec import AddBody
 from expbuf_core.commit import Draft, draft_rows
 from expbuf_core.contracts import EmbeddingFusion, PriorityScorer, ScoringBatch
-from expbuf_core.errors import (
-    DimensionError,
-    ExpbufError,
-    InvalidExperience,
-    PluginContractError,
+from expbuf_core.embeddings import (
+    Vectors,
+    as_array,
+    as_vectors,
+    fuse,
+    fused_dim,
+    normalised,
+    plugin_named,
+    stacked,
+    to_read,
 )
+from expbuf_core.errors import DimensionError, InvalidExperience, PluginContractError, shown
 from expbuf_core.experience import Experience
+from expbuf_core.values import (
+    OLDEST,
+    ages,
+    are_priorities,
+    checked_image,
+    checked_metadata,
+    checked_probabilities,
+    checked_tags,
+    checked_text,
+    finite32,
+    float_column,
+    initial_priorities,
+    length_of,
+    list_column,
+    number,
+    reward_columns,
+    rewards,
+)
 
-Vectors = NDArray[np.float32]
-
-_OLDEST = 1e30  # seconds; finite in float32
-_FLOAT32 = np.dtype(np.float32)
-_BLAS_ALONE = 10_000  # numbers
-_MOST_DRAWN = 1 << 31
-_SHOWN = 80  # characters of a value in a message
-_SAFE = (1e-24, 1e30)  # squared lengths in between have lost nothing to float32's range
 _LARGEST = float(np.finfo(np.float32).max)
-_ORDINARY = 1e12  # the size of numbers of which a fusion can make finite ones
 
 COLUMNS = (
     "v_embed",
@@ -54,394 +68,21 @@ COLUMNS = (
 )
 
 
-# ---------------------------------------------------------------- embeddings
-
-
-def as_vectors(value: Any, name: str, *, rank: int, dim: int | None) -> Vectors:
-    """Convert embeddings to float32, and check them.
-
-    Args:
-        value: An array, anything with the array protocol, a torch tensor, a list of numbers.
-        name: For messages.
-        rank: 1 for one embedding, 2 for several.
-        dim: That the buffer holds; None while it is not known.
-
-    Returns:
-        (dim,) or (n, dim) float32, C-contiguous, finite. Not a copy where none is needed.
-
-    Raises:
-        DimensionError: The shape is wrong.
-        InvalidExperience: It is no array of finite real numbers.
-    """
-    if type(value) is np.ndarray:
-        array: NDArray[Any] | None = value
-        if (  # nearly always so: nothing to convert
-            value.dtype == _FLOAT32
-            and value.ndim == rank
-            and value.shape[-1] == dim
-            and value.flags.c_contiguous
-            and math.isfinite(_sum_of_squares(value))
-        ):
-            return value
-    else:
-        array = codec.to_numpy(value)
-        if array is not None:
-            array = np.asarray(array)  # no subclass with multiplication of its own
-    if array is None:
-        if not isinstance(value, list | tuple):
-            raise InvalidExperience(
-                f"{name}: expected an array of numbers, found a {type(value).__name__}"
-            )
-        try:
-            array = np.asarray(value)
-            if array.dtype.kind in "US":
-                raise TypeError("found text")
-            if array.dtype.kind == "O":  # beyond 64 bits, or no numbers
-                array = array.astype(np.float64)
-        except (TypeError, ValueError, OverflowError) as exc:
-            raise InvalidExperience(f"{name}: not an array of numbers: {exc}") from exc
-    if array.ndim != rank:
-        raise _rank_error(array, name, rank)
-    if dim is not None and array.shape[-1] != dim:
-        raise DimensionError(
-            f"{name}: dimension {array.shape[-1]}, but this buffer holds embeddings of dimension "
-            f"{dim}",
-            expected=dim,
-            found=array.shape,
-        )
-    if array.shape[-1] == 0:
-        raise DimensionError(
-            f"{name}: empty (shape {array.shape})", expected=dim, found=array.shape
-        )
-    if array.dtype != np.float32:
-        if array.dtype.kind not in "fiub":
-            raise InvalidExperience(f"{name}: expected real numbers, found dtype {array.dtype}")
-        with np.errstate(over="ignore"):
-            array = array.astype(np.float32)
-    if not array.flags.c_contiguous:
-        array = np.ascontiguousarray(array)
-    # This is the fastest pass over the data; only its overflow needs a second look.
-    if not math.isfinite(_sum_of_squares(array)) and not np.isfinite(array).all():
-        at = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        raise InvalidExperience(
-            f"{name}: {array[at]} at position {at if rank > 1 else at[0]}; embeddings must be "
-            "finite in float32"
-        )
-    return array
-
-
-def to_read(array: NDArray[Any]) -> NDArray[Any]:
-    """The same for a plugin, which must not change it: it may be the caller's, or be stored."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
-
-
-def _sum_of_squares(array: Vectors) -> float:
-    """Of a C-contiguous array; unlike `@`, this overflows without a warning.
-
-    By this thread alone: for more than 10,000 numbers OpenBLAS wakes others, and each spins for a
-    while behind its part, at the cost of whoever shares the processor.
-    """
-    if array.size <= _BLAS_ALONE:
-        return float(np.vdot(array, array))
-    flat = array.reshape(-1)
-    return float(np.einsum("i,i->", flat, flat))
-
-
-def _stacked(parts: Sequence[NDArray[Any]], dim: int) -> NDArray[Any]:
-    """(n, dim) of n rows; a third of what `np.stack` takes."""
-    return np.concatenate(parts).reshape(len(parts), dim)
-
-
-def _rank_error(array: NDArray[Any], name: str, rank: int) -> DimensionError:
-    hint = ""
-    if rank == 1 and array.ndim == 2 and array.shape[0] == 1:
-        hint = f"; this is a batch of one: give {name}[0]"
-    elif rank == 1 and array.ndim == 2:
-        hint = "; for several experiences at once use add_many or search_many"
-    elif rank == 2 and array.ndim == 1:
-        hint = f"; for a single one give {name}[None]"
-    expected = "(dim,)" if rank == 1 else "(n, dim)"
-    return DimensionError(
-        f"{name}: expected shape {expected}, found {array.shape}{hint}", found=array.shape
-    )
-
-
-def _normalised_plainly(vectors: Vectors) -> Vectors | None:
-    """Rows of length 1, finite; None where that takes more care."""
-    low, high = _SAFE
-    if len(vectors) == 1:  # as adds and searches come
-        square = float(np.vdot(vectors, vectors))  # the one product that overflows without warning
-        return vectors * (1.0 / math.sqrt(square)) if low < square < high else None
-    squares = np.einsum("ij,ij->i", vectors, vectors)
-    if not (low < squares.min(initial=1) and squares.max(initial=1) < high):
-        return None
-    factors: NDArray[np.float32] = 1.0 / np.sqrt(squares)
-    return vectors * factors[:, None]
-
-
-def normalised(vectors: Vectors) -> Vectors:
-    """Scale rows to length 1; rows of zeros stay zero. What is finite stays finite."""
-    scaled = _normalised_plainly(vectors)
-    if scaled is not None:
-        return scaled
-    wide = vectors.astype(np.float64)
-    norms = np.sqrt(np.einsum("ij,ij->i", wide, wide))
-    norms[norms == 0] = 1
-    wide /= norms[:, None]
-    return wide.astype(np.float32)
-
-
-def _plugin(noun: str, name: str, plugin: object) -> str:
-    """A plugin in a message."""
-    named = f"the {noun} {name!r}" if name else f"the {noun}"
-    return f"{named} ({type(plugin).__name__})"
-
-
-def _as_array(found: Any, who: str, wanted: str) -> NDArray[Any]:
-    """What a plugin has returned, as an array."""
-    try:
-        return np.asarray(found)
-    except (TypeError, ValueError, OverflowError) as exc:  # ragged, or it cannot be read
-        raise PluginContractError(f"{who} returned {shown(found)}; expected {wanted}") from exc
-
-
-def fused_dim(fusion: EmbeddingFusion, v_dim: int, q_dim: int, name: str = "") -> int:
-    """Dimension of the fused vectors. `name`: of the fusion, for messages.
-
-    Raises:
-        ValueError: The fusion does not take these dimensions, and says why.
-        PluginContractError: It says something else than a dimension.
-    """
-    who = _plugin("embedding fusion", name, fusion)
-    try:
-        dim = fusion.output_dim(v_dim, q_dim)
-    except (ExpbufError, ValueError):
-        raise
-    except Exception as exc:
-        raise PluginContractError(
-            f"{who} failed in output_dim({v_dim}, {q_dim}): {type(exc).__name__}: {exc}; expected "
-            "a dimension, or a ValueError that says why there is none"
-        ) from exc
-    if not isinstance(dim, int | np.integer) or isinstance(dim, bool) or dim < 1:
-        raise PluginContractError(
-            f"{who} returned {shown(dim)} from output_dim({v_dim}, {q_dim}); expected an integer "
-            "of at least 1"
-        )
-    return int(dim)
-
-
-def fuse(
-    fusion: EmbeddingFusion, metric: str, v: Vectors, q: Vectors, dim: int, name: str = ""
-) -> Vectors:
-    """Fused vectors as they are indexed: (n, dim) float32, normalised under cosine.
-
-    Args:
-        fusion: Of the buffer.
-        metric: Of the buffer.
-        v: (n, v_dim)
-        q: (n, q_dim)
-        dim: Of the result.
-        name: Of the fusion, for messages.
-
-    Raises:
-        PluginContractError: The fusion returned something else.
-        InvalidExperience: The parts are so large that their fusion is not finite.
-    """
-    found = fusion(to_read(v), to_read(q))
-    if type(found) is not np.ndarray or found.shape != (len(v), dim) or found.dtype != _FLOAT32:
-        who, wanted = _plugin("embedding fusion", name, fusion), f"float32 {(len(v), dim)}"
-        found = _as_array(found, who, wanted)
-        if found.shape != (len(v), dim) or found.dtype != _FLOAT32:
-            raise PluginContractError(
-                f"{who} returned {found.dtype} {found.shape}; expected {wanted}"
-            )
-    fused: Vectors = found
-    if metric == "cosine":
-        scaled = _normalised_plainly(fused)
-        if scaled is not None:
-            return scaled
-    # Their sum of squares is finite if they are; where it is not, a second look tells.
-    if not math.isfinite(_sum_of_squares(fused)) and not np.isfinite(fused).all():
-        if max(np.abs(part).max(initial=0.0) for part in (v, q)) <= _ORDINARY:
-            raise PluginContractError(
-                f"{_plugin('embedding fusion', name, fusion)} returned numbers that are not "
-                "finite for parts that are"
-            )
-        raise InvalidExperience("the fused embedding is not finite: its parts are too large")
-    return normalised(fused) if metric == "cosine" else np.ascontiguousarray(fused)
-
-
-# ---------------------------------------------------------------- single values
-
-
-def shown(value: object) -> str:
-    """A value in a message: short, and whatever it is."""
-    try:
-        text = repr(value)
-    except Exception:  # nested too deep, an integer of thousands of digits, a `__repr__` that fails
-        return f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... (a {type(value).__name__})"
-
-
-def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf) -> float:
-    """A finite number within bounds.
-
-    Raises:
-        InvalidExperience: It is not.
-    """
-    if type(value) is not float:
-        if isinstance(value, str | bytes | bool | np.bool_) or value is None:
-            raise InvalidExperience(f"{name}: expected a number, found {shown(value)}")
-        try:
-            value = float(value)
-        except (TypeError, ValueError, OverflowError) as exc:
-            raise InvalidExperience(f"{name}: expected a number, found {shown(value)}") from exc
-    if not low <= value <= high or math.isinf(value):
-        bounds = "" if math.isinf(low) else f" in [{low:g}, {high:g}]"
-        raise InvalidExperience(f"{name}: expected a finite number{bounds}, found {shown(value)}")
-    return float(value)
-
-
-def truth(value: Any, name: str) -> bool:
-    """True or False; a 0 or 1 of a data set will do.
-
-    Raises:
-        InvalidExperience: It is something else.
-    """
-    if not isinstance(value, bool | np.bool_) and not (
-        isinstance(value, int | np.integer) and value in (0, 1)
-    ):
-        raise InvalidExperience(f"{name} must be True or False, not {shown(value)}")
-    return bool(value)
-
-
-def rewards(value: Any, where: str = "rewards") -> tuple[float, dict[str, float] | None]:
-    """(total, components); NaN and None while unknown."""
-    if value is None:
-        return math.nan, None
-    if isinstance(value, Mapping):
-        components = {}
-        for name, part in value.items():
-            if not isinstance(name, str):
-                raise InvalidExperience(
-                    f"{where}: component names must be strings, found {shown(name)}"
-                )
-            components[name] = number(part, f"{where}[{name!r}]")
-        try:
-            total = math.fsum(components.values())
-        except OverflowError:
-            total = math.inf
-        return number(total, where), components
-    try:
-        total = number(value, where)
-    except InvalidExperience as exc:
-        raise InvalidExperience(f"{exc}, or a mapping of names to numbers") from exc
-    return total, {"reward": total}
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise InvalidExperience(f"{name}: expected a string, found a {type(value).__name__}")
-    return value
-
-
-def _image(value: Any) -> str | bytes:
-    image = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(image, str | bytes):
-        raise InvalidExperience(
-            f"image: expected a path or encoded bytes, found a {type(value).__name__}"
-        )
-    return image
-
-
-def _tags(value: Any, name: str = "tags") -> list[str]:
-    if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
-        raise InvalidExperience(f"{name}: expected a sequence of strings, found {shown(value)}")
-    return [_text(tag, name) for tag in value]
-
-
-def _metadata(value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise InvalidExperience(f"metadata: expected a mapping, found a {type(value).__name__}")
-    return value
-
-
-def _probabilities(value: Any, name: str = "probabilities") -> NDArray[np.float32]:
-    array = as_vectors(value, name, rank=1, dim=None)
-    total = float(array.sum(dtype=np.float64))
-    if array.min() < 0 or abs(total - 1.0) > 1e-2:
-        raise InvalidExperience(f"{name}: must not be negative and must sum to 1, not to {total:g}")
-    return to_read(array)
-
-
-def listed(values: Any, name: str) -> list[Any]:
-    """The entries of whatever can be iterated over.
-
-    Raises:
-        InvalidExperience: It cannot.
-    """
-    try:
-        return list(values)
-    except TypeError as exc:
-        raise InvalidExperience(
-            f"{name}: expected several, found a {type(values).__name__}"
-        ) from exc
-
-
-def _array_of(values: list[Any], name: str) -> NDArray[Any]:
-    try:
-        return np.asarray(values)
-    except (TypeError, ValueError, OverflowError) as exc:  # ragged, or nested too deep
-        raise InvalidExperience(f"{name}: expected a flat sequence of numbers: {exc}") from exc
-
-
-def as_ids(ids: Any, name: str = "ids") -> NDArray[np.int64]:
-    """(n,) int64 of whatever holds ids. `name`: for messages.
-
-    Raises:
-        InvalidExperience: It holds something else.
-    """
-    if isinstance(ids, tuple | list) and not ids:
-        return np.empty(0, np.int64)
-    array = codec.to_numpy(ids)
-    if array is None:
-        array = _array_of([ids] if isinstance(ids, int) else listed(ids, name), name)
-    if array.size == 0:
-        return np.empty(0, np.int64)
-    if array.dtype.kind not in "iu":
-        raise InvalidExperience(f"{name} must be integers, found dtype {array.dtype}")
-    if array.dtype.kind == "u" and int(array.max()) > np.iinfo(np.int64).max:
-        raise InvalidExperience(f"{name} must fit into int64")
-    return np.atleast_1d(array).reshape(-1).astype(np.int64)
-
-
-def check_batch_size(value: Any) -> None:
-    """Raise unless so many can be drawn."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise InvalidExperience(f"batch_size must be an integer, not {shown(value)}")
-    if not 1 <= value < _MOST_DRAWN:
-        raise InvalidExperience(
-            f"batch_size must be at least 1 and below {_MOST_DRAWN:,}, not {shown(value)}"
-        )
-
-
 def _any(value: Any) -> Any:
     return value
 
 
 # What goes into a payload, in this order, and what checks it.
 _CHECKS: dict[str, Callable[[Any], Any]] = {
-    "question": partial(_text, name="question"),
+    "question": partial(checked_text, name="question"),
     "answer": _any,
     "rewards": rewards,
     "trajectory": _any,
-    "metadata": _metadata,
-    "probabilities": _probabilities,
-    "image": _image,
-    "tags": _tags,
-    "key": partial(_text, name="key"),
+    "metadata": checked_metadata,
+    "probabilities": checked_probabilities,
+    "image": checked_image,
+    "tags": checked_tags,
+    "key": partial(checked_text, name="key"),
 }
 _EMPTY: dict[str, Any] = {"question": "", "tags": ()}  # where nothing is there; elsewhere None
 # Of columns.
@@ -670,13 +311,13 @@ class Intake:
             return self._checked_scores(self.scorer(batch), batch)
 
     def _checked_scores(self, found: Any, batch: ScoringBatch) -> NDArray[np.float32]:
-        who = _plugin("priority scorer", self._scorer_name, self.scorer)
+        who = plugin_named("priority scorer", self._scorer_name, self.scorer)
         wanted = f"{len(batch)} finite priorities, none below 0"
-        array = _as_array(found, who, wanted)
+        array = as_array(found, who, wanted)
         if array.dtype.kind in "fiub" and array.shape == (len(batch),):
             with np.errstate(over="ignore"):
                 scores = array.astype(np.float32)
-            if _are_priorities(scores):
+            if are_priorities(scores):
                 return scores
         values = "" if array.size > 1 else f" {shown(found)}"
         if array.size > 1 and array.dtype.kind in "fiub":
@@ -698,7 +339,7 @@ class Intake:
         if len(row) > self._max_experience or len(row) + 4 * self.dim > self._max_commit:
             self._check_sizes(np.array([len(row)], np.uint32))
         if priority is not None:
-            value = float(_priorities([priority], 1)[0])
+            value = float(initial_priorities([priority], 1)[0])
         else:
             value = self._score_one(item, now)
         return Accepted(v, q, row, item, value)
@@ -720,8 +361,8 @@ class Intake:
             return draft_rows(codec.ADD, body, bytearray(row), lengths, 1)
         items = [each.item for each in accepted]
         return self._draft(
-            _stacked([each.v for each in accepted], self.v_dim),
-            _stacked([each.q for each in accepted], self.q_dim),
+            stacked([each.v for each in accepted], self.v_dim),
+            stacked([each.q for each in accepted], self.q_dim),
             bytearray().join([each.row for each in accepted]),
             np.array([len(each.row) for each in accepted], np.uint32),
             _numbers(items),
@@ -739,7 +380,7 @@ class Intake:
         total = item.reward if known else 0.0
         if not -_LARGEST <= total <= _LARGEST:
             finite32(np.array([total]), "rewards")
-        age = min(max(now - item.timestamp, 0.0), _OLDEST)
+        age = min(max(now - item.timestamp, 0.0), OLDEST)
         probabilities, metadata = item.fields.get("probabilities"), item.fields.get("metadata")
         if self._ask_one is not None:
             score = self._ask_one(
@@ -806,7 +447,7 @@ class Intake:
         fields: dict[str, Any] = {}
         question = item.question
         if type(question) is not str or question:
-            fields["question"] = _text(question, "question")
+            fields["question"] = checked_text(question, "question")
         if item.answer is not None:
             fields["answer"] = item.answer
         reward = math.nan
@@ -815,16 +456,16 @@ class Intake:
         if item.trajectory is not None:
             fields["trajectory"] = item.trajectory
         if item.metadata is not None:
-            fields["metadata"] = _metadata(item.metadata)
+            fields["metadata"] = checked_metadata(item.metadata)
         if item.probabilities is not None:
-            fields["probabilities"] = _probabilities(item.probabilities)
+            fields["probabilities"] = checked_probabilities(item.probabilities)
         if item.image is not None:
-            fields["image"] = _image(item.image)
-        tags = _tags(item.tags) if type(item.tags) is not tuple or item.tags else []
+            fields["image"] = checked_image(item.image)
+        tags = checked_tags(item.tags) if type(item.tags) is not tuple or item.tags else []
         if tags:
             fields["tags"] = tags
         if item.key is not None:
-            fields["key"] = _text(item.key, "key")
+            fields["key"] = checked_text(item.key, "key")
         return _Checked(
             fields,
             number(item.confidence, "confidence", 0.0, 1.0),
@@ -840,8 +481,8 @@ class Intake:
             shape = (dim,)
             if all(part.shape == shape for part in parts):
                 with np.errstate(over="ignore"):
-                    return as_vectors(_stacked(parts, dim), name, rank=2, dim=dim)
-        return _stacked([self._part(part, name, dim, rank=1) for part in parts], dim)
+                    return as_vectors(stacked(parts, dim), name, rank=2, dim=dim)
+        return stacked([self._part(part, name, dim, rank=1) for part in parts], dim)
 
     def columns(self, columns: Mapping[str, Any], priorities: Any) -> Draft:
         """A mapping of columns as one operation; see `ExperienceBuffer.add_many`."""
@@ -859,32 +500,32 @@ class Intake:
         )
         if given is None:
             raise InvalidExperience("the columns need v_embed, q_embed, or both")
-        n = _length(given)
+        n = length_of(given)
         v = self._part(columns.get("v_embed"), "v_embed", self.v_dim, rank=2, n=n)
         q = self._part(columns.get("q_embed"), "q_embed", self.q_dim, rank=2, n=n)
         for name, values in (("v_embed", v), ("q_embed", q)):
             if len(values) != n:
                 raise InvalidExperience(f"column {name!r} has {len(values)} entries, not {n}")
-        confidence = _float_column(columns.get("confidence"), "confidence", n, 1.0)
+        confidence = float_column(columns.get("confidence"), "confidence", n, 1.0)
         if n and not (0.0 <= confidence.min() and confidence.max() <= 1.0):
             raise InvalidExperience("confidence: every value must be in [0, 1]")
-        timestamp = _float_column(columns.get("timestamp"), "timestamp", n, now)
-        reward, components = _reward_columns(columns.get("rewards"), n)
+        timestamp = float_column(columns.get("timestamp"), "timestamp", n, now)
+        reward, components = reward_columns(columns.get("rewards"), n)
         lists = {
-            name: _list_column(columns[name], name, n)
+            name: list_column(columns[name], name, n)
             for name in ("question", "answer", "trajectory", "metadata", "image", "key")
             if columns.get(name) is not None
         }
         if columns.get("probabilities") is not None:
             lists["probabilities"] = [
-                None if p is None else _probabilities(p)
-                for p in _list_column(columns["probabilities"], "probabilities", n, rows=True)
+                None if p is None else checked_probabilities(p)
+                for p in list_column(columns["probabilities"], "probabilities", n, rows=True)
             ]
         if components is not None:
             lists["rewards"] = components
         if columns.get("tags") is not None:
             lists["tags"] = [
-                _tags(tags) or None for tags in _list_column(columns["tags"], "tags", n)
+                checked_tags(tags) or None for tags in list_column(columns["tags"], "tags", n)
             ]
         for name, kind in _KINDS.items():
             for value in lists.get(name, ()):
@@ -893,7 +534,9 @@ class Intake:
                         f"column {name!r}: expected {kind[1]}, found a {type(value).__name__}"
                     )
         if "image" in lists:
-            lists["image"] = [None if image is None else _image(image) for image in lists["image"]]
+            lists["image"] = [
+                None if image is None else checked_image(image) for image in lists["image"]
+            ]
         numbers = _Numbers(confidence.astype(np.float32), reward, timestamp)
         return self._together(v, q, _Columns(lists, numbers), priorities, now)
 
@@ -923,7 +566,7 @@ class Intake:
         now: float,
     ) -> NDArray[np.float32]:
         """(n,) as given, and the scorer's where none is."""
-        own = None if given is None else _priorities(given, len(confidence))
+        own = None if given is None else initial_priorities(given, len(confidence))
         if own is not None and not np.isnan(own).any():
             return own
         scores = self.score(confidence, reward, probabilities, ages(now, timestamp), metadata)
@@ -946,125 +589,3 @@ class Intake:
             AddBody(timestamp, reward, confidence, priority, vectors, labels, self.representation)
         )
         return draft_rows(codec.ADD, body, rows, lengths, len(lengths))
-
-
-def _length(column: Any) -> int:
-    try:
-        return len(column)
-    except TypeError as exc:
-        array = codec.to_numpy(column)  # the array protocol asks for no length
-        if array is not None and array.ndim:
-            return len(array)
-        raise InvalidExperience(
-            f"columns hold several entries each, found a {type(column).__name__}"
-        ) from exc
-
-
-def _priorities(given: Any, n: int) -> NDArray[np.float32]:
-    """(n,) float32, NaN where the scorer decides."""
-    values = listed(given, "priorities")
-    if len(values) != n:
-        raise InvalidExperience(f"{len(values)} priorities for {n} experiences")
-    checked = [math.nan if x is None else number(x, "priority", 0.0) for x in values]
-    return finite32(np.array(checked, np.float64), "priority", nan=True)
-
-
-def _are_priorities(values: NDArray[np.float32]) -> bool:
-    """Whether all are finite, and none is negative (comparisons with NaN are false)."""
-    if len(values) == 1:
-        return 0.0 <= float(values[0]) < math.inf
-    return not len(values) or bool(values.min() >= 0.0 and values.max() < np.inf)
-
-
-def ages(now: float, timestamp: NDArray[np.float64]) -> NDArray[np.float32]:
-    """(n,) seconds since these times; 0 where clocks disagree."""
-    return np.minimum(np.maximum(now - timestamp, 0.0), _OLDEST).astype(np.float32)
-
-
-def finite32(values: NDArray[np.float64], name: str, *, nan: bool = False) -> NDArray[np.float32]:
-    """float32 of values that must stay finite there."""
-    with np.errstate(over="ignore"):
-        narrow = values.astype(np.float32)
-    bad = np.isinf(narrow) if nan else ~np.isfinite(narrow)
-    if bad.any():
-        raise InvalidExperience(
-            f"{name}: {values[bad][0]!r} is not finite in float32; nothing was written"
-        )
-    return narrow
-
-
-def checked_priorities(values: Any, n: int) -> NDArray[np.float32]:
-    """(n,) float32 priorities, finite and not negative."""
-    array = codec.to_numpy(values)
-    if array is None:
-        single = isinstance(values, int | float)
-        array = _array_of([values] if single else listed(values, "priorities"), "priorities")
-    array = np.atleast_1d(array)
-    if array.shape != (n,) or (n and array.dtype.kind not in "fiu"):
-        raise InvalidExperience(
-            f"expected {n} priorities, found {array.dtype} of shape {array.shape}"
-        )
-    # As a learner gives them; NaN fails both comparisons.
-    if array.dtype == np.float32 and n and 0 <= array.min() and array.max() < np.inf:
-        return array
-    narrow = finite32(array.astype(np.float64), "priorities")
-    if n and narrow.min() < 0:
-        raise InvalidExperience(f"priorities: {narrow.min()!r} is negative; nothing was written")
-    return narrow
-
-
-def _float_column(value: Any, name: str, n: int, default: float) -> NDArray[np.float64]:
-    if value is None:
-        return np.full(n, default)
-    array = codec.to_numpy(value)
-    if array is None:
-        array = np.array([number(x, name) for x in listed(value, name)])
-    if array.shape != (n,) or array.dtype.kind not in "fiu":
-        raise InvalidExperience(
-            f"column {name!r}: expected {n} numbers, found {array.dtype} of shape {array.shape}"
-        )
-    array = array.astype(np.float64)
-    if not np.isfinite(array).all():
-        raise InvalidExperience(f"column {name!r}: every value must be finite")
-    return array
-
-
-def _list_column(value: Any, name: str, n: int, *, rows: bool = False) -> list[Any]:
-    array = codec.to_numpy(value)
-    if array is not None and array.ndim:
-        values = list(array) if rows else array.tolist()
-    else:
-        values = listed(value, f"column {name!r}")
-    if isinstance(value, str | bytes):
-        raise InvalidExperience(
-            f"column {name!r}: expected a list of {n}, found a {type(value).__name__}"
-        )
-    if len(values) != n:
-        raise InvalidExperience(f"column {name!r}: expected {n} entries, found {len(values)}")
-    return values
-
-
-def _reward_columns(
-    value: Any, n: int
-) -> tuple[NDArray[np.float64], list[dict[str, float] | None] | None]:
-    """(n,) totals, NaN where unknown, and the components of each."""
-    if value is None:
-        return np.full(n, np.nan), None
-    if isinstance(value, Mapping):
-        named = {
-            str(name): _float_column(part, f"rewards[{name!r}]", n, 0.0)
-            for name, part in value.items()
-        }
-        total = np.sum(list(named.values()), axis=0) if named else np.zeros(n)
-        components: list[dict[str, float] | None] = [
-            {name: float(part[i]) for name, part in named.items()} for i in range(n)
-        ]
-        return np.asarray(total, np.float64), components
-    array = codec.to_numpy(value)
-    if array is not None and array.dtype.kind in "fiu" and array.shape == (n,):
-        total = array.astype(np.float64)
-        if np.isinf(total).any():
-            raise InvalidExperience("column 'rewards': every value must be finite, or NaN: unknown")
-        return total, [None if math.isnan(x) else {"reward": x} for x in total.tolist()]
-    pairs = [rewards(x) for x in _list_column(value, "rewards", n)]
-    return np.array([pair[0] for pair in pairs]), [pair[1] for pair in pairs]

@@ -32,10 +32,10 @@ from expbuf_core.commit import Draft, Lock
 from expbuf_core.config_schema import BufferConfig, load_config
 from expbuf_core.contracts import EmbeddingFusion, LogGone, Operation
 from expbuf_core.crc import crc32
+from expbuf_core.embeddings import as_vectors, fuse, fused_dim
 from expbuf_core.errors import ConfigError, CorruptionError, InvalidExperience, StorageError
 from expbuf_core.experience import Experience
 from expbuf_core.filesystem import FileSystem, storage_errors
-from expbuf_core.intake import as_vectors, fuse, fused_dim
 from expbuf_core.plugins import PluginRegistry, default_registry
 from expbuf_core.results import PinnedExperiences
 from expbuf_core.segments import Manifest, SegmentInfo

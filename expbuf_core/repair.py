@@ -44,6 +44,7 @@ from expbuf_core.contracts import (
     Pin,
 )
 from expbuf_core.control import Control
+from expbuf_core.embeddings import fuse, fused_dim
 from expbuf_core.errors import (
     ConfigError,
     CorruptionError,
@@ -52,7 +53,6 @@ from expbuf_core.errors import (
     StorageError,
 )
 from expbuf_core.filesystem import FileSystem, read_file
-from expbuf_core.intake import fuse, fused_dim
 from expbuf_core.locks import opener
 from expbuf_core.plugins import PluginRegistry, default_registry
 from expbuf_core.session import Session

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expbuf_core.errors import ConfigError, InvalidExperience, SampleLimitError
-from expbuf_core.intake import check_batch_size, shown
+from expbuf_core.errors import ConfigError, InvalidExperience, SampleLimitError, shown
 from expbuf_core.sampling import restore_rng, rng_state
+from expbuf_core.values import check_batch_size
 
 if TYPE_CHECKING:
     from expbuf_core.buffer import ExperienceBuffer

@@ -30,6 +30,7 @@ from expbuf_core.contracts import (
     PriorityScorer,
 )
 from expbuf_core.control import Control
+from expbuf_core.embeddings import fused_dim
 from expbuf_core.errors import (
     BufferClosed,
     BufferReplaced,
@@ -41,7 +42,7 @@ from expbuf_core.errors import (
     StorageError,
 )
 from expbuf_core.filesystem import FileSystem
-from expbuf_core.intake import Accepted, Intake, fused_dim
+from expbuf_core.intake import Accepted, Intake
 from expbuf_core.locks import OpenLock, ProcessLock, ThreadLock, registry_is_mine
 from expbuf_core.opening import open_session
 from expbuf_core.plugins import PluginRegistry

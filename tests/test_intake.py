@@ -20,7 +20,8 @@ from expbuf_core.builtin.scorers import (
 )
 from expbuf_core.commit import Draft
 from expbuf_core.errors import InvalidExperience, PluginContractError
-from expbuf_core.intake import COLUMNS, Intake, as_ids, checked_priorities
+from expbuf_core.intake import COLUMNS, Intake
+from expbuf_core.values import as_ids, checked_priorities
 
 NOW = 1_700_000_000.0
 V = np.linspace(-1, 1, 8, dtype=np.float32)
