@@ -193,6 +193,24 @@ def test_only_some_are_allowed(tmp_path: Path, metric: str, filters: bool) -> No
     world.check(6, allowed=every[::5])
 
 
+def test_of_equals_the_older_come_first(tmp_path: Path, metric: str) -> None:
+    world = World(tmp_path, metric)
+    tiers = world.tiers
+    # Whole numbers: whoever computes similarities, in whatever order, finds the same.
+    vectors = world.rng.integers(-3, 4, (160, DIM)).astype(np.float32)
+    vectors[40:] = np.tile(vectors[:40], (3, 1))
+    tiers.add(np.arange(160), vectors)
+    world.vectors, world.next_id = dict(enumerate(vectors)), 100
+    world.build(list(range(40)), list(range(40, 100)))
+    queries = world.rng.integers(-3, 4, (3, DIM)).astype(np.float32)
+    for k in (1, 4, 6, 160):
+        rows, _ = exact_search(vectors, None, queries, k, metric)
+        np.testing.assert_array_equal(search(tiers.view(), metric, queries, k)[0], rows)
+        for query, expected in zip(queries, rows, strict=True):
+            one = search(tiers.view(), metric, query[np.newaxis], k)[0]
+            np.testing.assert_array_equal(one[0], expected)
+
+
 def test_no_queries(tmp_path: Path) -> None:
     for filters in (True, False):
         world = World(tmp_path / str(filters), "l2", filters=filters)
