@@ -2,6 +2,10 @@
 
 Otherwise a notebook whose cell opens a buffer again and again runs out of descriptors. A finalizer
 runs in the middle of anything, perhaps under a lock that closing needs: it only makes a note.
+
+Where a buffer goes with a cycle (an agent that keeps a bound method of its own is one), the
+collector calls the finalizers of all that only the cycle refers to, the session's files among them,
+before anybody can close the session. So what closing reads and writes by is referred to from here.
 """
 
 from __future__ import annotations
@@ -11,11 +15,14 @@ import os
 import queue
 import threading
 
+from expbuf_core.contracts import PersistenceAdapter
 from expbuf_core.session import Session
 
 _log = logging.getLogger("expbuf")
 _WAIT_S = 1.0
 _noted: queue.SimpleQueue[tuple[int, Session]] = queue.SimpleQueue()  # finalizers may use this one
+# By the `Unclosed` that they belong to. Not the sessions: see there.
+_kept: dict[int, PersistenceAdapter] = {}
 
 
 class Unclosed:
@@ -28,14 +35,18 @@ class Unclosed:
     def __init__(self, session: Session) -> None:
         self._session: Session | None = session if session.path is not None else None
         self._pid = os.getpid()
+        if self._session is not None:
+            _kept[id(self)] = session.adapter
 
     def closed(self) -> None:
         """There is nothing left to do."""
         self._session = None
+        _kept.pop(id(self), None)
 
     def __del__(self) -> None:
         if self._session is not None:
             _noted.put((self._pid, self._session))
+            _kept.pop(id(self), None)
 
 
 def close_dropped() -> None:
@@ -63,6 +74,8 @@ def _close(sessions: list[Session]) -> None:
     for session in sessions:
         _log.info("%s was dropped without close and is closed now", session.path)
         try:
+            if not session.closed:  # else its buffer has tried, and was told
+                session.replica.look_anew()
             session.close()
         except Exception as exc:
             _log.warning("%s was dropped without close; closing it failed: %s", session.path, exc)

@@ -103,6 +103,11 @@ class Replica:
             self._follower.close()
         self._follower = self._cursor = None
 
+    def look_anew(self) -> None:
+        """Read on in files that are opened anew: a finalizer may have closed those that were."""
+        with self.lock:
+            self._leave_log()
+
     def let_go(self) -> None:
         """Close the log, unless another thread is reading it: then it goes with this replica."""
         if self.lock.acquire(blocking=False):

@@ -67,8 +67,10 @@ def test_it_is_not_closed_before(folder: Path) -> None:
 class Trainer:
     """Observes its own buffer: the session refers to the plugin, and that to the buffer."""
 
-    def __init__(self, folder: Path) -> None:
-        self.buffer = ExperienceBuffer.open(folder, config=SETTINGS, plugins=[self])
+    def __init__(self, folder: Path, backend: str = "file") -> None:
+        self.buffer = ExperienceBuffer.open(
+            folder, config=SETTINGS, persistence=backend, plugins=[self]
+        )
 
 
 def test_of_a_cycle(folder: Path) -> None:
@@ -86,6 +88,32 @@ def test_of_a_cycle(folder: Path) -> None:
     gc.collect()
     assert descriptors() == before
     assert [ref() for ref in gone] == [None] * 3
+
+
+@pytest.mark.parametrize("backend", ["file", "lmdb"])
+def test_of_a_cycle_that_lags(folder: Path, backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The collector calls every finalizer of a cycle before the session is closed.
+
+    What closing reads the log by has to be open all the same.
+    """
+    trainer = Trainer(folder, backend)
+    with ExperienceBuffer.open(folder, config=SETTINGS) as other:
+        trainer.buffer.add(experience(0))
+        other.add(experience(1))
+        assert len(trainer.buffer) == 2
+        assert trainer.buffer.get(1).answer == "1"
+        other.save_snapshot()  # in the next log file
+        other.add(experience(2))
+    before = descriptors()
+    gone = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    with ExperienceBuffer.open(folder, config=SETTINGS) as buffer:
+        assert buffer.recovery.clean
+        assert len(buffer) == 3
+    assert descriptors() < before
+    assert gone() is None
+    assert not caplog.records
 
 
 def test_one_in_memory_goes_at_once() -> None:
