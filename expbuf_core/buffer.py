@@ -77,6 +77,7 @@ from expbuf_core.values import (
     check_batch_size,
     checked_priorities,
     finite32,
+    in_order,
     listed,
     number,
     rewards,
@@ -497,7 +498,7 @@ class ExperienceBuffer:
             StorageError: None was stored.
         """
         session = self._writer()
-        given: Any = None if priorities is None else listed(priorities, "priorities")
+        given: Any = None if priorities is None else in_order(priorities, "priorities")
         if isinstance(experiences, Mapping):
             rank, v, q = 2, experiences.get("v_embed"), experiences.get("q_embed")
         else:
@@ -1292,7 +1293,7 @@ def _rewards(values: Any) -> tuple[NDArray[np.float64], dict[int, dict[str, floa
         totals = array.astype(np.float64)
         if np.isfinite(totals).all():
             return totals, {}
-    items = listed(values if array is None else array.tolist(), "rewards")
+    items = in_order(values if array is None else array.tolist(), "rewards")
     parsed = [rewards(item) for item in items]
     totals = np.array([total for total, _ in parsed], np.float64)
     if np.isnan(totals).any():
@@ -1429,6 +1430,9 @@ def _credits(credit: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     if credit is None:
         return np.ones(n, np.float32)
     if isinstance(credit, Mapping):
+        for key in credit:  # JSON makes texts of them, and nobody would get any
+            if isinstance(key, bool) or not isinstance(key, int | np.integer):
+                raise InvalidExperience(f"credit: an id is an integer, not {shown(key)}")
         values = np.array([number(credit.get(i, 0.0), "credit", 0, 1) for i in ids.tolist()])
     elif isinstance(credit, int | float):
         values = np.full(n, number(credit, "credit", 0.0, 1.0))
@@ -1436,7 +1440,7 @@ def _credits(credit: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         array = codec.to_numpy(credit)
         if array is not None:
             array = np.broadcast_to(array, (n,)) if array.ndim == 0 else array
-        items = listed(credit, "credit") if array is None else array.tolist()
+        items = in_order(credit, "credit") if array is None else array.tolist()
         if len(items) != n:
             raise InvalidExperience(f"{len(items)} credits for {n} experiences")
         values = np.array([number(x, "credit", 0.0, 1.0) for x in items])

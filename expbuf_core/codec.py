@@ -108,8 +108,9 @@ def _pack(tree: Any, attachments: list[bytes], where: str, depth: int) -> Any:
         return [_pack(item, attachments, where, depth + 1) for item in tree]
     array = to_numpy(tree)
     if array is None or array.dtype.hasobject or array.dtype.kind == "V":
+        what = f"a {type(tree).__name__}" if array is None else f"an array of dtype {array.dtype}"
         raise InvalidExperience(
-            f"{where}: cannot store a {type(tree).__name__}; use None, bool, int, float, str, "
+            f"{where}: cannot store {what}; use None, bool, int, float, str, "
             "bytes, list, tuple, dict with string keys, or numeric arrays"
         )
     attachments.append(array.tobytes())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,15 @@ class LiveColumns:
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        known = ", ".join(name for name in vars(LiveColumns) if not name.startswith("_"))
+        raise AttributeError(
+            f"there is no column {name!r}; known: {known}. What stands in a payload is not in a "
+            "column: a tag is",
+            name=name,
+            obj=self,
+        )
 
     @property
     def id(self) -> NDArray[np.int64]:

@@ -94,10 +94,14 @@ def as_vectors(value: Any, name: str, *, rank: int, dim: int | None) -> Vectors:
     if not math.isfinite(_sum_of_squares(array)) and not np.isfinite(array).all():
         at = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         raise InvalidExperience(
-            f"{name}: {array[at]} at position {at if rank > 1 else at[0]}; embeddings must be "
-            "finite in float32"
+            f"{name}: {array[at]} at position {at if rank > 1 else at[0]}; {_plural(name)} must "
+            "be finite in float32"
         )
     return array
+
+
+def _plural(name: str) -> str:
+    return "embeddings" if name.endswith("_embed") else name
 
 
 def to_read(array: NDArray[Any]) -> NDArray[Any]:

@@ -34,7 +34,9 @@ def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf
         except (TypeError, ValueError, OverflowError) as exc:
             raise InvalidExperience(f"{name}: expected a number, found {shown(value)}") from exc
     if not low <= value <= high or math.isinf(value):
-        bounds = "" if math.isinf(low) else f" in [{low:g}, {high:g}]"
+        bounds = f" of at least {low:g}" if math.isinf(high) else f" in [{low:g}, {high:g}]"
+        if math.isinf(low):
+            bounds = ""
         raise InvalidExperience(f"{name}: expected a finite number{bounds}, found {shown(value)}")
     return float(value)
 
@@ -110,9 +112,11 @@ def checked_metadata(value: Any) -> Mapping[str, Any]:
 def checked_probabilities(value: Any, name: str = "probabilities") -> NDArray[np.float32]:
     """Read-only (c,) float32, none negative, that sum to 1."""
     array = as_vectors(value, name, rank=1, dim=None)
-    total = float(array.sum(dtype=np.float64))
-    if array.min() < 0 or abs(total - 1.0) > 1e-2:
-        raise InvalidExperience(f"{name}: must not be negative and must sum to 1, not to {total:g}")
+    total, least = float(array.sum(dtype=np.float64)), float(array.min())
+    if least < 0:
+        raise InvalidExperience(f"{name}: {least:g} is negative")
+    if abs(total - 1.0) > 1e-2:
+        raise InvalidExperience(f"{name}: must sum to 1, not to {total:g}")
     return to_read(array)
 
 
@@ -130,6 +134,20 @@ def listed(values: Any, name: str) -> list[Any]:
         ) from exc
 
 
+def in_order(values: Any, name: str) -> list[Any]:
+    """The entries of what has them in the order of the experiences.
+
+    Raises:
+        InvalidExperience: It has no order, is a mapping, whose keys would be taken, or bytes.
+    """
+    if isinstance(values, Mapping | set | frozenset | str | bytes | bytearray):
+        raise InvalidExperience(
+            f"{name}: expected a list of one for each, in the order of the experiences; found a "
+            f"{type(values).__name__}"
+        )
+    return listed(values, name)
+
+
 def _array_of(values: list[Any], name: str) -> NDArray[Any]:
     try:
         return np.asarray(values)
@@ -145,6 +163,8 @@ def as_ids(ids: Any, name: str = "ids") -> NDArray[np.int64]:
     """
     if isinstance(ids, tuple | list) and not ids:
         return np.empty(0, np.int64)
+    if isinstance(ids, bytes | bytearray):  # whose entries are integers
+        raise InvalidExperience(f"{name}: expected integers, found a {type(ids).__name__}")
     array = codec.to_numpy(ids)
     if array is None:
         array = _array_of([ids] if isinstance(ids, int) else listed(ids, name), name)
@@ -185,7 +205,7 @@ def length_of(column: Any) -> int:
 
 def initial_priorities(given: Any, n: int) -> NDArray[np.float32]:
     """(n,) float32, NaN where the scorer decides."""
-    values = listed(given, "priorities")
+    values = in_order(given, "priorities")
     if len(values) != n:
         raise InvalidExperience(f"{len(values)} priorities for {n} experiences")
     checked = [math.nan if x is None else number(x, "priority", 0.0) for x in values]
@@ -211,7 +231,7 @@ def finite32(values: NDArray[np.float64], name: str, *, nan: bool = False) -> ND
     bad = np.isinf(narrow) if nan else ~np.isfinite(narrow)
     if bad.any():
         raise InvalidExperience(
-            f"{name}: {values[bad][0]!r} is not finite in float32; nothing was written"
+            f"{name}: {float(values[bad][0])!r} is not finite in float32; nothing was written"
         )
     return narrow
 
@@ -221,7 +241,7 @@ def checked_priorities(values: Any, n: int) -> NDArray[np.float32]:
     array = codec.to_numpy(values)
     if array is None:
         single = isinstance(values, int | float)
-        array = _array_of([values] if single else listed(values, "priorities"), "priorities")
+        array = _array_of([values] if single else in_order(values, "priorities"), "priorities")
     array = np.atleast_1d(array)
     if array.shape != (n,) or (n and array.dtype.kind not in "fiu"):
         raise InvalidExperience(
@@ -232,7 +252,8 @@ def checked_priorities(values: Any, n: int) -> NDArray[np.float32]:
         return array
     narrow = finite32(array.astype(np.float64), "priorities")
     if n and narrow.min() < 0:
-        raise InvalidExperience(f"priorities: {narrow.min()!r} is negative; nothing was written")
+        least = float(narrow.min())
+        raise InvalidExperience(f"priorities: {least!r} is negative; nothing was written")
     return narrow
 
 
@@ -242,7 +263,7 @@ def float_column(value: Any, name: str, n: int, default: float) -> NDArray[np.fl
         return np.full(n, default)
     array = codec.to_numpy(value)
     if array is None:
-        array = np.array([number(x, name) for x in listed(value, name)])
+        array = np.array([number(x, name) for x in in_order(value, name)])
     if array.shape != (n,) or array.dtype.kind not in "fiu":
         raise InvalidExperience(
             f"column {name!r}: expected {n} numbers, found {array.dtype} of shape {array.shape}"
@@ -259,11 +280,7 @@ def list_column(value: Any, name: str, n: int, *, rows: bool = False) -> list[An
     if array is not None and array.ndim:
         values = list(array) if rows else array.tolist()
     else:
-        values = listed(value, f"column {name!r}")
-    if isinstance(value, str | bytes):
-        raise InvalidExperience(
-            f"column {name!r}: expected a list of {n}, found a {type(value).__name__}"
-        )
+        values = in_order(value, f"column {name!r}")
     if len(values) != n:
         raise InvalidExperience(f"column {name!r}: expected {n} entries, found {len(values)}")
     return values

@@ -123,7 +123,7 @@ def test_what_no_tree_holds_is_named() -> None:
     for bad, where in (
         ({"a": [1, {"b": object()}]}, "answer"),
         ({1: 2}, "keys must be strings, found 1 of type int"),
-        (np.array([None]), "cannot store a ndarray"),
+        (np.array([None]), "cannot store an array of dtype object"),
         (range(3), "cannot store a range"),
         (10**5000, "too large"),
         ({"x": -(10**5000)}, "too large"),
