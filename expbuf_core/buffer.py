@@ -1186,8 +1186,16 @@ def _resolved(where: object) -> Path:
         path = os.path.abspath(os.fsdecode(where))  # needs the working directory to be there
     if "\0" in path:
         raise ConfigError(f"path = {where!r}: must not contain NUL", key="path")
-    with storage_errors("open", Path(path)), contextlib.suppress(FileNotFoundError):
-        os.stat(path)  # a name that is too long, a folder that may not be looked into
+    with storage_errors("open", Path(path)):
+        try:
+            os.stat(path)  # a name that is too long, a folder that may not be looked into
+        except FileNotFoundError:
+            if os.fsdecode(where).startswith("~"):  # `rm -r ~` removes more than was made here
+                raise ConfigError(
+                    f"path = {where!r}: ~ is not expanded; give os.path.expanduser(path), or "
+                    f"'./~…' for a new folder of that name",
+                    key="path",
+                ) from None
     return Path(path)
 
 

@@ -768,6 +768,22 @@ def test_a_path_that_the_system_refuses(tmp_path: Path) -> None:
                 work(bad)
 
 
+@pytest.mark.parametrize("path", ["~/memory", b"~/memory", Path("~"), "~someone/memory"])
+def test_no_folder_is_made_for_a_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"~ is not expanded.*expanduser"):
+        ExperienceBuffer.open(path)
+    with pytest.raises(ConfigError, match="~ is not expanded"):
+        ExperienceBuffer.open(config={"path": os.fsdecode(path)})
+    assert not list(tmp_path.iterdir())
+    meant = os.path.join(".", os.fsdecode(path))
+    ExperienceBuffer.open(meant, config=CONFIG).close()
+    with ExperienceBuffer.open(path, config=CONFIG) as buffer:
+        assert buffer.path == tmp_path / os.fsdecode(path)
+
+
 def test_a_path_of_bytes(tmp_path: Path) -> None:
     with ExperienceBuffer.open(os.fsencode(tmp_path / "b"), config=CONFIG) as buffer:  # type: ignore[arg-type]
         assert buffer.path == tmp_path / "b"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from expbuf_core.errors import (
     StorageFull,
 )
 from expbuf_core.exact_search import METRICS
+from expbuf_core.filesystem import storage_errors
 from expbuf_faiss import runtime, segment_file, training
 from expbuf_faiss.building import Building
 from expbuf_faiss.calibration import Tuning
@@ -90,7 +94,8 @@ class FaissBackend(IndexBackend):
         faiss = runtime.load()
         flags = faiss.IO_FLAG_MMAP_IFC if self.settings.mmap else 0
         try:
-            index = faiss.read_index(str(path), flags)
+            with _spelt(path, os.O_RDONLY) as name:
+                index = faiss.read_index(name, flags)
         except RuntimeError as exc:
             raise CorruptionError(
                 f"{path}: FAISS cannot read it: {exc}; the index has to be built again", path=path
@@ -142,9 +147,26 @@ class FaissBackend(IndexBackend):
         return ExactSegment(ids, vectors, self.context.metric, kind="flat")
 
 
+@contextlib.contextmanager
+def _spelt(path: Path, flags: int) -> Iterator[str]:
+    """A path as FAISS takes it, which is UTF-8 only: what is not goes by its descriptor."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with storage_errors("open", path):
+            fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        try:
+            yield f"/proc/self/fd/{fd}"
+        finally:
+            os.close(fd)
+    else:
+        yield str(path)
+
+
 def _write(faiss: Any, index: Any, path: Path) -> None:
     try:
-        faiss.write_index(index, str(path))
+        with _spelt(path, os.O_WRONLY | os.O_CREAT) as name:
+            faiss.write_index(index, name)
     except RuntimeError as exc:
         full = "No space left" in str(exc)
         raise (StorageFull if full else StorageError)(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -304,6 +305,17 @@ def test_something_else_in_its_place(tmp_path: Path) -> None:
     path.symlink_to(path.name)
     with pytest.raises(CorruptionError, match="symbolic links"):
         segment_file.check(path, 3, 4)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_in_a_folder_whose_name_is_no_text(tmp_path: Path, mmap: bool) -> None:
+    """FAISS takes a path as UTF-8 only; the system takes any bytes."""
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    vectors = clustered(ROWS)
+    segment = build(folder, vectors, backend(index="IVFFlat", mmap=mmap))
+    assert (segment.search(vectors[:50], 1, None)[0][:, 0] == np.arange(50)).mean() > 0.9
+    assert [path.name for path in folder.iterdir()] == ["index"]
 
 
 @pytest.mark.parametrize(("rows", "dim"), [(4, 4), (3, 5)])

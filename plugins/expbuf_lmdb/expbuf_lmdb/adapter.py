@@ -249,7 +249,7 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
             self._fs.unlink(temporary)
         try:
             env = lmdb.open(
-                str(temporary),
+                os.fsencode(temporary),
                 subdir=False,
                 lock=False,
                 map_size=self._settings.map_bytes,

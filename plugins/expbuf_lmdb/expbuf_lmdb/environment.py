@@ -181,7 +181,7 @@ class Environment:
     def _opened(self) -> lmdb.Environment:
         def opened(mode: int) -> lmdb.Environment:
             return lmdb.open(
-                str(self.path),
+                os.fsencode(self.path),
                 subdir=False,
                 create=False,
                 map_size=self._map_bytes,

@@ -867,3 +867,12 @@ def test_a_stage_that_cannot_be_begun_anew_stops_nothing(tmp_path: Path) -> None
         fs.clear()
     core.follows()
     core.finish().reopen()
+
+
+def test_in_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    one = np.ones(4, np.float32)
+    with ExperienceBuffer.open(folder, persistence="lmdb", index="exact") as buffer:
+        buffer.add(Experience(v_embed=one, answer="yes"))
+    with ExperienceBuffer.open(folder, mode="r") as buffer:
+        assert [e.answer for e in buffer] == ["yes"]
