@@ -989,7 +989,8 @@ class ExperienceBuffer:
 
         Returns:
             `ids` (batch_size,) int64, `is_weights` (batch_size,) float32 in (0, 1], lazily decoded
-            experiences.
+            experiences. Stratified, it comes roughly oldest first: shuffle it before cutting it
+            into minibatches.
 
         Raises:
             NotEnoughExperiences: The buffer is empty, or too small for `replace=False`, or nothing
