@@ -183,10 +183,13 @@ class Replica:
         """Apply everything up to `lsn`, which is published, and nothing beyond (lock held)."""
         self._catch_up(lsn)
 
-    def _settle(self) -> None:
+    def _settle(self) -> int:
         """Where a log was given up since, learn where the new one has what was written again.
 
         What is durable never moves; what is applied here and was not, may have.
+
+        Returns:
+            Up to where all was durable.
         """
         words, state = self.control.words, self.state
         durable = words[DURABLE]  # read first: a retirement counts itself before it raises it
@@ -198,7 +201,7 @@ class Replica:
                     for operation in follower.read(state.lsn):
                         state.relocate(operation)
             self._retirements = retirements
-        self._settled = min(durable, state.lsn)
+        return durable
 
     def _catch_up(self, published: int) -> None:
         """Apply what there is (lock held).
@@ -226,7 +229,16 @@ class Replica:
             self._following_now = False
 
     def _apply_published(self, published: int) -> None:
-        self._settle()
+        durable = self._settle()
+        try:
+            self._apply_up_to(published)
+        finally:
+            # As far as can be. Whoever changes the representation syncs first, so what is looked
+            # at again, should the log be given up, is never from before the last change: its
+            # payloads are elsewhere now, and only the settings say so.
+            self._settled = min(durable, self.state.lsn)
+
+    def _apply_up_to(self, published: int) -> None:
         state = self.state
         while state.lsn < published:
             mine = [n for n in list(self._own) if state.lsn < n <= published and self._at_hand(n)]

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from expbuf_core import Experience, ExperienceBuffer
 from expbuf_core import control as c
 from expbuf_core.errors import ExpbufError
+from expbuf_core.reindexing import reindex
 from expbuf_core.testing.crash import scratch_folder
 from expbuf_core.verification import verify
 
@@ -33,6 +35,8 @@ WEIGHTS = {
     "read": 20,
     "sync": 3,
     "reopen": 3,
+    "reembed": 2,
+    "reindex": 3,
     "appender dies": 4,
     "flusher dies": 2,
     "flush fails": 3,
@@ -70,14 +74,18 @@ class Scene:
         self._open = lambda: ExperienceBuffer.open(folder, config=settings)
         self.buffers = [self._open() for _ in range(3)]
         self.model: dict[int, str] = {}
-        self._serial = 0
+        self._serial = self._embedded = 0
         self._max_size = settings["max_size"]
+
+    def vector(self, serial: int) -> NDArray[np.float32]:
+        """What the embedding is now."""
+        return np.array([serial, self._embedded, 0, 0], np.float32)
 
     def add(self, buffer: ExperienceBuffer) -> None:
         for _ in range(self.rng.choice((1, 5))):
             self._serial += 1
             item = Experience(
-                v_embed=np.full(4, self._serial, np.float32),
+                v_embed=self.vector(self._serial),
                 q_embed=np.ones(4, np.float32),
                 answer=str(self._serial),
                 question="?" * self.rng.choice((0, 50, 900)),
@@ -92,6 +100,18 @@ class Scene:
         assert buffer.remove(ids) == count
         for id_ in ids:
             del self.model[id_]
+
+    def reembed(self, buffer: ExperienceBuffer) -> None:
+        self._embedded += 1
+        buffer.reembed(
+            lambda items: {"v_embed": [self.vector(int(item.answer)) for item in items]},
+            batch_size=self.rng.choice((7, 100)),
+            name=str(self._embedded),
+        )
+
+    def reindex(self, _: ExperienceBuffer) -> None:
+        fusion = self.rng.choice(("weighted_sum", "weighted_concat"))
+        reindex(self.folder, config={"index": {"backend": "exact"}}, fusion=fusion)
 
     def reopen(self, buffer: ExperienceBuffer) -> None:
         buffer.close()
@@ -112,7 +132,10 @@ class Scene:
             getattr(self, what)(buffer)
 
     def check(self, buffer: ExperienceBuffer) -> None:
-        assert {item.id: item.answer for item in buffer} == self.model
+        items = list(buffer)
+        assert {item.id: item.answer for item in items} == self.model
+        for item in items:
+            assert np.array_equal(np.asarray(item.v_embed), self.vector(int(item.answer)))
 
     def end(self) -> None:
         for buffer in self.buffers:

@@ -255,6 +255,33 @@ def test_a_reader_follows(open_buffer: OpenBuffer, folder: Path) -> None:
         assert finds_renewed(reader, 3)
 
 
+@pytest.mark.parametrize("backend", ["file", "lmdb"])
+def test_the_log_is_given_up_behind_two_changes(
+    open_buffer: OpenBuffer, folder: Path, backend: str
+) -> None:
+    """Where payloads are now, a replica does not ask operations from before the last change."""
+    pytest.importorskip(f"expbuf_{backend}")
+    settings = {"persistence": {"backend": backend}}
+    buffer, idle = open_buffer(**settings), open_buffer(**settings)
+    buffer.add_many(columns(range(5)))
+    buffer.reembed(embed)
+    reindex(folder, config=CONFIG, fusion="weighted_concat")
+    joined = open_buffer(**settings)
+    assert len(idle) == len(joined) == 5
+    buffer._live().control.words[c.FLUSHING] = 1  # as one leaves it who dies in a sync
+    buffer.add(renewed(5))
+    for replica in (buffer, idle, joined):
+        for serial, item in enumerate(replica):
+            assert np.array_equal(np.asarray(item.v_embed), new_parts(serial)[0])
+    for _ in range(2):  # then logs go that nobody seems to need
+        joined.save_snapshot()
+        buffer.add(renewed(6))
+    joined.save_snapshot()
+    assert not list(verify(folder))
+    with ExperienceBuffer.open(folder, mode="r") as reader:
+        assert all(finds_renewed(reader, serial) for serial in range(6))
+
+
 def test_a_replica_that_starts_anew_meets_it(
     open_buffer: OpenBuffer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
