@@ -21,13 +21,12 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from expbuf_core import codec, folder
+from expbuf_core import codec, finding, folder
 from expbuf_core import control as c
 from expbuf_core.codec import OutcomeBody
 from expbuf_core.commit import Draft
 from expbuf_core.conditions import Condition, matching_slots
 from expbuf_core.config_schema import BufferConfig, load_config
-from expbuf_core.contracts import LogGone
 from expbuf_core.dropped import Unclosed, close_dropped
 from expbuf_core.embedding_cache import EmbeddingCache
 from expbuf_core.embeddings import as_vectors
@@ -35,7 +34,6 @@ from expbuf_core.errors import (
     BufferClosed,
     BufferReplaced,
     ConfigError,
-    CorruptionError,
     ExpbufError,
     InvalidExperience,
     NotEnoughExperiences,
@@ -70,26 +68,20 @@ from expbuf_core.sampling import (
 from expbuf_core.session import Outdated, Session
 from expbuf_core.state import State
 from expbuf_core.submitting import Submitter
-from expbuf_core.tiers import best, search
 from expbuf_core.values import (
     ages,
     as_ids,
     check_batch_size,
-    checked_priorities,
-    finite32,
+    credits_of,
     in_order,
+    is_row,
     listed,
+    new_priorities,
+    new_rewards,
     number,
-    rewards,
     truth,
 )
 
-_PIN_TRIES = 5
-_MOST = 1 << 31  # results of a search
-_PADDED = 1 << 24  # results of a batch, as many as whose padding is no matter
-_SEARCH_TRIES = 3
-_INFINITY = int(np.float32(np.inf).view(np.uint32))
-_CHANGES = 100  # of the representation that a search may meet
 _fork_count = 0
 _open_buffers: weakref.WeakSet[ExperienceBuffer] = weakref.WeakSet()
 
@@ -431,7 +423,7 @@ class ExperienceBuffer:
 
     @_call
     def _read_on(self, ids: NDArray[np.int64]) -> Iterable[Experience]:
-        return self._pinned(ids, missing="skip")
+        return finding.pinned(self._live(), ids, missing="skip")
 
     def __repr__(self) -> str:
         session = self._session
@@ -588,7 +580,7 @@ class ExperienceBuffer:
         """
         self._writer()
         session, array = self._known_ids(ids)
-        values = _priorities(priorities, len(array))
+        values = new_priorities(priorities, len(array))
         if not len(array):
             return 0
         return session.commit(Draft(codec.encode_priority(array, values), weight=0))[2]
@@ -614,7 +606,7 @@ class ExperienceBuffer:
         """
         self._writer()
         session, array = self._known_ids(ids)
-        totals, named = _rewards(values)
+        totals, named = new_rewards(values)
         if len(totals) != len(array):
             raise InvalidExperience(f"{len(totals)} rewards for {len(array)} ids")
         if not len(array):
@@ -642,7 +634,7 @@ class ExperienceBuffer:
             live = slots >= 0
             confidence = np.where(live, state.confidence[slots], 0.0).astype(np.float32)
             age = np.where(live, ages(now, state.timestamp[slots]), np.float32(0))
-        experiences = self._pinned(ids[live], missing="skip")
+        experiences = finding.pinned(session, ids[live], missing="skip")
         found = experiences.fields("probabilities", "metadata")
         stored = dict(zip(experiences.ids.tolist(), found, strict=True))
         fields = [stored.get(id_, {}) for id_ in ids.tolist()]
@@ -693,7 +685,7 @@ class ExperienceBuffer:
             session = self._live()
             if receipt.buffer != session.name:
                 raise InvalidExperience("the receipt is of another buffer; nothing was counted")
-            token, lsn, ids = _parts_of(receipt)
+            token, lsn, ids = receipt.checked()
             session.refresh()
             with session.replica.lock:
                 state = session.replica.state
@@ -710,7 +702,7 @@ class ExperienceBuffer:
         else:
             ids = receipt_or_ids
         session, array = self._known_ids(ids)
-        shares = _credits(credit, array)
+        shares = credits_of(credit, array)
         if not len(array):
             return 0
         outcome = OutcomeBody(token or bytes(16), lsn, success, array, shares)
@@ -741,7 +733,7 @@ class ExperienceBuffer:
 
     def _known_ids(self, ids: Any) -> tuple[Session, NDArray[np.int64]]:
         session = self._live()
-        array = ids if _is_row(ids, np.int64) else as_ids(ids)
+        array = ids if is_row(ids, np.int64) else as_ids(ids)
         session.refresh()
         if len(array):
             next_id = session.replica.state.next_id
@@ -767,45 +759,10 @@ class ExperienceBuffer:
         session.refresh()
         if not 0 <= id_ < session.replica.state.next_id:
             raise _never_issued(int(id_), session.replica.state.next_id)
-        return self._pinned(np.array([id_], np.int64), missing="raise")[0]
+        return finding.pinned(session, np.array([id_], np.int64), missing="raise")[0]
 
     def __getitem__(self, id_: int) -> Experience:
         return self.get(id_)
-
-    def _pinned(self, ids: NDArray[np.int64], *, missing: str) -> PinnedExperiences:
-        """Experiences by id, held on to. `missing`: "raise" or "skip"."""
-        session = self._live()
-        for attempt in range(_PIN_TRIES):
-            with session.replica.lock:
-                state = session.replica.state
-                slots, complete = state.look_up(ids)
-                here = ids
-                if not complete:
-                    present = slots >= 0
-                    if missing == "raise":
-                        gone = int(ids[~present][0])
-                        raise UnknownExperienceError(
-                            f"experience {gone} is no longer here: it was evicted or removed",
-                            id=gone,
-                        )
-                    slots, here = slots[present], ids[present]
-                chosen = PinnedExperiences(here, slots, state)
-            try:
-                chosen.pin(
-                    session.adapter.pin(chosen.ids, chosen.locations, chosen.lengths),
-                    session.tell_corruption,
-                )
-                return chosen
-            except LogGone:
-                # Evicted and deleted since: look again at what there is.
-                session.catch_up_after_deletion(attempt)
-                if attempt == _PIN_TRIES - 1:
-                    raise CorruptionError(
-                        f"payloads of experiences {chosen.ids[:5].tolist()} are gone though they "
-                        "are live; run `expbuf verify`",
-                        path=session.path,
-                    ) from None
-        raise AssertionError("unreachable")
 
     @_call
     def search_index(
@@ -835,32 +792,8 @@ class ExperienceBuffer:
         Raises:
             InvalidExperience: k < 1, or an embedding is wrong.
         """
-        session = self._live()
-        started = _started(session)
-        session.refresh()
-        k = self._checked_k(k)
-        asked = _Question(session, v_embed, q_embed, hybrid_embed, rank=1)
-        left_out = _left_out(exclude)
-        for _ in range(_SEARCH_TRIES):
-            found, similarities = self._search(session, asked, k, where, left_out)
-            ids, values = found[0], similarities[0]
-            if ids[-1] < 0:
-                ids, values = ids[ids >= 0], values[ids >= 0]
-            chosen = self._pinned(ids, missing="skip")
-            if len(chosen) == len(values):
-                break
-            # Removed since by another thread: others may take its place at the next try.
-            values = values[np.isin(ids, chosen.ids)]
-        sampling, lsn = session.config.sampling, session.replica.state.lsn
-        if started is not None:
-            _tell_search(session, lsn, k, 1, started)
-        return SearchResult(
-            chosen,
-            values,
-            prior=(sampling.success_prior, sampling.success_prior_count),
-            buffer=session.name,
-            lsn=lsn,
-        )
+        asked = v_embed, q_embed, hybrid_embed
+        return finding.search_one(self._live(), asked, k, where, exclude)
 
     @_call
     def search_many(
@@ -887,78 +820,8 @@ class ExperienceBuffer:
             ids (n, k) int64 padded with -1, similarities (n, k) float32 padded with -inf, n
             receipts.
         """
-        session = self._live()
-        started = _started(session)
-        session.refresh()
-        k = self._checked_k(k)
-        asked = _Question(session, v_embed, q_embed, hybrid_embed, rank=2)
-        left_out, replica = _left_out(exclude), session.replica
-        most = min(int(replica.state.settings["max_size"]), _MOST - 1)
-        if k > most and k * len(asked.vectors) > _PADDED:
-            raise InvalidExperience(
-                f"k = {k:,}: results are padded to it, and this buffer holds at most {most:,} "
-                "experiences; ask for no more"
-            )
-        for _ in range(_SEARCH_TRIES):
-            ids, similarities = self._search(session, asked, k, where, left_out)
-            with replica.lock:
-                gone = replica.state.find(ids.reshape(-1)).reshape(ids.shape) < 0
-            gone &= ids >= 0
-            if not gone.any():
-                break
-            # Removed since by another thread: others may take its place at the next try.
-            ids, similarities = _without(gone, ids, similarities, k)
-        missing = ((0, 0), (0, k - ids.shape[1]))
-        ids = np.pad(ids, missing, constant_values=-1)
-        similarities = np.pad(similarities, missing, constant_values=-np.inf)
-        prefix, lsn = session.name, session.replica.state.lsn
-        receipts = [
-            Receipt.new(prefix, lsn, tuple(id_ for id_ in row if id_ >= 0)) for row in ids.tolist()
-        ]
-        if started is not None:
-            _tell_search(session, lsn, k, len(ids), started)
-        return SearchBatch(ids, similarities, receipts)
-
-    def _checked_k(self, k: int | None) -> int:
-        if k is None:
-            return int(self.config.inference.k)
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise InvalidExperience(f"k must be an integer of at least 1, not {shown(k)}")
-        return min(int(k), _MOST)  # nothing holds more
-
-    def _search(
-        self,
-        session: Session,
-        asked: _Question,
-        k: int,
-        where: Condition | None,
-        left_out: NDArray[np.int64],
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Ids and similarities, (m, up to k), padded with -1 and -inf.
-
-        What is removed while the search is under way may be among them: filter once more.
-        """
-        replica = session.replica
-        for _ in range(_CHANGES):
-            with replica.lock:
-                state, tiers = replica.state, replica.tiers
-                if asked.representation in (tiers.representation, None):
-                    view, count, metric = tiers.view(), state.count, tiers.metric
-                    allowed = None
-                    if where is not None:
-                        slots = matching_slots(where, state, session.config.sampling)
-                        allowed = state.id[slots]
-                        count = len(allowed)
-                    break
-            session.refresh()
-            asked.fuse()
-        else:
-            raise RuntimeError("the representation has changed during each of many tries")
-        wanted = min(k + len(left_out), max(count, 1))
-        ids, similarities = search(view, metric, asked.vectors, wanted, allowed)
-        if not len(left_out):
-            return ids, similarities
-        return _without(np.isin(ids, left_out), ids, similarities, k)
+        asked = v_embed, q_embed, hybrid_embed
+        return finding.search_batch(self._live(), asked, k, where, exclude)
 
     # ------------------------------------------------------------ sampling
 
@@ -1006,39 +869,29 @@ class ExperienceBuffer:
         session = self._live()
         beta = session.config.sampling.beta if beta is None else number(beta, "beta", 0.0, 1.0)
         session.refresh()
-        for attempt in range(_PIN_TRIES):
-            with session.replica.lock:
-                state, sampler = session.replica.state, session.replica.sampler
-                if state.count == 0:
-                    raise NotEnoughExperiences("the buffer is empty: nothing can be sampled")
-                stream = self._rng if rng is None else rng
-                lsn = state.lsn
-                if where is not None:
-                    slots = matching_slots(where, state, session.config.sampling)
-                    draw = sampler.draw_where(
-                        slots, int(batch_size), rng=stream, replace=replace, uniform=uniform
-                    )
-                elif uniform and replace:
-                    draw = sampler.uniform(int(batch_size), rng=stream)
-                elif uniform:
-                    draw = _uniform_without_replacement(state, int(batch_size), stream)
-                elif not replace:
-                    draw = sampler.draw_without_replacement(int(batch_size), rng=stream)
-                else:
-                    draw = sampler.draw(int(batch_size), rng=stream)
-                chosen = PinnedExperiences(
-                    state.id.take(draw.slots), draw.slots, state, self._embedding_cache(session)
+        stream = self._rng if rng is None else rng
+
+        def choose(state: State) -> tuple[PinnedExperiences, tuple[Draw, int]]:
+            sampler = session.replica.sampler
+            if state.count == 0:
+                raise NotEnoughExperiences("the buffer is empty: nothing can be sampled")
+            if where is not None:
+                slots = matching_slots(where, state, session.config.sampling)
+                draw = sampler.draw_where(
+                    slots, int(batch_size), rng=stream, replace=replace, uniform=uniform
                 )
-            try:
-                chosen.pin(
-                    session.adapter.pin(chosen.ids, chosen.locations, chosen.lengths),
-                    session.tell_corruption,
-                )
-                break
-            except LogGone:
-                session.catch_up_after_deletion(attempt)
-        else:
-            raise CorruptionError("payloads of live experiences are gone; run `expbuf verify`")
+            elif uniform and replace:
+                draw = sampler.uniform(int(batch_size), rng=stream)
+            elif uniform:
+                draw = _uniform_without_replacement(state, int(batch_size), stream)
+            elif not replace:
+                draw = sampler.draw_without_replacement(int(batch_size), rng=stream)
+            else:
+                draw = sampler.draw(int(batch_size), rng=stream)
+            ids, cache = state.id.take(draw.slots), self._embedding_cache(session)
+            return PinnedExperiences(ids, draw.slots, state, cache), (draw, state.lsn)
+
+        chosen, (draw, lsn) = finding.held(session, choose)
         weights = importance_weights(draw.probabilities, beta)
         return SampleBatch(chosen, weights, draw.probabilities, lsn)
 
@@ -1275,45 +1128,6 @@ def _submitter() -> Submitter:
     return Submitter(8, "expbuf-submit")
 
 
-def _is_row(values: Any, dtype: type[np.generic]) -> bool:
-    """Whether this is a plain one-dimensional array of that type, as a learner hands it back."""
-    return (
-        type(values) is np.ndarray
-        and values.dtype == dtype
-        and values.ndim == 1
-        and values.flags.c_contiguous
-    )
-
-
-def _priorities(values: Any, n: int) -> NDArray[np.float32]:
-    """(n,) float32, finite and not negative."""
-    if _is_row(values, np.float32) and len(values) == n:
-        plain: NDArray[np.float32] = values
-        # As whole numbers, floats are in order: infinity, NaN and what has a sign are the greatest.
-        if np.maximum.reduce(plain.view(np.uint32), initial=0) < _INFINITY:
-            return plain
-    return checked_priorities(values, n)
-
-
-def _rewards(values: Any) -> tuple[NDArray[np.float64], dict[int, dict[str, float]]]:
-    """(n,) totals, and the components of those that are given by components, by their place."""
-    array = codec.to_numpy(values)
-    if array is not None and array.ndim == 1 and array.dtype.kind in "fiu":
-        totals = array.astype(np.float64)
-        if np.isfinite(totals).all():
-            return totals, {}
-    items = in_order(values if array is None else array.tolist(), "rewards")
-    parsed = [rewards(item) for item in items]
-    totals = np.array([total for total, _ in parsed], np.float64)
-    if np.isnan(totals).any():
-        raise InvalidExperience("rewards: None is not a reward; nothing was written")
-    return totals, {
-        i: named
-        for i, (item, (_, named)) in enumerate(zip(items, parsed, strict=True))
-        if isinstance(item, Mapping) and named is not None
-    }
-
-
 def _never_issued(id_: int, next_id: int) -> UnknownExperienceError:
     return UnknownExperienceError(
         f"id {id_} was never issued; ids so far are below {next_id}", id=id_
@@ -1327,41 +1141,6 @@ def _uniform_without_replacement(state: State, n: int, rng: np.random.Generator)
         )
     slots = rng.choice(state.live_slots(), n, replace=False)
     return Draw(slots, np.full(n, 1.0 / state.count))
-
-
-class _Question:
-    """What is searched for, fused as the buffer does at the time.
-
-    Attributes:
-        vectors: (m, dim) float32, checked as far as the buffer knows what it holds.
-        representation: That they are of; None where the buffer holds nothing yet.
-    """
-
-    __slots__ = ("_parts", "_rank", "_session", "representation", "vectors")
-
-    vectors: NDArray[np.float32]
-    representation: int | None
-
-    def __init__(self, session: Session, v: Any, q: Any, hybrid: Any, *, rank: int) -> None:
-        self._session = session
-        self._parts = (v, q, hybrid)
-        self._rank = rank
-        self.fuse()
-
-    def fuse(self) -> None:
-        """Fuse, again where the representation has changed since."""
-        intake = self._session.intake()
-        if intake is not None:
-            self.representation = intake.representation
-            self.vectors = intake.query(*self._parts, rank=self._rank)
-            return
-        named = zip(("v_embed", "q_embed", "hybrid_embed"), self._parts, strict=True)
-        rank = self._rank
-        given = [as_vectors(x, name, rank=rank, dim=None) for name, x in named if x is not None]
-        if not given:
-            raise InvalidExperience("a search needs v_embed, q_embed or hybrid_embed")
-        self.representation = None
-        self.vectors = np.empty((1 if rank == 1 else len(given[0]), 0), np.float32)
 
 
 def _check_seed(seed: Any) -> None:
@@ -1383,74 +1162,3 @@ def _check_objects(plugins: Any, lock: Any, filesystem: Any) -> None:
         raise ConfigError(
             f"filesystem = {shown(filesystem)}: must be an expbuf_core.filesystem.FileSystem"
         )
-
-
-def _left_out(exclude: Any) -> NDArray[np.int64]:
-    return as_ids(() if exclude is None else exclude, "exclude")
-
-
-def _started(session: Session) -> float | None:
-    """When a search began; None where nobody wants to know."""
-    return time.monotonic() if "expbuf_on_searched" in session.registry.events else None
-
-
-def _tell_search(session: Session, lsn: int, k: int, queries: int, started: float) -> None:
-    seconds = time.monotonic() - started
-    wanted, choice = session.config.index.backend, session.choice
-    searched = session.replica.tiers.segments
-    session.registry.fire(
-        "expbuf_on_searched",
-        path=str(session.path or ""),
-        lsn=lsn,
-        k=k,
-        queries=queries,
-        seconds=seconds,
-        degraded=(choice is not None and choice.unopened)
-        or any(segment.info.backend != wanted for segment in searched),
-    )
-
-
-def _without(
-    gone: NDArray[np.bool_], ids: NDArray[np.int64], similarities: NDArray[np.float32], k: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Results without some of them, at most k."""
-    similarities = np.where(gone, np.float32(-np.inf), similarities)
-    ids, similarities = best(ids, similarities, k)
-    return np.where(np.isneginf(similarities), -1, ids), similarities
-
-
-def _parts_of(receipt: Receipt) -> tuple[bytes, int, NDArray[np.int64]]:
-    """Token, LSN and ids of a receipt, which somebody may have made by hand."""
-    try:
-        token, lsn = bytes.fromhex(receipt.token), receipt.lsn
-        ids = np.array(receipt.ids)
-        sound = ids.ndim == 1 and (ids.dtype.kind == "i" or not len(ids))
-        if len(token) != 16 or not sound or not isinstance(lsn, int) or not 0 <= lsn < 1 << 63:
-            raise ValueError
-    except (TypeError, ValueError):
-        raise InvalidExperience(
-            f"not a receipt of a search: {shown(receipt)}; nothing was counted"
-        ) from None
-    return token, lsn, ids.astype(np.int64)
-
-
-def _credits(credit: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    n = len(ids)
-    if credit is None:
-        return np.ones(n, np.float32)
-    if isinstance(credit, Mapping):
-        for key in credit:  # JSON makes texts of them, and nobody would get any
-            if isinstance(key, bool) or not isinstance(key, int | np.integer):
-                raise InvalidExperience(f"credit: an id is an integer, not {shown(key)}")
-        values = np.array([number(credit.get(i, 0.0), "credit", 0, 1) for i in ids.tolist()])
-    elif isinstance(credit, int | float):
-        values = np.full(n, number(credit, "credit", 0.0, 1.0))
-    else:
-        array = codec.to_numpy(credit)
-        if array is not None:
-            array = np.broadcast_to(array, (n,)) if array.ndim == 0 else array
-        items = in_order(credit, "credit") if array is None else array.tolist()
-        if len(items) != n:
-            raise InvalidExperience(f"{len(items)} credits for {n} experiences")
-        values = np.array([number(x, "credit", 0.0, 1.0) for x in items])
-    return finite32(values.astype(np.float64), "credit")

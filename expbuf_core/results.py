@@ -16,7 +16,7 @@ from expbuf_core import codec, frames, payloads
 from expbuf_core.contracts import Buffer, Pin
 from expbuf_core.crc import crc32
 from expbuf_core.embedding_cache import EmbeddingCache
-from expbuf_core.errors import CorruptionError, InvalidExperience
+from expbuf_core.errors import CorruptionError, InvalidExperience, shown
 from expbuf_core.experience import Experience
 from expbuf_core.sampling import success_rate
 from expbuf_core.state import SCALAR_REWARD, State
@@ -67,6 +67,24 @@ class Receipt:
             return cls(buffer, token, int(lsn), numbers)
         except ValueError:
             raise InvalidExperience(f"not a receipt: {text[:80]!r}") from None
+
+    def checked(self) -> tuple[bytes, int, NDArray[np.int64]]:
+        """Token, LSN and ids.
+
+        Raises:
+            InvalidExperience: Somebody has made it by hand, and not well.
+        """
+        try:
+            token, lsn = bytes.fromhex(self.token), self.lsn
+            ids = np.array(self.ids)
+            sound = ids.ndim == 1 and (ids.dtype.kind == "i" or not len(ids))
+            if len(token) != 16 or not sound or not isinstance(lsn, int) or not 0 <= lsn < 1 << 63:
+                raise ValueError
+        except (TypeError, ValueError):
+            raise InvalidExperience(
+                f"not a receipt of a search: {shown(self)}; nothing was counted"
+            ) from None
+        return token, lsn, ids.astype(np.int64)
 
 
 # ---------------------------------------------------------------- payloads

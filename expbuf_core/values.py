@@ -16,6 +16,7 @@ from expbuf_core.errors import InvalidExperience, shown
 
 OLDEST = 1e30  # seconds; finite in float32
 _MOST_DRAWN = 1 << 31
+_INFINITY = int(np.float32(np.inf).view(np.uint32))
 
 # ---------------------------------------------------------------- single ones
 
@@ -310,3 +311,68 @@ def reward_columns(
         return total, [None if math.isnan(x) else {"reward": x} for x in total.tolist()]
     pairs = [rewards(x) for x in list_column(value, "rewards", n)]
     return np.array([pair[0] for pair in pairs]), [pair[1] for pair in pairs]
+
+
+# ---------------------------------------------------------------- updates
+
+
+def is_row(values: Any, dtype: type[np.generic]) -> bool:
+    """Whether this is a plain one-dimensional array of that type, as a learner hands it back."""
+    return (
+        type(values) is np.ndarray
+        and values.dtype == dtype
+        and values.ndim == 1
+        and values.flags.c_contiguous
+    )
+
+
+def new_priorities(values: Any, n: int) -> NDArray[np.float32]:
+    """(n,) float32, finite and not negative."""
+    if is_row(values, np.float32) and len(values) == n:
+        plain: NDArray[np.float32] = values
+        # As whole numbers, floats are in order: infinity, NaN and what has a sign are the greatest.
+        if np.maximum.reduce(plain.view(np.uint32), initial=0) < _INFINITY:
+            return plain
+    return checked_priorities(values, n)
+
+
+def new_rewards(values: Any) -> tuple[NDArray[np.float64], dict[int, dict[str, float]]]:
+    """(n,) totals, and the components of those that are given by components, by their place."""
+    array = codec.to_numpy(values)
+    if array is not None and array.ndim == 1 and array.dtype.kind in "fiu":
+        totals = array.astype(np.float64)
+        if np.isfinite(totals).all():
+            return totals, {}
+    items = in_order(values if array is None else array.tolist(), "rewards")
+    parsed = [rewards(item) for item in items]
+    totals = np.array([total for total, _ in parsed], np.float64)
+    if np.isnan(totals).any():
+        raise InvalidExperience("rewards: None is not a reward; nothing was written")
+    return totals, {
+        i: named
+        for i, (item, (_, named)) in enumerate(zip(items, parsed, strict=True))
+        if isinstance(item, Mapping) and named is not None
+    }
+
+
+def credits_of(credit: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(n,) float32 in [0, 1]: what part of a success is due to each of these."""
+    n = len(ids)
+    if credit is None:
+        return np.ones(n, np.float32)
+    if isinstance(credit, Mapping):
+        for key in credit:  # JSON makes texts of them, and nobody would get any
+            if isinstance(key, bool) or not isinstance(key, int | np.integer):
+                raise InvalidExperience(f"credit: an id is an integer, not {shown(key)}")
+        values = np.array([number(credit.get(i, 0.0), "credit", 0, 1) for i in ids.tolist()])
+    elif isinstance(credit, int | float):
+        values = np.full(n, number(credit, "credit", 0.0, 1.0))
+    else:
+        array = codec.to_numpy(credit)
+        if array is not None:
+            array = np.broadcast_to(array, (n,)) if array.ndim == 0 else array
+        items = in_order(credit, "credit") if array is None else array.tolist()
+        if len(items) != n:
+            raise InvalidExperience(f"{len(items)} credits for {n} experiences")
+        values = np.array([number(x, "credit", 0.0, 1.0) for x in items])
+    return finite32(values.astype(np.float64), "credit")

@@ -12,6 +12,7 @@ from expbuf_core.buffer import ExperienceBuffer
 from expbuf_core.contracts import Problem
 from expbuf_core.errors import CorruptionError, StorageError
 from expbuf_core.filesystem import is_missing
+from expbuf_core.finding import pinned
 from expbuf_core.inspection import columns_of
 
 Progress = Callable[[int, int], None]
@@ -73,7 +74,7 @@ def _payloads(buffer: ExperienceBuffer, progress: Progress | None) -> Iterator[P
         if progress is not None:
             progress(min(start + _PART, len(live)), len(live))
         try:
-            held = buffer._pinned(live[start : start + _PART], missing="skip")
+            held = pinned(buffer._live(), live[start : start + _PART], missing="skip")
         except CorruptionError as exc:
             yield _damage(exc, where)
             continue

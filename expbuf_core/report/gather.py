@@ -19,6 +19,7 @@ from expbuf_core.config_schema import BufferConfig
 from expbuf_core.contracts import LogGone
 from expbuf_core.errors import CorruptionError, UnknownExperienceError
 from expbuf_core.experience import Experience
+from expbuf_core.finding import pinned
 from expbuf_core.report.embedding_map import EmbeddingMap, embedding_map
 from expbuf_core.report.health import Check, examine
 from expbuf_core.report.thumbnails import thumbnail
@@ -213,7 +214,7 @@ class _Reader:
 
     def _read(self, ids: NDArray[np.int64]) -> None:
         try:
-            found = self._buffer._pinned(ids, missing="skip")
+            found = pinned(self._buffer._live(), ids, missing="skip")
         except CorruptionError as exc:  # their files are missing
             self.problems.append(str(exc))
             self._known.update(dict.fromkeys(ids.tolist(), Text(problem="cannot be read")))
