@@ -23,6 +23,7 @@ from expbuf_core.filesystem import read_file
 from expbuf_core.state import COLUMNS, SCALAR_REWARD, State
 
 _UPDATED = ("reward", "priority", "retrieval_count", "success_count", "flags")
+_MOST_TREE_BYTES = 1 << 32  # the checksum of the header may be what is damaged
 _UPDATES = (codec.PRIORITY, codec.REWARD, codec.OUTCOME)
 
 Fields = Callable[[State, NDArray[np.int64]], Iterator[Mapping[str, Any] | None]]
@@ -54,7 +55,7 @@ def read(
         fields: Reads payloads.
     """
     try:
-        tree, columns, lost = _intact(read_file(file))
+        tree, columns, lost = _intact(file)
         if not {"id", "location", "length"} <= set(columns):
             return None
         n = len(columns["id"])
@@ -82,19 +83,23 @@ def read(
         return None
 
 
-def _intact(raw: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]], tuple[str, ...]]:
+def _intact(file: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]], tuple[str, ...]]:
     """Tree, columns that are intact, and names of those of experiences that are not.
 
     Raises:
         ValueError: The tree is damaged; or another one of `UNDECODABLE`.
+        OSError: The file cannot be read.
     """
     header = snapshots._HEADER
-    _, _, tree_crc, tree_bytes, _, _ = header.unpack_from(raw)
-    at = header.size + tree_bytes
-    text = raw[header.size : at]
+    _, _, tree_crc, tree_bytes, _, _ = header.unpack(read_file(file, most=header.size))
+    if tree_bytes > _MOST_TREE_BYTES:
+        raise ValueError(f"a tree of {tree_bytes} bytes")
+    text = read_file(file, header.size, tree_bytes)
     if crc32(text) != tree_crc:
         raise ValueError("checksum mismatch in the tree")
     tree = codec.load_json(text)
+    raw = read_file(file, header.size + tree_bytes, snapshots.column_bytes(tree))
+    at = 0
     columns: dict[str, NDArray[Any]] = {}
     lost = []
     for name, (dtype, n, crc) in tree["columns"].items():

@@ -27,6 +27,7 @@ _DAMAGE = {
 _IOV_MAX = 512
 SECTOR = 512
 _SOME_BYTES = 1 << 12
+_UNBOUNDED = 1 << 62
 _PACE_BYTES = 2 << 20  # of a file written aside, between two syncs
 
 Buffer = bytes | bytearray | memoryview
@@ -137,6 +138,9 @@ def open_to_read(path: Path) -> int:
     try:
         fd = open_for_good(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as exc:
+        if is_missing(exc) and path.is_symlink():
+            # Its name is there, and stays: who lists the folder again meets it again.
+            raise _no_file(path, "a link to nothing") from None  # it is not what is missing
         if not is_damage(exc):
             raise
         with reading(path, what="open"):
@@ -144,10 +148,12 @@ def open_to_read(path: Path) -> int:
     if is_plain(fd):
         return fd
     os.close(fd)
-    raise CorruptionError(
-        f"{path}: something else stands in the place of a file; run `expbuf verify`",
-        path=path,
-        offset=0,
+    raise _no_file(path, "something else")
+
+
+def _no_file(path: Path, what: str) -> CorruptionError:
+    return CorruptionError(
+        f"{path}: {what} stands in the place of a file; run `expbuf verify`", path=path, offset=0
     )
 
 
@@ -156,8 +162,14 @@ def is_plain(fd: int) -> bool:
     return stat.S_ISREG(os.fstat(fd).st_mode)
 
 
-def read_file(path: Path) -> bytes:
-    """All of a file.
+def read_file(path: Path, start: int = 0, most: int = _UNBOUNDED) -> bytes:
+    """What stands in a file from `start` on.
+
+    Args:
+        path: Of the file.
+        start: Offset of the first byte.
+        most: Read no more bytes than these. The size of a damaged file says nothing: it may be
+            beyond all memory.
 
     Raises:
         CorruptionError: It cannot be read, or is no file; the offset is that of the first byte.
@@ -165,9 +177,9 @@ def read_file(path: Path) -> bytes:
     """
     fd = open_to_read(path)
     parts: list[bytes] = []
-    at, size = 0, os.fstat(fd).st_size
+    at, size, end = start, os.fstat(fd).st_size, start + most
     try:
-        while part := os.pread(fd, max(size - at, _SOME_BYTES), at):
+        while part := os.pread(fd, min(max(size - at, _SOME_BYTES), end - at), at):
             parts.append(part)
             at += len(part)
     except OSError as exc:
@@ -180,8 +192,8 @@ def read_file(path: Path) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def read_if_there(path: Path) -> bytes | None:
-    """All of a file; None where it is missing.
+def read_if_there(path: Path, most: int = _UNBOUNDED) -> bytes | None:
+    """All of a file, up to so many bytes; None where it is missing.
 
     Raises:
         CorruptionError: It cannot be read, or is no file.
@@ -189,7 +201,7 @@ def read_if_there(path: Path) -> bytes | None:
     """
     try:
         with storage_errors("read", path):
-            return read_file(path)
+            return read_file(path, most=most)
     except StorageError as exc:
         if is_missing(exc):
             return None

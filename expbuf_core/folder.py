@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from expbuf_core.crc import crc32
+from expbuf_core.documents import MALFORMED, read_document
 from expbuf_core.errors import CorruptionError, FormatVersionError, StorageError
-from expbuf_core.filesystem import FileSystem, read_if_there, storage_errors
+from expbuf_core.filesystem import FileSystem, storage_errors
 
 IDENTITY = "expbuf.json"
 UNFINISHED = "migration.json"
@@ -54,25 +55,26 @@ def read_identity(folder: Path) -> Identity | None:
     path = folder / IDENTITY
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is a file; a buffer is a folder")
-    raw = read_if_there(path)
-    if raw is None:
-        return None
-    if (folder / UNFINISHED).exists():
-        return None
     try:
-        document = json.loads(raw)
+        document = read_document(path)
+        if document is None:
+            return None
         version = int(document["format"])
         if document["crc"] != _checksum(document):
             raise ValueError("checksum mismatch")
         identity = Identity(bytes.fromhex(document["uuid"]), str(document["backend"]))
         if len(identity.uuid) != 16:
             raise ValueError("the UUID is not 16 bytes long")
-    except (ValueError, KeyError, TypeError) as exc:
+    except MALFORMED as exc:
+        if (folder / UNFINISHED).exists():
+            return None
         raise CorruptionError(
             f"{path}: damaged ({exc}); restore it from a backup or run `expbuf repair`",
             path=path,
             offset=0,
         ) from exc
+    if (folder / UNFINISHED).exists():
+        return None
     if version > FORMAT:
         raise FormatVersionError(f"{folder}: format {version}; this expbuf reads up to {FORMAT}")
     return identity
@@ -157,15 +159,14 @@ def read_unfinished(folder: Path) -> dict[str, Any] | None:
         CorruptionError: It is damaged.
     """
     path = folder / UNFINISHED
-    raw = read_if_there(path)
-    if raw is None:
-        return None
     try:
-        note = dict(json.loads(raw))
+        note = read_document(path)
+        if note is None:
+            return None
         stored = note.pop("crc")
         if stored != crc32(json.dumps(note).encode()) or not isinstance(note["uuid"], str):
             raise ValueError("checksum mismatch")
-    except (ValueError, KeyError, TypeError) as exc:
+    except MALFORMED as exc:
         raise CorruptionError(
             f"{path}: damaged ({exc}); remove the folder and begin the copy anew",
             path=path,

@@ -25,6 +25,7 @@ from expbuf_core import segments
 from expbuf_core.config_schema import BufferConfig
 from expbuf_core.contracts import IndexBackend, IndexContext
 from expbuf_core.crc import crc32
+from expbuf_core.documents import MALFORMED, read_document
 from expbuf_core.errors import (
     BackendUnavailable,
     CorruptionError,
@@ -33,7 +34,7 @@ from expbuf_core.errors import (
     PluginError,
     StorageError,
 )
-from expbuf_core.filesystem import FileSystem, is_missing, read_file, storage_errors
+from expbuf_core.filesystem import FileSystem, is_missing, storage_errors
 from expbuf_core.plugins import PluginRegistry
 from expbuf_core.replica import Replica
 from expbuf_core.segments import Manifest, OpenSegment, SegmentInfo
@@ -189,10 +190,12 @@ def write_target(home: Path, settings: Mapping[str, object], fs: FileSystem) -> 
 def read_target(home: Path) -> dict[str, Any] | None:
     """What `write_target` noted; None where that is nothing, or damaged."""
     try:
-        document = json.loads(read_file(home / TARGET))
+        document = read_document(home / TARGET)
+        if document is None:
+            return None
         text = json.dumps(document["settings"], sort_keys=True)
         return dict(document["settings"]) if document["crc"] == crc32(text.encode()) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *MALFORMED):
         return None
 
 

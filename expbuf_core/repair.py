@@ -9,7 +9,6 @@ id, LSN, file and offset.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 from collections import Counter
@@ -44,6 +43,7 @@ from expbuf_core.contracts import (
     Pin,
 )
 from expbuf_core.control import Control
+from expbuf_core.documents import MALFORMED, read_document
 from expbuf_core.embeddings import fuse, fused_dim
 from expbuf_core.errors import (
     ConfigError,
@@ -271,8 +271,9 @@ def _other_uuids(path: Path) -> Iterator[bytes]:
     """UUIDs in the headers of snapshots, and in the control page."""
     for lsn in _snapshots(path, []):
         with contextlib.suppress(OSError):
-            head = read_file(snapshots.path_of(path, lsn))[: snapshots._HEADER.size]
-            if len(head) == snapshots._HEADER.size:
+            size = snapshots._HEADER.size
+            head = read_file(snapshots.path_of(path, lsn), most=size)
+            if len(head) == size:
                 yield snapshots._HEADER.unpack(head)[4]
     page = _control(path)
     if page is not None:
@@ -299,8 +300,8 @@ def _control(path: Path) -> Control | None:
 
 
 def _stated_backend(file: Path) -> str | None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads(read_file(file))["backend"])
+    with contextlib.suppress(OSError, *MALFORMED):
+        return str((read_document(file) or {})["backend"])
     return None
 
 

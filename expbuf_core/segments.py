@@ -28,12 +28,12 @@ from expbuf_core.answers import Found, checked
 from expbuf_core.checksums import file_crc
 from expbuf_core.contracts import IndexBackend, IndexSegment
 from expbuf_core.crc import crc32
+from expbuf_core.documents import MALFORMED, read_document
 from expbuf_core.errors import CorruptionError, ExpbufError, PluginContractError
 from expbuf_core.filesystem import (
     FileSystem,
     is_damage,
     names_in,
-    read_if_there,
     reading,
     remove,
     storage_errors,
@@ -165,11 +165,10 @@ def read_manifest(home: Path) -> Manifest | None:
         StorageError: It cannot be read now.
     """
     path = home / MANIFEST
-    raw = read_if_there(path)
-    if raw is None:
-        return None
     try:
-        document = json.loads(raw)
+        document = read_document(path)
+        if document is None:
+            return None
         text = json.dumps(document["manifest"], sort_keys=True)
         if document["crc"] != crc32(text.encode()):
             raise ValueError("checksum mismatch")
@@ -178,7 +177,7 @@ def read_manifest(home: Path) -> Manifest | None:
         body = document["manifest"]
         segments = tuple(SegmentInfo(**_checked(info)) for info in body.pop("segments"))
         return Manifest(segments=segments, **_checked(body))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+    except MALFORMED as exc:
         raise CorruptionError(
             f"{FOLDER}/{MANIFEST}: {exc}; the index is derived and will be built again",
             path=path,

@@ -112,9 +112,10 @@ def read(folder: Path, lsn: int, uuid: bytes) -> State:
         FormatVersionError: A newer version wrote it.
     """
     path = path_of(folder, lsn)
-    with storage_errors("read the snapshot", path):
-        raw = read_file(path)
-    view = memoryview(raw)
+
+    def read_part(start: int, most: int) -> bytes:
+        with storage_errors("read the snapshot", path):
+            return read_file(path, start, most)
 
     def damaged(what: str, offset: int) -> CorruptionError:
         return CorruptionError(
@@ -125,37 +126,49 @@ def read(folder: Path, lsn: int, uuid: bytes) -> State:
             lsn=lsn,
         )
 
-    if len(raw) < _HEADER.size:
-        raise damaged("the file was cut", len(raw))
-    magic, version, tree_crc, tree_bytes, owner, head_crc = _HEADER.unpack_from(raw)
-    if head_crc != crc32(view[:_COVERED]) or magic != _MAGIC:
+    head = read_part(0, _HEADER.size)
+    if len(head) < _HEADER.size:
+        raise damaged("the file was cut", len(head))
+    magic, version, tree_crc, tree_bytes, owner, head_crc = _HEADER.unpack(head)
+    if head_crc != crc32(head[:_COVERED]) or magic != _MAGIC:
         raise damaged("checksum mismatch in the header", 0)
     if version > _VERSION:
         raise FormatVersionError(f"{path.name}: snapshot version {version}; known: {_VERSION}")
     if owner != uuid:
         raise damaged("the snapshot of another buffer", 24)
-    at = _HEADER.size
-    if at + tree_bytes > len(raw) or crc32(view[at : at + tree_bytes]) != tree_crc:
-        raise damaged("checksum mismatch in the tree", at)
+    text = read_part(_HEADER.size, tree_bytes)
+    if len(text) != tree_bytes or crc32(text) != tree_crc:
+        raise damaged("checksum mismatch in the tree", _HEADER.size)
     try:
-        tree = codec.load_json(view[at : at + tree_bytes])
-        at += tree_bytes
+        tree = codec.load_json(text)
+        start, at = _HEADER.size + tree_bytes, 0
+        view = memoryview(read_part(start, column_bytes(tree) + 1))
         columns: dict[str, NDArray[Any]] = {}
         for name, (dtype, n, crc) in tree["columns"].items():
             if name not in _KNOWN:
                 raise FormatVersionError(f"{path.name}: unknown column {name!r}")
             size = np.dtype(dtype).itemsize * n
-            if at + size > len(raw) or crc32(view[at : at + size]) != crc:
-                raise damaged(f"checksum mismatch in column {name!r}", at)
+            if at + size > len(view) or crc32(view[at : at + size]) != crc:
+                raise damaged(f"checksum mismatch in column {name!r}", start + at)
             columns[name] = np.frombuffer(view[at : at + size], dtype)
             at += size
-        if at != len(raw):
-            raise damaged("bytes behind the end", at)
+        if at != len(view):
+            raise damaged("bytes behind the end", start + at)
         if tree["lsn"] != lsn:
             raise damaged(f"the snapshot of lsn {tree['lsn']} under this name", 0)
         return state_of(tree, columns)
     except codec.UNDECODABLE as exc:
         raise damaged(f"a tree that makes no sense ({exc!r})", _HEADER.size) from exc
+
+
+def column_bytes(tree: dict[str, Any]) -> int:
+    """Bytes of all columns, by what an intact tree says: no file of a snapshot is longer.
+
+    Raises:
+        ValueError: It makes no sense; or another of `codec.UNDECODABLE`.
+    """
+    sizes = [np.dtype(dtype).itemsize * n for dtype, n, _ in tree["columns"].values()]
+    return int(sum(sizes))
 
 
 def state_of(tree: dict[str, Any], columns: dict[str, NDArray[Any]]) -> State:

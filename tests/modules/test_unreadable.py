@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from module_helpers import OpenBuffer, add_all, answers, expected, finds
+from module_helpers import OpenBuffer, add_all, answers, expected, experience, finds
 
 from expbuf_core.errors import CorruptionError, StorageError
 from expbuf_core.repair import repair
@@ -141,12 +142,23 @@ def itself(path: Path) -> None:
     path.symlink_to(path.name)
 
 
+def nowhere(path: Path) -> None:
+    path.symlink_to(path.name + ".gone")
+
+
 def nothing_in_it(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("instead", [Path.mkdir, itself, nothing_in_it, os.mkfifo])
-@pytest.mark.parametrize("name", ["manifest.json", "*.vectors", "*.exact", ""])
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        (name, instead)
+        for name in ("manifest.json", "*.vectors", "*.exact", "")
+        for instead in (Path.mkdir, itself, nowhere, nothing_in_it, os.mkfifo)
+        if name or instead is not nowhere  # the place that a link names may come back
+    ],
+)
 def test_something_else_in_the_place_of_the_index_costs_no_data(
     made: Path,
     open_buffer: OpenBuffer,
@@ -196,7 +208,7 @@ def test_too_many_open_files_say_nothing_of_the_index(made: Path, open_buffer: O
 # ---------------------------------------------------------------- what is no file
 
 
-@pytest.mark.parametrize("instead", [Path.mkdir, itself, os.mkfifo])
+@pytest.mark.parametrize("instead", [Path.mkdir, itself, nowhere, os.mkfifo])
 @pytest.mark.parametrize("name", ["expbuf.json", "experience_data.*"])
 def test_something_else_in_the_place_of_a_file_is_damage(
     made: Path, open_buffer: OpenBuffer, name: str, instead: Callable[[Path], None]
@@ -215,7 +227,7 @@ def test_something_else_in_the_place_of_a_file_is_damage(
     assert any(place.path == str(path) for place in report.damage)
 
 
-@pytest.mark.parametrize("instead", [Path.mkdir, itself, os.mkfifo])
+@pytest.mark.parametrize("instead", [Path.mkdir, itself, nowhere, os.mkfifo])
 def test_something_else_in_the_place_of_an_index_log_costs_no_data(
     made: Path, open_buffer: OpenBuffer, instead: Callable[[Path], None]
 ) -> None:
@@ -277,3 +289,107 @@ def test_a_folder_in_the_place_of_a_snapshot(made: Path, open_buffer: OpenBuffer
             add_all(buffer, range(serial, serial + 1))
             buffer.save_snapshot()
     assert not oldest.exists()
+
+
+@pytest.mark.parametrize("instead", [itself, nowhere, os.mkfifo])
+def test_something_else_in_the_place_of_a_snapshot(
+    made: Path, open_buffer: OpenBuffer, instead: Callable[[Path], None]
+) -> None:
+    """It is passed over: also a link to nothing, which is listed and cannot be opened."""
+    snapshot = newest(made, "snapshots/*.snap")
+    snapshot.unlink()
+    instead(snapshot)
+    assert told(made) == [(str(snapshot), 0)]
+    for mode in ("r", "a"):
+        with open_buffer(mode=mode) as buffer:
+            assert answers(buffer) == expected(range(18))
+            assert snapshot.name in buffer.recovery.warnings[0]
+    assert repair(made).saved == 18
+
+
+@pytest.mark.parametrize("instead", [itself, nowhere])
+def test_opening_does_not_look_at_a_log_that_snapshots_cover(
+    folder: Path, open_buffer: OpenBuffer, instead: Callable[[Path], None]
+) -> None:
+    """Who looks at the payloads in it is told."""
+    for serial in range(3):
+        with open_buffer() as buffer:
+            buffer.add(experience(serial, question="?" * 9000))
+            buffer.rebuild_index()
+            buffer.save_snapshot()
+    log = min(folder.glob("experience_data.*"))
+    log.unlink()
+    instead(log)
+    for mode in ("r", "a"):
+        with open_buffer(mode=mode) as buffer:
+            assert len(buffer) == 3
+            with pytest.raises(CorruptionError) as caught:
+                answers(buffer)
+            assert caught.value.path == str(log)
+    assert (str(log), 0) in told(folder)
+
+
+# ---------------------------------------------------------------- what nobody has written
+
+
+def too_deep(path: Path) -> None:
+    path.write_bytes(b"[" * 100_000)
+
+
+def too_large_a_number(path: Path) -> None:
+    path.write_bytes(b'{"format": 1e999, "manifest": {"lsn": 1e999}, "crc": 1e999}')
+
+
+def no_object(path: Path) -> None:
+    path.write_bytes(b"null")
+
+
+def beyond_memory(path: Path) -> None:
+    os.truncate(path, 1 << 42)
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """A size that is believed shows as a MemoryError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("change", [too_deep, too_large_a_number, no_object, beyond_memory])
+@pytest.mark.parametrize("name", ["expbuf.json", "index/manifest.json"])
+def test_a_document_that_nobody_has_written(
+    made: Path, open_buffer: OpenBuffer, name: str, change: Callable[[Path], None]
+) -> None:
+    """A checksum can be compared only behind the parser, which believes what it reads."""
+    change(made / name)
+    for mode in ("r", "a"):
+        if name == "expbuf.json":
+            with pytest.raises(CorruptionError) as caught:
+                open_buffer(mode=mode)
+            assert (caught.value.path, caught.value.offset) == (str(made / name), 0)
+        else:
+            with open_buffer(mode=mode) as buffer:
+                assert all(finds(buffer, i) for i in range(18))
+    assert repair(made).saved == 18
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_snapshot_beyond_all_memory(made: Path, open_buffer: OpenBuffer) -> None:
+    """Its own tree says how long it is, behind a checksum; the file system need not be right."""
+    snapshot = newest(made, "snapshots/*.snap")
+    size = snapshot.stat().st_size
+    beyond_memory(snapshot)
+    assert told(made) == [(str(snapshot), size)]
+    for mode in ("r", "a"):
+        with open_buffer(mode=mode) as buffer:
+            assert answers(buffer) == expected(range(18))
+    for each in made.glob("snapshots/*.snap"):
+        beyond_memory(each)
+    report = repair(made)
+    assert (report.saved, report.rebuilt_ids) == (18, ())

@@ -619,7 +619,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
         pieces, small = [], min(self._settings.segment_bytes, _MOVED_BYTES) // 4
         for number in layout.numbers(self._folder, layout.DATA):
             if number < self._words[_FILE]:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):  # what cannot be looked at is not moved
                     path = layout.path_of(self._folder, layout.DATA, number)
                     if path.stat().st_size < small:
                         pieces.append(number)

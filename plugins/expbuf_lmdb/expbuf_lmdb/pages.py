@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from expbuf_core.filesystem import storage_errors
+from expbuf_core.filesystem import open_to_read, storage_errors
 
 HEADER_BYTES = 16
 _HEADER = struct.Struct("=QHHHH")  # number, padding, flags, end of the pointers, begin of the nodes
@@ -140,7 +140,7 @@ class PageFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with storage_errors("open", path):
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = open_to_read(path)
         self.size = os.fstat(self._fd).st_size
         self.bad: list[Bad] = []
         raw = self.read(0, 2 * 65536)

@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 from expbuf_core import codec, frames
 from expbuf_core.contracts import Buffer, Damage, LoggedOperation, Pin
 from expbuf_core.crc import crc32
-from expbuf_core.errors import CorruptionError, StorageError
+from expbuf_core.errors import CorruptionError, FormatVersionError, StorageError
+from expbuf_core.filesystem import read_file
 from expbuf_lmdb import layout
 from expbuf_lmdb.layout import STAGE_HEADER_BYTES
 from expbuf_lmdb.pages import BIG, HEADER_BYTES, Bad, Node, PageFile
 
 _STEP = 16 << 20
+_MOST_STAGE_BYTES = 1 << 30  # where its header does not say how many there are
 _ROW_HEAD = struct.Struct("<qII")  # id, CRC of the content, seal
 _NO_ROWS: NDArray[np.uint32] = np.empty(0, np.uint32)
 
@@ -58,15 +60,23 @@ class Salvage:
             self._file = PageFile(self.path)
         except StorageError as exc:
             self._missing = str(exc)
-        try:
-            self._stage = self._stage_path.read_bytes()
-        except OSError:
-            self._stage = b""
+        self._stage = self._staged_bytes()
         self._copies = _Copies()
         self._rows: dict[int, Node] = {}
         self._staged: list[_Found] = []
         self._remains: list[_Found] = []
         self._staged_rows = _Copies()
+
+    def _staged_bytes(self) -> bytes:
+        """The stage; nothing where it cannot be read."""
+        path = self._stage_path
+        try:
+            header = layout.decode_stage_header(read_file(path, most=STAGE_HEADER_BYTES), path)
+            return read_file(path, most=_MOST_STAGE_BYTES if header is None else header.size)
+        except FormatVersionError:
+            raise
+        except OSError:
+            return b""
 
     def close(self) -> None:
         """Let go of the file."""

@@ -12,7 +12,7 @@ from expbuf_core import frames
 from expbuf_core.contracts import Buffer, LogInterrupted
 from expbuf_core.crc import crc32
 from expbuf_core.errors import StorageError
-from expbuf_core.filesystem import FileSystem, storage_errors
+from expbuf_core.filesystem import FileSystem, open_to_read, storage_errors
 from expbuf_lmdb import layout
 from expbuf_lmdb.layout import STAGE_HEADER_BYTES, StageHeader
 
@@ -38,7 +38,7 @@ class _Reading:
 
     def __init__(self, path: Path) -> None:
         self.generation = 0
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = open_to_read(path)
 
     def __del__(self) -> None:
         fd = getattr(self, "fd", -1)
@@ -155,8 +155,10 @@ class Stage:
         return layout.decode_stage_header(raw, self.path)
 
     def size(self) -> int:
-        """Bytes in the file."""
-        return os.fstat(self._file().fd).st_size
+        """Bytes of it. It never grows, so what stands in the file behind them is not its own."""
+        file = self._file()
+        header, size = self._header_in(file), os.fstat(file.fd).st_size
+        return size if header is None else min(size, header.size)
 
     def read(self, generation: int, offset: int, length: int) -> bytes:
         """Up to so many bytes of the file that this generation is, or was, in."""
@@ -195,10 +197,12 @@ class Stage:
         """The highest LSN that any frame in it says was durable."""
         best, salt_crc = 0, crc32(salt)
         with contextlib.suppress(StorageError):
-            raw = self.read(generation, STAGE_HEADER_BYTES, self.size())
-            at = 0
-            while (found := frames.find_header(raw, at, salt_crc)) is not None:
-                if found[1].epoch == generation & 0xFFFFFFFF:
-                    best = max(best, found[1].durable_before)
-                at = found[0] + 8
+            for start in range(STAGE_HEADER_BYTES, self.size(), _WINDOW):
+                # A header that begins in this part may end behind it.
+                raw = self.read(generation, start, _WINDOW + frames.HEADER_BYTES)
+                at = 0
+                while (found := frames.find_header(raw, at, salt_crc)) is not None:
+                    if found[1].epoch == generation & 0xFFFFFFFF:
+                        best = max(best, found[1].durable_before)
+                    at = found[0] + 8
         return best

@@ -28,9 +28,11 @@ from expbuf_core.errors import (
     StorageError,
     StorageFull,
 )
+from expbuf_core.repair import repair
 from expbuf_core.testing.faults import FaultyFileSystem
 from expbuf_core.testing.persistence_log import Core, Place, operation, outcome
 from expbuf_core.testing.processes import Child, in_child
+from expbuf_core.verification import verify
 from expbuf_lmdb import environment, layout
 from expbuf_lmdb.adapter import LMDBPersistenceAdapter
 from expbuf_lmdb.environment import PRIVATE, READING, WRITING, Environment, wrapped
@@ -39,6 +41,7 @@ from expbuf_lmdb.trees import check_file
 
 LONG = os.environ.get("EXPBUF_LONG", "") not in ("", "0")
 SMALL = {"map_bytes": 1 << 20, "stage_bytes": 1 << 14}
+CONFIG = {"persistence": {"backend": "lmdb", "lmdb": SMALL}, "index": {"backend": "exact"}}
 
 
 def place(root: Path, name: str = "buffer", **settings: Any) -> Place:
@@ -837,6 +840,45 @@ def test_an_environment_of_somebody_else(tmp_path: Path) -> None:
     env.close()
     with pytest.raises(CorruptionError, match="a database is missing"):
         list(core.place.adapter().recover(0, 0))
+
+
+@pytest.mark.parametrize("instead", [Path.mkdir, os.mkfifo])
+@pytest.mark.parametrize("name", [layout.DATA, layout.STAGE])
+def test_something_else_in_the_place_of_a_file(
+    tmp_path: Path, name: str, instead: Callable[[Path], None]
+) -> None:
+    """Nobody waits for a FIFO to be written to, nor does repairing."""
+    with ExperienceBuffer.open(tmp_path / "memory", config=CONFIG) as buffer:
+        buffer.add(experience(0))
+        buffer.save_snapshot()
+    path = tmp_path / "memory" / name
+    path.unlink()
+    instead(path)
+    for mode in ("r", "a"):
+        with pytest.raises(CorruptionError, match=name) as caught:
+            ExperienceBuffer.open(tmp_path / "memory", config=CONFIG, mode=mode)
+        assert caught.value.path == str(path)
+    assert [problem.path for problem in verify(tmp_path / "memory") if problem.damage] == [
+        str(path)
+    ]
+    assert repair(tmp_path / "memory", config=CONFIG).saved == 1  # either has it
+
+
+def test_a_stage_beyond_all_memory(tmp_path: Path) -> None:
+    """Its header says how long it is; the file system need not be right."""
+    with ExperienceBuffer.open(tmp_path / "memory", config=CONFIG) as buffer:
+        buffer.add(experience(0))
+    os.truncate(tmp_path / "memory" / layout.STAGE, 1 << 42)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))
+    try:
+        assert repair(tmp_path / "memory", config=CONFIG).saved == 1
+        for mode in ("r", "a"):
+            with ExperienceBuffer.open(tmp_path / "memory", config=CONFIG, mode=mode) as buffer:
+                assert [item.answer for item in buffer] == ["answer 0"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def test_errors_of_lmdb(tmp_path: Path) -> None:
