@@ -8,6 +8,7 @@ model of its settings. `expbuf_core.testing` has a suite for each contract.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -447,7 +448,16 @@ class LogPostponed(StorageFull):
 
 
 class LogGone(Exception):
-    """The log behind a follower's position was dropped after a snapshot; reload from it."""
+    """The log behind a follower's position was dropped after a snapshot; reload from it.
+
+    Attributes:
+        path: The file that is missing, where that is known. Should it turn out that nobody was to
+            drop it, the error says which it is.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        super().__init__()
+        self.path = None if path is None else os.fspath(path)
 
 
 class Pin(ABC):

@@ -13,7 +13,6 @@ from expbuf_core.conditions import Condition, matching_slots
 from expbuf_core.contracts import LogGone
 from expbuf_core.embeddings import as_vectors
 from expbuf_core.errors import (
-    CorruptionError,
     InvalidExperience,
     UnknownExperienceError,
     shown,
@@ -62,15 +61,12 @@ def held(
                 session.adapter.pin(chosen.ids, chosen.locations, chosen.lengths),
                 session.tell_corruption,
             )
-        except LogGone:  # evicted and deleted since: look again at what there is
+        except LogGone as exc:  # evicted and deleted since: look again at what there is
+            gone = exc
             session.catch_up_after_deletion(attempt)
         else:
             return chosen, rest
-    raise CorruptionError(
-        f"payloads of experiences {chosen.ids[:5].tolist()} are gone though they are live; run "
-        "`expbuf verify`",
-        path=session.path,
-    )
+    raise session.payloads_gone(gone)
 
 
 def pinned(session: Session, ids: NDArray[np.int64], *, missing: str) -> PinnedExperiences:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from expbuf_core import control as c
 from expbuf_core.buffer import ExperienceBuffer
 from expbuf_core.contracts import LogGone, Pin
-from expbuf_core.errors import CorruptionError
 from expbuf_core.results import PinnedExperiences
 from expbuf_core.state import State
 
@@ -60,7 +59,9 @@ class Frozen:
 
         Raises:
             LogGone: One of them was dropped: freeze anew.
+            CorruptionError: One of them is gone, and nobody was to drop it.
         """
+        gone = LogGone()
         session = self._session
         # What was not durable may have been written again elsewhere when a log was given up.
         moved = session.control.words[c.RETIREMENTS] != self._retirements
@@ -71,13 +72,13 @@ class Frozen:
                     live = session.replica.state
                     slots = live.find(ids)
                     if (slots < 0).any():
-                        break
+                        raise gone
                     locations, lengths = live.location[slots], live.length[slots]
             try:
                 return session.adapter.pin(ids, locations, lengths)
-            except LogGone:
-                continue
-        raise LogGone
+            except LogGone as exc:
+                gone = exc
+        raise session.payloads_gone(gone)
 
     def experiences(self, ids: NDArray[np.int64]) -> PinnedExperiences:
         """Experiences as they were.
@@ -118,7 +119,4 @@ def freeze_with_vectors(buffer: ExperienceBuffer) -> tuple[Frozen, Vectors]:
             vectors = session.replica.tiers.gatherer(intake.dim)
             if session.replica.tiers.holds(ids).all():
                 return frozen, vectors
-    raise CorruptionError(
-        f"{session.path}: payloads of live experiences are gone; run `expbuf verify`",
-        path=session.path,
-    )
+    raise session.payloads_gone(None)

@@ -420,12 +420,13 @@ class _Change:
                 chosen = PinnedExperiences(ids[live], slots[live], state)
             try:
                 pin = session.adapter.pin(chosen.ids, chosen.locations, chosen.lengths)
-            except LogGone:
+            except LogGone as exc:
+                gone = exc
                 session.catch_up_after_deletion(attempt)
                 continue
             chosen.pin(pin, session.tell_corruption)
             return chosen
-        raise CorruptionError("payloads of live experiences are gone; run `expbuf verify`")
+        raise session.payloads_gone(gone)
 
     def _parts(
         self, ids: NDArray[np.int64]
@@ -452,10 +453,11 @@ class _Change:
             try:
                 pin = session.adapter.pin(ids, places, lengths)
                 break
-            except LogGone:
+            except LogGone as exc:
+                gone = exc
                 session.catch_up_after_deletion(attempt)
         else:
-            raise CorruptionError("payloads of live experiences are gone; run `expbuf verify`")
+            raise session.payloads_gone(gone)
         if not len(ids):
             return ids, np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
         return ids, *payloads.read_embeddings(pin, ids, dims)

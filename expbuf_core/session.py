@@ -308,6 +308,23 @@ class Session:
         if attempt and self.path is not None:
             self._start_anew()
 
+    def payloads_gone(self, gone: LogGone | None) -> CorruptionError:
+        """The error where payloads are still gone after this replica has caught up.
+
+        Args:
+            gone: What the adapter said last.
+        """
+        path = self.path if gone is None or gone.path is None else Path(gone.path)
+        there = path is None or path.exists()
+        return CorruptionError(
+            f"{path or 'storage'}: "
+            + ("payloads" if there else "missing, with payloads")
+            + " of live experiences"
+            + (" are gone" if there else "")
+            + "; run `expbuf verify`",
+            path=path,
+        )
+
     def tell_corruption(self, exc: CorruptionError) -> None:
         """Tell observers of damage, before the error reaches the caller."""
         self.registry.fire(
@@ -547,14 +564,12 @@ class Session:
                     replica.fill(intake.refuse)
                     replica.incomplete = replica.broken = False
                     return
-                except LogGone:
+                except LogGone as exc:
+                    gone = exc
                     # Payloads were evicted and deleted since this replica looked: look again,
                     # perhaps at another representation.
                     recovery.follow_from_snapshot(replica, self.path)
-        raise CorruptionError(
-            f"{self.path}: payloads of live experiences are gone; run `expbuf verify`",
-            path=self.path,
-        )
+        raise self.payloads_gone(gone)
 
     def prepare(
         self, choice: indexing.IndexChoice, manifest: Manifest, opened: tuple[OpenSegment, ...]

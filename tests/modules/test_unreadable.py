@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from module_helpers import OpenBuffer, add_all, answers, expected, experience, finds
+from module_helpers import OpenBuffer, add_all, answers, expected, experience, find, finds
 
+from expbuf_core.backup import backup
 from expbuf_core.errors import CorruptionError, StorageError
+from expbuf_core.exchange import export_experiences
 from expbuf_core.repair import repair
 from expbuf_core.testing.faults import unreadable
 from expbuf_core.verification import verify
@@ -327,6 +329,38 @@ def test_opening_does_not_look_at_a_log_that_snapshots_cover(
                 answers(buffer)
             assert caught.value.path == str(log)
     assert (str(log), 0) in told(folder)
+
+
+def test_a_missing_log_is_named_by_all_who_need_it(
+    folder: Path, open_buffer: OpenBuffer, tmp_path: Path
+) -> None:
+    """No one takes its payloads for evicted ones, or says more of them than is known."""
+    for serial in range(3):
+        with open_buffer() as buffer:
+            buffer.add(experience(serial, question="?" * 9000))
+            buffer.rebuild_index()
+            buffer.save_snapshot()
+    log = min(folder.glob("experience_data.*"))
+    log.unlink()
+    with open_buffer() as buffer:
+        for use in (
+            lambda: buffer.get(0),
+            lambda: answers(buffer),
+            lambda: buffer.sample(64),
+            lambda: find(buffer, 0, k=3),
+            lambda: buffer.update_rewards([0, 2], [1.0, 1.0]),
+            lambda: buffer.reembed(lambda parts: {"v_embed": [part.v_embed for part in parts]}),
+            lambda: backup(buffer, tmp_path / "copy"),
+            lambda: export_experiences(buffer, tmp_path / "exported"),
+        ):
+            with pytest.raises(CorruptionError, match=f"{log.name}: missing") as caught:
+                use()
+            assert caught.value.path == str(log)
+        assert buffer.get(2).answer == "answer 2"
+    assert [place for place, _ in told(folder)] == [str(log)]
+    shutil.rmtree(folder / "index")
+    with pytest.raises(CorruptionError, match=f"{log.name}: missing"):
+        open_buffer()
 
 
 # ---------------------------------------------------------------- what nobody has written

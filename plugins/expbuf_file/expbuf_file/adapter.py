@@ -552,7 +552,7 @@ class FilePersistenceAdapter(PersistenceAdapter):
                 files[number] = self._salvaged.get(number) or self._logs.shared(layout.DATA, number)
             except StorageError as exc:
                 if isinstance(exc.__cause__, FileNotFoundError):
-                    raise LogGone from exc
+                    raise LogGone(layout.path_of(self._folder, layout.DATA, number)) from exc
                 raise
         return FilePin(files, locations, lengths)
 

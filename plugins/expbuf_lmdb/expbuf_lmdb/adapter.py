@@ -684,12 +684,12 @@ class LMDBPersistenceAdapter(PersistenceAdapter):
             # Read first, asked then: a stage that was begun anew meanwhile has other bytes there.
             if generation and generation == self._stage_generation():
                 if None in staged:
-                    raise LogGone
+                    raise LogGone(self.path)
                 for i, row in zip(missing, staged, strict=True):
                     rows[i] = row
                 break
         else:
-            raise LogGone
+            raise LogGone(self.path)
         return LMDBPin([row for row in rows if row is not None], sizes, self.path)
 
     def _rows_at(self, txn: Txn, tables: Tables, places: list[int]) -> list[bytes | None]:
