@@ -18,7 +18,11 @@ from types import TracebackType
 
 from expbuf_core.errors import CorruptionError, StorageError, StorageFull
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {  # and what to do about it
+    errno.ENOSPC: "free some room and try again",
+    errno.EDQUOT: "free some room within the quota and try again",
+    errno.EFBIG: "files may not be so large here: raise the limit (`ulimit -f`) and try again",
+}
 # The disk gives no more what was written, or something else stands in its place. All other errors
 # (too many open files, too little memory, no permission) say nothing of what is stored.
 _DAMAGE = {
@@ -67,9 +71,9 @@ class storage_errors:
     ) -> None:
         if not isinstance(exc, OSError) or isinstance(exc, StorageError):
             return
-        wrapper = StorageFull if exc.errno in _FULL else StorageError
-        hint = "; free some room and try again" if wrapper is StorageFull else ""
-        error = wrapper(f"cannot {self.what} {os.fspath(self.path)}: {exc.strerror or exc}{hint}")
+        advice = _FULL.get(exc.errno or 0)
+        message = f"cannot {self.what} {os.fspath(self.path)}: {exc.strerror or exc}"
+        error = StorageError(message) if advice is None else StorageFull(f"{message}; {advice}")
         error.errno = exc.errno
         raise error from exc
 

@@ -7,6 +7,7 @@ writer waits for; killed at any instant it leaves the old set in place.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -123,12 +124,14 @@ class IndexChoice:
         _warn_of_fallback(wanted, used, reason)
         if "expbuf_on_fallback" in self._registry.events:
             facts = {"kind": "index", "wanted": wanted, "used": used, "reason": reason}
-            threading.Thread(
+            thread = threading.Thread(
                 target=self._registry.fire,
                 args=("expbuf_on_fallback",),
                 kwargs=facts,
                 name="expbuf-fallback",
-            ).start()
+            )
+            with contextlib.suppress(RuntimeError):  # there is none to be had; the log has it
+                thread.start()
 
     def can(self, name: str, capability: str) -> bool:
         """Whether the backend declares a capability."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +139,21 @@ def test_full_disk_at_opening(
     with contextlib.closing(open_buffer(path, **storage)) as buffer:
         assert state_of(buffer) == after
     assert not [problem for problem in verify(path) if problem.damage]
+
+
+def test_files_may_not_be_so_large(tmp_path: Path) -> None:
+    """The error says that it is no want of room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_buffer(tmp_path / "buffer") as buffer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+        try:
+            with pytest.raises(StorageFull, match=r"raise the limit \(`ulimit -f`\)"):
+                buffer.add_many([experience(serial, 0.5, 12_000) for serial in range(3)])
+            before = state_of(buffer)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert before == state_of(buffer)
+        buffer.add(experience(1000, 0.5, 12_000))
 
 
 def test_read_only_disk(buffer: ExperienceBuffer, fs: FaultyFileSystem) -> None:
