@@ -76,7 +76,7 @@ class Replica:
         self._follower: LogFollower | None = None
         self._cursor: tuple[int, object] | None = None  # (LSN, behind it), of our own last one
         self._own: dict[int, _Own] = {}
-        self.refused: set[int] = set()  # adds that came too late for their representation
+        self._refused: set[int] = set()  # adds that came too late for their representation
         self.counts: dict[int, int] = {}  # of own operations, until their caller has read them
         self.evicted = 0  # since it was last told
         self._following_now = False
@@ -86,6 +86,7 @@ class Replica:
     def reset(self, state: State) -> None:
         """Start from this state."""
         self.state = state
+        self.began = state.lsn  # of what came before, nothing was seen but what became of it
         self.tiers = _empty_tiers(state)
         self.incomplete = False  # the tiers lack what was added before the representation changed
         self.sampler = PrioritySampler(state, self._sampling)
@@ -343,10 +344,20 @@ class Replica:
         elif change.removed is not None:
             tiers.remove(change.removed)
         if change.refused:
-            self.refused.update(change.refused)
+            self._refused.update(change.refused)
         self.evicted += change.evicted
         self.sampler.mark(change.touched)
         return change
+
+    def was_refused(self, lsn: int, first_id: int, count: int) -> bool:
+        """Whether an add that is applied, in a snapshot perhaps, left nothing (lock held).
+
+        Of one in a snapshot that is said, too, where all of it was removed or evicted meanwhile:
+        its writer had not acknowledged it.
+        """
+        if lsn in self._refused or lsn > self.began:
+            return lsn in self._refused
+        return bool((self.state.find(np.arange(first_id, first_id + count)) < 0).all())
 
     # ------------------------------------------------------------ index
 

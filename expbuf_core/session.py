@@ -372,7 +372,7 @@ class Session:
         lsn, first_id = self.commit_log.commit(work)
         # Asked again: a change may have begun in between, and its operation come first.
         if representation is not None and self.control.words[c.REPRESENTATION] != representation:
-            self._check_overtaken(lsn)
+            self._check_overtaken(lsn, first_id, count)
         if kind != codec.ADD or count > 1 or not self.replica.may_lag():
             self.refresh()
         if kind != codec.ADD:
@@ -417,11 +417,11 @@ class Session:
         if self.replica.state.representation != representation:
             raise Outdated
 
-    def _check_overtaken(self, lsn: int) -> None:
+    def _check_overtaken(self, lsn: int, first_id: int, count: int) -> None:
         # It is published, and what stands before it in the log decides: nobody need be waited for.
         self.refresh()
         with self.replica.lock:
-            if lsn in self.replica.refused:  # for all whose additions it held
+            if self.replica.was_refused(lsn, first_id, count):
                 raise Outdated
 
     def use_fusion(self, stored: Mapping[str, Any]) -> None:

@@ -355,10 +355,10 @@ def test_an_add_that_was_overtaken_is_made_again(open_buffer: OpenBuffer, folder
         session.commit(late)
 
     # The same where it had looked before the change began, and came behind it.
-    lsn, _ = session.commit_log.commit(intake.one(experience(10), None))
+    lsn, first_id = session.commit_log.commit(intake.one(experience(10), None))
     for _ in range(2):  # threads whose additions were one operation ask one after the other
         with pytest.raises(Outdated):
-            session._check_overtaken(lsn)
+            session._check_overtaken(lsn, first_id, 1)
     assert len(buffer) == 10
     assert buffer.add(experience(10)) == 11, "the id was given, and is not given again"
     assert finds(buffer, 10)
@@ -366,6 +366,37 @@ def test_an_add_that_was_overtaken_is_made_again(open_buffer: OpenBuffer, folder
     with ExperienceBuffer.open(folder) as again:
         assert again.ids().tolist() == [*range(10), 11]
         assert finds(again, 10)
+
+
+@pytest.mark.parametrize("backend", ["file", "lmdb"])
+@pytest.mark.parametrize("overtaken", [True, False])
+def test_an_add_that_was_overtaken_and_is_in_a_snapshot_before_its_writer_looks(
+    open_buffer: OpenBuffer, folder: Path, backend: str, overtaken: bool
+) -> None:
+    """Its operation is gone from the log, and the snapshot has only what became of it."""
+    pytest.importorskip(f"expbuf_{backend}")
+    settings = {"persistence": {"backend": backend, "lmdb": {"stage_bytes": 1 << 14}}}
+    buffer, other = open_buffer(**settings), open_buffer(**settings)
+    buffer.add_many(columns(range(10)))
+    buffer.save_snapshot()
+    session = other._live()
+    intake = session.intake()
+    assert intake is not None
+    drafts = [intake.many([experience(serial) for serial in (10, 11)], None)]
+    if overtaken:
+        reindex(folder, config=CONFIG, fusion="weighted_concat")
+    lsn, first_id = session.commit_log.commit(drafts.pop())
+    reindex(folder, config=CONFIG, fusion="weighted_sum")
+    for serial in range(12, 16):
+        buffer.remove([buffer.add(experience(serial, question="?" * 9000))])
+        buffer.save_snapshot()
+    if overtaken:
+        with pytest.raises(Outdated):
+            session._check_overtaken(lsn, first_id, 2)
+    else:
+        session._check_overtaken(lsn, first_id, 2)
+    assert session.replica.began > lsn
+    assert (first_id in other) is (first_id + 1 in other) is not overtaken
 
 
 @pytest.mark.parametrize("dim", [DIM, NEW_DIM])
