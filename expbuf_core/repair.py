@@ -12,7 +12,7 @@ import contextlib
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,22 +241,20 @@ def _identify(
     try:
         identity = folder.read_identity(path)
         if identity is not None:
-            return identity.uuid, persistence or identity.backend
+            found = _contradiction(path, registry, identity)
+            if found is None:
+                return identity.uuid, persistence or identity.backend
+            message = f"{file.name}: it belongs to another buffer than all other files"
+            damage.append(Damage(str(file), 0, 0, 0, message))
+            return found[0], persistence or found[1]
         missing = f"{file.name}: missing"
         if (path / folder.UNFINISHED).exists():
             missing = f"{folder.UNFINISHED}: the folder is a copy that was not finished"
         damage.append(Damage(str(file), -1, 0, 0, missing))
     except CorruptionError as exc:
         damage.append(Damage(str(file), exc.offset or 0, 0, 0, str(exc)))
-    names = [persistence] if persistence else registry.names("persistence")
-    for name in names:
-        with contextlib.suppress(StorageError, ConfigError, PluginError):
-            storage = Storage.choose(registry, name, load_config({}, env={}, registry=registry))
-            adapter = storage.open(path, _NO_UUID, FileSystem(), writable=False)
-            with contextlib.closing(adapter):
-                uuid = adapter.identify()
-            if len(uuid) == 16:
-                return uuid, name
+    for uuid, name in _in_logs(path, registry, [persistence] if persistence else None):
+        return uuid, name
     votes = Counter(_other_uuids(path))
     backend = persistence or _stated_backend(file)
     if not votes or backend not in registry.names("persistence"):
@@ -265,6 +263,30 @@ def _identify(
             + (", or by which backend it was stored; name it (--persistence)" if votes else "")
         )
     return votes.most_common(1)[0][0], str(backend)
+
+
+def _contradiction(
+    path: Path, registry: PluginRegistry, identity: folder.Identity
+) -> tuple[bytes, str] | None:
+    """UUID and backend that a log says, where nothing in the folder has those of the identity."""
+    if identity.uuid in _other_uuids(path):
+        return None
+    found = list(_in_logs(path, registry))
+    return None if identity.uuid in [uuid for uuid, _ in found] else next(iter(found), None)
+
+
+def _in_logs(
+    path: Path, registry: PluginRegistry, names: Sequence[str] | None = None
+) -> Iterator[tuple[bytes, str]]:
+    """UUIDs that logs have, with the backends that keep them; those of `names` are asked."""
+    for name in registry.names("persistence") if names is None else names:
+        with contextlib.suppress(StorageError, ConfigError, PluginError):
+            storage = Storage.choose(registry, name, load_config({}, env={}, registry=registry))
+            adapter = storage.open(path, _NO_UUID, FileSystem(), writable=False)
+            with contextlib.closing(adapter):
+                uuid = adapter.identify()
+            if len(uuid) == 16:
+                yield uuid, name
 
 
 def _other_uuids(path: Path) -> Iterator[bytes]:

@@ -650,6 +650,23 @@ def test_a_damaged_identity_is_not_believed(scenes: dict[str, Scene], home: Path
     assert report.uuid in (scene.folder / "expbuf.json").read_text()
 
 
+@pytest.mark.parametrize("name", ["plain", "bare", "snapshot", "killed"])
+def test_the_identity_of_another_buffer_is_not_believed(
+    scenes: dict[str, Scene], name: str, home: Path
+) -> None:
+    """All other files contradict it."""
+    scene = scenes[name]
+    opened(home / "another").close()
+
+    def damage(folder: Path) -> None:
+        shutil.copyfile(home / "another" / "expbuf.json", folder / "expbuf.json")
+
+    report, state = repaired(scene, home, damage)
+    assert state == scene.state
+    assert report.uuid in (scene.folder / "expbuf.json").read_text()
+    assert [Path(place.path).name for place in report.damage] == ["expbuf.json"]
+
+
 def test_what_is_no_buffer(home: Path) -> None:
     with pytest.raises(StorageError, match="no folder"):
         repair(home / "nothing")

@@ -60,6 +60,7 @@ class Salvage:
             self._file = PageFile(self.path)
         except StorageError as exc:
             self._missing = str(exc)
+        self._wrong_with_stage = ""
         self._stage = self._staged_bytes()
         self._copies = _Copies()
         self._rows: dict[int, Node] = {}
@@ -72,10 +73,16 @@ class Salvage:
         path = self._stage_path
         try:
             header = layout.decode_stage_header(read_file(path, most=STAGE_HEADER_BYTES), path)
+            if header is None:
+                self._wrong_with_stage = f"{path.name}: the header is damaged"
+            elif self._uuid not in (bytes(16), header.uuid):
+                self._wrong_with_stage = f"{path.name}: it belongs to another buffer"
             return read_file(path, most=_MOST_STAGE_BYTES if header is None else header.size)
         except FormatVersionError:
             raise
-        except OSError:
+        except OSError as exc:
+            missing = isinstance(exc, FileNotFoundError)
+            self._wrong_with_stage = f"{path.name}: missing" if missing else str(exc)
             return b""
 
     def close(self) -> None:
@@ -154,6 +161,9 @@ class Salvage:
             behind = max(behind, header.data_offset + header.data_bytes)
         if proof >= expected:
             yield from self._lost(expected, proof, behind, 1 << 63)
+        elif self._wrong_with_stage:
+            # What it held alone was not durable, and yet acknowledged where no more was asked for.
+            yield Damage(str(self._stage_path), -1, expected, 0, self._wrong_with_stage, torn=True)
 
     def _by_trees(self, salt_crc: int) -> dict[int, list[_Found]]:
         """Operations that the trees lead to, by LSN."""

@@ -864,6 +864,33 @@ def test_something_else_in_the_place_of_a_file(
     assert repair(tmp_path / "memory", config=CONFIG).saved == 1  # either has it
 
 
+@pytest.mark.parametrize("change", [os.unlink, lambda path: path.write_bytes(bytes(1 << 14))])
+def test_repairing_says_that_commits_may_have_been_in_a_lost_stage(
+    tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    """It cannot know: they were acknowledged, at "group" and "os", and were nowhere else."""
+    folder = tmp_path / "memory"
+
+    def work(child: Child) -> None:
+        buffer = ExperienceBuffer.open(folder, config={**CONFIG, "durability": "os"})
+        buffer.add(experience(0))
+        buffer.sync()
+        buffer.add(experience(1))
+        child.say("added")
+        child.hear()
+
+    child = Child(work)
+    assert child.hear() == "added"
+    child.kill()
+    with ExperienceBuffer.open(folder, config=CONFIG, mode="r") as buffer:
+        assert len(buffer) == 2
+    change(folder / layout.STAGE)
+    report = repair(folder, config=CONFIG)
+    assert report.saved == 1
+    assert [place.path for place in report.damage] == [str(folder / layout.STAGE)]
+    assert any("unless it was damaged later" in note for note in report.notes)
+
+
 def test_a_stage_beyond_all_memory(tmp_path: Path) -> None:
     """Its header says how long it is; the file system need not be right."""
     with ExperienceBuffer.open(tmp_path / "memory", config=CONFIG) as buffer:
