@@ -19,6 +19,9 @@ Found = tuple[NDArray[np.int64], NDArray[np.float32]]
 _INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
 _FEW = 16  # results; so many are looked at faster as Python numbers
 _LARGEST = float(np.finfo(np.float32).max)
+_MOST = {"cosine": 1.0, "l2": 0.0}  # similarity that there is
+_ROUNDING = 1e-3  # of a squared length
+_CODES = 1.0  # by so much an index that compresses its vectors may be off under cosine
 
 
 def checked(
@@ -27,8 +30,12 @@ def checked(
     k: int,
     backend: str,
     vectors: NDArray[np.float32],
+    metric: str = "",
 ) -> Found:
     """The answer, where it has the shape and the types that it must have, and no id twice.
+
+    Distances in the place of similarities would put the farthest first, so what is larger than any
+    similarity is no answer either.
 
     Whether these are the nearest, and rows that are allowed, is for the suite to tell.
 
@@ -38,6 +45,7 @@ def checked(
         k: How many it was to find.
         backend: Its name, for messages.
         vectors: Of the segment.
+        metric: Of the buffer; "" if any similarity will do.
 
     Raises:
         PluginContractError: It has not.
@@ -59,16 +67,22 @@ def checked(
         )
     if shape[0] == 1 and k <= _FEW:
         row = ids.tolist()[0]
-        top = sum(similarities.tolist()[0])  # a NaN or an infinity among them stays one
+        values = similarities.tolist()[0]
+        top, most = sum(values), max(values)  # a NaN or an infinity among them stays one in the sum
         again = len(set(row)) != k if row[-1] >= 0 else _any_twice(ids)
     else:
-        top = np.maximum.reduce(similarities, axis=None, initial=-np.inf)
+        top = most = np.maximum.reduce(similarities, axis=None, initial=-np.inf)
         again = _any_twice(ids)
     if not top < math.inf and not _overflowed(queries, vectors):
         bad = similarities[~(similarities < np.inf)][0]
         raise PluginContractError(
             f"the index backend {backend!r} returned the similarity {bad} from `search`; expected "
             "finite numbers, and -inf as padding alone"
+        )
+    if most > _MOST.get(metric, math.inf) and most > _most(metric, queries, vectors):
+        raise PluginContractError(
+            f"the index backend {backend!r} returned the similarity {most:g} from `search`; under "
+            f"{metric} none is above {_MOST[metric]:g}: larger is closer, and a distance is none"
         )
     if again:
         raise PluginContractError(
@@ -83,11 +97,21 @@ def _any_twice(ids: NDArray[np.int64]) -> bool:
     return bool(same.any()) and bool((same & (ids[:, 1:] >= 0)).any())
 
 
+def _most(metric: str, queries: NDArray[np.float32], vectors: NDArray[np.float32]) -> float:
+    """Largest similarity that may come of rounding."""
+    return _CODES + 1.0 if metric == "cosine" else _ROUNDING * _reach(queries, vectors)
+
+
 def _overflowed(queries: NDArray[np.float32], vectors: NDArray[np.float32]) -> bool:
     """Whether vectors are so long that what is not finite may be right."""
-    asked = np.linalg.norm(queries.astype(np.float64), axis=1).max()
+    return _reach(queries, vectors) >= _LARGEST
+
+
+def _reach(queries: NDArray[np.float32], vectors: NDArray[np.float32]) -> float:
+    """A squared distance that none exceeds."""
+    asked = float(np.linalg.norm(queries.astype(np.float64), axis=1).max())
     held = math.sqrt(vectors.shape[1]) * float(np.abs(vectors).max(initial=0.0))
-    return bool((asked + held) ** 2 >= _LARGEST)
+    return (asked + held) ** 2
 
 
 def _described(answer: Any) -> str:

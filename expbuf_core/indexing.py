@@ -283,6 +283,7 @@ def _load_once(
                 verifies=choice.can(info.backend, "verifies"),
                 watch=watch,
                 hurry=hurry,
+                metric=manifest.metric,
             )
             for info in manifest.segments
         )

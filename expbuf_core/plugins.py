@@ -418,6 +418,8 @@ def _register(
     plugin = source.plugin
     if inspect.isclass(plugin):
         raise PluginContractError(f"plugin {source} is a class; pass an instance of it")
+    if inspect.isroutine(plugin):
+        raise _without_hooks(source)
     # Asked at every commit, which it must not be able to fail: so no property.
     computed = isinstance(getattr(type(plugin), "listening", None), property)
     if computed or not isinstance(getattr(plugin, "listening", True), bool):
@@ -455,6 +457,8 @@ def _register(
                 f"plugin {source} implements {name} by a {type(found).__name__}; it must be a "
                 "function or a method"
             )
+    if not manager.get_hookcallers(plugin):
+        raise _without_hooks(source)
 
 
 def _own(plugin: object, name: str) -> Any:
@@ -462,6 +466,14 @@ def _own(plugin: object, name: str) -> Any:
     found = getattr(plugin, name, None)
     is_spec = hasattr(found, f"{hookspecs.PROJECT}_spec")
     return found if callable(found) and not is_spec else None
+
+
+def _without_hooks(source: _Source) -> PluginContractError:
+    return PluginContractError(
+        f"plugin {source} is a {type(source.plugin).__name__} without hooks; a plugin is a module "
+        "or an object that has functions or methods with @hookimpl, not such a function, nor what "
+        "one returns"
+    )
 
 
 def _unknown_hook(source: _Source, hook: str) -> PluginContractError:

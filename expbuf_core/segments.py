@@ -115,6 +115,7 @@ class OpenSegment:
         live: NDArray[np.bool_],
         filters: bool,
         watch: object = None,
+        metric: str = "",
     ) -> None:
         self.directions = directions(vectors)
         self.sketch: Sketch | None = None  # of a small one beside a large one
@@ -124,6 +125,7 @@ class OpenSegment:
         self.ids = ids
         self.vectors = vectors
         self.index = index
+        self.metric = metric
         self.live = live
         self.dead = int(len(live) - np.count_nonzero(live))
         self.bitmap = np.packbits(live, bitorder="little")
@@ -141,7 +143,7 @@ class OpenSegment:
         if allowed is self.bitmap:
             allowed = self._to_read
         answer = self.index.search(queries, k, allowed)
-        return checked(answer, queries, k, self.info.backend, self.vectors)
+        return checked(answer, queries, k, self.info.backend, self.vectors, self.metric)
 
     def remove(self, ids: NDArray[np.int64]) -> None:
         """Take rows out; ids that are not here, or are out already, are skipped."""
@@ -349,6 +351,7 @@ def open_segment(
     verifies: bool = False,
     watch: object = None,
     hurry: bool = False,
+    metric: str = "",
 ) -> OpenSegment:
     """Verify, map and open a segment.
 
@@ -364,6 +367,7 @@ def open_segment(
         verifies: The backend has the capability "verifies".
         watch: Of the tiers, begun when they had these live ids.
         hurry: Use two cores: somebody waits who can do nothing else meanwhile.
+        metric: Of the vectors, to check what the index answers.
 
     Raises:
         CorruptionError: Its files are not what was written.
@@ -399,7 +403,7 @@ def open_segment(
         live = live_ids[rows_of(live_ids, ids)] == ids
     if next_id is not None:
         live |= ids >= next_id
-    return OpenSegment(info, ids, vectors, index, live, filters, watch)
+    return OpenSegment(info, ids, vectors, index, live, filters, watch, metric)
 
 
 def _open_index(

@@ -104,7 +104,8 @@ def _unknown(model: type[BaseModel], loc: Sequence[int | str], prefix: str) -> t
     # Right name, wrong place: `rebuild_every` for `index.rebuild_every`.
     near += [key.name for key in iter_keys(model) if key.name.rpartition(".")[2] == leaf]
     key = f"{prefix}{inside}{leaf}"
-    hint = f"did you mean {prefix + near[0]!r}?" if near else f"known: {', '.join(siblings)}"
+    known = f"known: {', '.join(siblings)}" if siblings else "there are none here"
+    hint = f"did you mean {prefix + near[0]!r}?" if near else known
     return key, f"{key}: unknown key; {hint}"
 
 

@@ -18,9 +18,9 @@ def right(m: int, k: int) -> tuple[Any, Any]:
     return ids, np.tile(-np.arange(k, dtype=np.float32), (m, 1))
 
 
-def check(answer: Any, m: int, k: int, *, length: float = 1.0) -> Any:
+def check(answer: Any, m: int, k: int, *, length: float = 1.0, metric: str = "") -> Any:
     queries = np.full((m, 4), length, np.float32)
-    return checked(answer, queries, k, "planted", VECTORS)
+    return checked(answer, queries, k, "planted", VECTORS, metric)
 
 
 def changed(answer: tuple[Any, Any], part: int, column: int, value: Any) -> tuple[Any, Any]:
@@ -72,6 +72,20 @@ def test_a_similarity_that_is_no_number_is_told(m: int, k: int, bad: float) -> N
         check(changed(right(m, k), 1, k // 2, bad), m, k)
     # Of vectors as long as these it may be right.
     check(changed(right(m, k), 1, k // 2, bad), m, k, length=1e20)
+
+
+@pytest.mark.parametrize(("m", "k"), SHAPES)
+@pytest.mark.parametrize(
+    ("metric", "bad", "word"), [("l2", 0.5, "above 0"), ("cosine", 7, "above 1")]
+)
+def test_a_distance_is_told(m: int, k: int, metric: str, bad: float, word: str) -> None:
+    """It would put the farthest first."""
+    answer = changed(right(m, k), 1, k // 2, bad)
+    with pytest.raises(PluginContractError, match=f"similarity {bad} from .*{metric}.*{word}"):
+        check(answer, m, k, metric=metric)
+    check(answer, m, k, metric="inner_product")
+    rounded = {"l2": 1e-3, "cosine": 1.001}[metric]
+    check(changed(right(m, k), 1, k // 2, rounded), m, k, metric=metric)
 
 
 @pytest.mark.parametrize(("m", "k"), SHAPES[1:])

@@ -214,6 +214,7 @@ def test_errors_name_where_each_value_came_from() -> None:
         ("sampling__k", "did you mean 'inference.k'?"),
         ("qqq", "known: path, max_size, "),
         ("index__qqq", "known: backend, fallback, "),
+        ("index__exact__qqq", "there are none here"),
     ],
 )
 def test_unknown_keys_name_the_nearest(key: str, hint: str) -> None:

@@ -51,8 +51,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     """Make distributions of one module each; only these are found."""
     before = set(sys.modules)
 
-    def add(name: str, code: str, *, version: str = "1.0", entry: str | None = None) -> None:
-        write_distribution(tmp_path, name, code, version=version, entry=entry)
+    def add(name: str, code: str, **options: str) -> None:
+        write_distribution(tmp_path, name, code, **options)
 
     def found(group: str) -> list[EntryPoint]:
         every = [e for d in distributions(path=[str(tmp_path)]) for e in d.entry_points]
@@ -67,14 +67,14 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
 
 def write_distribution(
-    folder: Path, name: str, code: str, *, version: str = "1.0", entry: str | None = None
+    folder: Path, name: str, code: str, *, version: str = "1.0", entry: str = "", target: str = ""
 ) -> None:
     module = "fake_" + name.replace("-", "_")
     (folder / f"{module}.py").write_text(PREAMBLE + textwrap.dedent(code))
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    (info / "entry_points.txt").write_text(f"[expbuf]\n{entry or name} = {module}\n")
+    (info / "entry_points.txt").write_text(f"[expbuf]\n{entry or name} = {target or module}\n")
 
 
 def info(registry: PluginRegistry, name: str) -> PluginInfo:
@@ -143,6 +143,20 @@ def test_a_plugin_is_found_and_described(install: Install) -> None:
     (offered,) = found.providers
     assert (offered.kind, offered.name, offered.api_version) == ("priority", "surprise", 1)
     assert offered.capabilities == ("a", "b")
+
+
+def test_an_entry_point_to_something_without_hooks_is_told(install: Install) -> None:
+    """To the hook itself, say: it would offer nothing, and nobody would know why."""
+    install("right", f"{scorer()}\n        nothing = None\n")
+    for name, target in (("hook", "expbuf_register_priority_scorers"), ("none", "nothing")):
+        install(name, "", target=f"fake_right:{target}")
+    install("empty", "")
+    registry = discover()
+    assert "surprise" in registry.names("priority")
+    for name in ("hook", "none", "empty"):
+        found = info(registry, name)
+        assert found.status == "refused"
+        assert "without hooks; a plugin is a module" in str(found.error)
 
 
 def test_a_hook_may_leave_out_its_argument(install: Install) -> None:
@@ -460,6 +474,10 @@ def test_what_is_passed_must_be_right() -> None:
         registry.with_plugins([Typo()])
     with pytest.raises(PluginContractError, match="is a class"):
         registry.with_plugins([Observer])
+    provider = ScorerProvider("mine", api_version=1, factory=dict)
+    for hookless in (object(), provider, Offers("mine").expbuf_register_priority_scorers, textwrap):
+        with pytest.raises(PluginContractError, match="without hooks"):
+            registry.with_plugins([hookless])
     with pytest.raises(
         PluginContractError,
         match=r"\(expbuf-core .*\) and 'Offers' \(plugins=\); give yours another name",

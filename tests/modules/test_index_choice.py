@@ -189,3 +189,20 @@ def test_an_index_cannot_write_into_what_it_is_asked(open_buffer: OpenBuffer) ->
     assert refused == ["float32", "uint8"] * 2
     assert (query == 1).all()
     query[:] = 2  # it is still the caller's
+
+
+def test_distances_are_no_similarities(open_buffer: OpenBuffer) -> None:
+    """They put the farthest first."""
+
+    class Distances(Segment):
+        def search(self, queries: Any, k: int, allowed: Any) -> Any:
+            ids, similarities = super().search(queries, k, allowed)
+            return ids[:, ::-1], -similarities[:, ::-1]
+
+    l2: dict[str, Any] = {**WRONG, "embedding": {"metric": "l2"}}
+    buffer = open_buffer(plugins=[opening(Distances)], **l2)
+    add_all(buffer, range(5))
+    assert finds(buffer, 3)
+    buffer.rebuild_index()
+    with pytest.raises(PluginContractError, match=r"'wrong' returned the similarity .* under l2"):
+        find(buffer, 3, k=3)
