@@ -32,10 +32,10 @@ def checked(
     vectors: NDArray[np.float32],
     metric: str = "",
 ) -> Found:
-    """The answer, where it has the shape and the types that it must have, and no id twice.
+    """The answer, where it has the shape, types and order that it must have, and no id twice.
 
-    Distances in the place of similarities would put the farthest first, so what is larger than any
-    similarity is no answer either.
+    Distances in the place of similarities would put the farthest first: they rise, or are larger
+    than any similarity.
 
     Whether these are the nearest, and rows that are allowed, is for the suite to tell.
 
@@ -70,9 +70,11 @@ def checked(
         values = similarities.tolist()[0]
         top, most = sum(values), max(values)  # a NaN or an infinity among them stays one in the sum
         again = len(set(row)) != k if row[-1] >= 0 else _any_twice(ids)
+        rises = values != sorted(values, reverse=True)
     else:
         top = most = np.maximum.reduce(similarities, axis=None, initial=-np.inf)
         again = _any_twice(ids)
+        rises = bool((similarities[:, 1:] > similarities[:, :-1]).any())
     if not top < math.inf and not _overflowed(queries, vectors):
         bad = similarities[~(similarities < np.inf)][0]
         raise PluginContractError(
@@ -83,6 +85,12 @@ def checked(
         raise PluginContractError(
             f"the index backend {backend!r} returned the similarity {most:g} from `search`; under "
             f"{metric} none is above {_MOST[metric]:g}: larger is closer, and a distance is none"
+        )
+    if rises and top < math.inf:
+        raise PluginContractError(
+            f"the index backend {backend!r} returned similarities that rise from `search`: "
+            f"{similarities[:1, :8]}; expected falling order: larger is closer, and a distance is "
+            "no similarity"
         )
     if again:
         raise PluginContractError(

@@ -80,12 +80,24 @@ def test_a_similarity_that_is_no_number_is_told(m: int, k: int, bad: float) -> N
 )
 def test_a_distance_is_told(m: int, k: int, metric: str, bad: float, word: str) -> None:
     """It would put the farthest first."""
-    answer = changed(right(m, k), 1, k // 2, bad)
+    answer = changed(right(m, k), 1, 0, bad)
     with pytest.raises(PluginContractError, match=f"similarity {bad} from .*{metric}.*{word}"):
         check(answer, m, k, metric=metric)
     check(answer, m, k, metric="inner_product")
     rounded = {"l2": 1e-3, "cosine": 1.001}[metric]
-    check(changed(right(m, k), 1, k // 2, rounded), m, k, metric=metric)
+    check(changed(right(m, k), 1, 0, rounded), m, k, metric=metric)
+
+
+@pytest.mark.parametrize(("m", "k"), SHAPES[1:])
+@pytest.mark.parametrize("metric", ["cosine", "inner_product", "l2"])
+def test_similarities_that_rise_are_told(m: int, k: int, metric: str) -> None:
+    """Distances do, where the nearest comes first; who merges results believes in the order."""
+    ids, similarities = right(m, k)
+    similarities[-1, :] = similarities[-1, ::-1].copy()
+    with pytest.raises(PluginContractError, match="similarities that rise"):
+        check((ids, similarities), m, k, metric=metric)
+    similarities[:] = -1
+    check((ids, similarities), m, k, metric=metric)
 
 
 @pytest.mark.parametrize(("m", "k"), SHAPES[1:])
