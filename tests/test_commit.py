@@ -22,8 +22,10 @@ from expbuf_core import Experience, ExperienceBuffer, StorageError, StorageFull
 from expbuf_core import control as c
 from expbuf_core.errors import ExpbufError, LockTimeout
 from expbuf_core.filesystem import Buffer, FileSystem
+from expbuf_core.repair import repair
 from expbuf_core.testing.crash import scratch_folder
 from expbuf_core.testing.faults import FaultyFileSystem
+from expbuf_core.verification import verify
 
 LONG = os.environ.get("EXPBUF_LONG", "") not in ("", "0")
 ERRORS = (errno.EIO, errno.ENOSPC)
@@ -732,6 +734,37 @@ def test_a_dead_appender_is_survived(scene: Scene) -> None:
     check(writer, [0, 1, 2, 4])
     scene.close()
     check(scene.open(), [0, 1, 2, 4])
+
+
+def test_what_a_dead_appender_left_is_no_damage(scene: Scene, home: Path) -> None:
+    """Nor where its log is only kept for a payload, so that no other one says where it ends."""
+    killer = Killer()
+    writer, other = scene.open(killer), scene.open(FileSystem())
+    add(writer, range(1), 9000)
+
+    def child() -> None:
+        killer.left, killer.only = 1, "pwrite"
+        writer.add(experience(1, 900))
+
+    assert in_child(child) == -signal.SIGKILL
+    torn = scene.logs()[0]
+    for serial in range(2, 6):
+        other.add(experience(serial))
+        assert not list(verify(scene.folder))
+        other.save_snapshot()
+    assert scene.logs()[0] == torn, "its payload is in use"
+    assert not list(verify(scene.folder))
+    scene.close()
+    report = repair(scene.folder, home / "copy")
+    assert report.complete
+    assert not report.damage
+    check(scene.open(), [0, 2, 3, 4, 5])
+    scene.close()
+    raw = bytearray(torn.read_bytes())
+    raw[9000] ^= 1  # of the payload, before what is torn
+    torn.write_bytes(raw)
+    assert [problem for problem in verify(scene.folder) if problem.damage]
+    assert repair(scene.folder, home / "rest").lost_ids == ((0, 0),)
 
 
 class Interposed:

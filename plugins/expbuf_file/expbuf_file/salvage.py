@@ -113,13 +113,17 @@ class _Scan:
 
 
 class _Link(NamedTuple):
-    """A file of the log: what it continues, and where what follows it says that it ends."""
+    """A file of the log: what it continues, and where what follows it says that it ends.
+
+    `kept`: For its payloads only; what the log goes on with from there is gone.
+    """
 
     number: int
     begin: Begin | None
     end: int | None
     last_lsn: int | None
     below: int | None  # LSNs from here on are those of the next file
+    kept: bool = False
 
 
 def uuid_of(folder: Path) -> bytes:
@@ -250,6 +254,7 @@ class Salvage:
                 continue  # given up: a later file continues an older one
             begin, following = begins[number], chain[-1] if chain else None
             end = last_lsn = below = None
+            kept = False
             if following is not None:
                 link = following.begin
                 if link is None:
@@ -257,8 +262,8 @@ class Salvage:
                 elif link.previous == number:
                     end, last_lsn = link.previous_end, link.previous_lsn
                 else:
-                    below = link.previous_lsn + 1
-            chain.append(_Link(number, begin, end, last_lsn, below))
+                    below, kept = link.previous_lsn + 1, True
+            chain.append(_Link(number, begin, end, last_lsn, below, kept))
             wanted = begin.previous if begin is not None else None
         return chain[::-1]
 
@@ -304,6 +309,8 @@ class Salvage:
             yield lost(expected, known)
             expected = known + 1
         for place in bad:
+            if place.last and link.kept:
+                continue  # left by whoever died while writing to it; see `verify_file`
             if place.last and newest and known is None and place.after == expected - 1:
                 yield _damage(place, expected, 0)._replace(torn=True)
             else:

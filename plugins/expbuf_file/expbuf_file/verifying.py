@@ -16,7 +16,8 @@ def verify_file(
     """Check a file up to `end`, where its successor says it ends (None: there is none).
 
     `linked`: It is part of the log, not just kept for payloads that are still in use; of such a
-    file nobody says any more where it ends.
+    file nobody says any more where it ends. If it was given up, because somebody died while writing
+    to it, that stands behind its last frame. (Payloads in use are checked by themselves.)
     """
     path = str(file.path)
     begin = file.begin()
@@ -37,7 +38,7 @@ def verify_file(
     sealed = False
     for found in file.frames(at, limit, rows=True):
         if isinstance(found, BadFrame):
-            if not linked and file.last_nonzero(found.offset, limit) == found.offset:
+            if not linked and next(file.headers(found.offset + 8, limit), None) is None:
                 return
             # What is durable was written before: so read again behind the proof, not before it.
             proof = file.proof(found.offset + 8, limit)
