@@ -18,15 +18,23 @@ _SPLIT = 32 << 20  # a smaller file is not worth a thread
 _POLYNOMIAL = 0xEDB88320  # of CRC-32, its highest power in the lowest bit
 
 
-def file_crc(path: Path, *, hurry: bool = False) -> tuple[int, int]:
+def file_crc(path: Path, expected: int | None = None, *, hurry: bool = False) -> tuple[int, int]:
     """(bytes, CRC-32) of a file; reads it through once, which also warms the page cache.
 
     A `CorruptionError` says that it cannot be read; the offset is not known.
 
-    `hurry`: by two threads, where nothing else could use the other core meanwhile.
+    Args:
+        path: Of the file.
+        expected: Its size. One of another size is not read: a damaged one may have any.
+        hurry: By two threads, where nothing else could use the other core meanwhile.
+
+    Returns:
+        Its size, and its checksum; 0 for one of another size than expected.
     """
     with reading(path), open(open_to_read(path), "rb", buffering=0) as file:
         fd, size = file.fileno(), os.fstat(file.fileno()).st_size
+        if expected not in (None, size):
+            return size, 0
         if not hurry or size < _SPLIT or len(os.sched_getaffinity(0)) < 2:
             return _part_crc(fd, 0, None)
         middle = size // 2

@@ -93,11 +93,16 @@ def index_path(home: Path, info_name: str, backend: str) -> Path:
 
 
 def _verify(path: Path, size: int, crc: int, *, hurry: bool = False) -> None:
-    found_size, found = file_crc(path, hurry=hurry)
+    found_size, found = file_crc(path, size, hurry=hurry)
     if (found_size, found) != (size, crc):
         raise CorruptionError(
-            f"{FOLDER}/{path.name}: {found_size} bytes with checksum {found:08x}, expected {size} "
-            f"with {crc:08x}; the index is derived and will be built again",
+            f"{FOLDER}/{path.name}: "
+            + (
+                f"checksum {found:08x}, expected {crc:08x}"
+                if found_size == size
+                else f"{found_size} bytes, expected {size}"
+            )
+            + "; the index is derived and will be built again",
             path=path,
             offset=min(size, found_size),
         )

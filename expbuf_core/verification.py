@@ -105,7 +105,7 @@ def _index(home: Path) -> Iterator[Problem]:
         )
         for file, size, crc in wanted:
             try:
-                if checksums.file_crc(file) != (size, crc):
+                if checksums.file_crc(file, size) != (size, crc):
                     message = f"{file.name}: damaged; the index will be built again"
                     yield Problem(str(file), -1, message, False)
             except StorageError as exc:

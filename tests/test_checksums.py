@@ -32,6 +32,8 @@ def test_a_file_in_two_parts(
     path.write_bytes(data)
     for hurry in (False, True):
         assert checksums.file_crc(path, hurry=hurry) == (size, crc32(data))
+        assert checksums.file_crc(path, size, hurry=hurry) == (size, crc32(data))
+        assert checksums.file_crc(path, size + 1, hurry=hurry) == (size, 0)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -413,6 +413,23 @@ def test_a_document_that_nobody_has_written(
     assert repair(made).saved == 18
 
 
+@pytest.mark.parametrize("pattern", ["experience_data.*", "*.vectors", "*.exact", "*.faiss_cpu"])
+def test_a_file_beyond_all_disks_is_not_read_to_its_end(
+    folder: Path, open_buffer: OpenBuffer, pattern: str
+) -> None:
+    """How long it is stands elsewhere, behind a checksum; the file system need not be right."""
+    index = {"index__backend": "faiss_cpu"} if pattern.endswith("faiss_cpu") else {}
+    with open_buffer(**index) as buffer:
+        add_all(buffer, range(6))
+        buffer.rebuild_index()
+    beyond_memory(newest(folder, f"**/{pattern}"))
+    assert told(folder) == []
+    assert repair(folder).saved == 6
+    for mode in ("r", "a"):
+        with open_buffer(mode=mode, **index) as buffer:
+            assert all(finds(buffer, i) for i in range(6))
+
+
 @pytest.mark.usefixtures("little_memory")
 def test_a_snapshot_beyond_all_memory(made: Path, open_buffer: OpenBuffer) -> None:
     """Its own tree says how long it is, behind a checksum; the file system need not be right."""

@@ -82,8 +82,8 @@ class LogFile:
             os.close(fd)
 
     def size(self) -> int:
-        """Bytes in the file now."""
-        return os.fstat(self.fd).st_size
+        """Bytes of it now. What stands behind the size that it was made with is not its own."""
+        return min(os.fstat(self.fd).st_size, self.header.size)
 
     def read(self, offset: int, length: int) -> memoryview:
         """Up to `length` bytes; shorter at the end of the file. Valid until the next call.

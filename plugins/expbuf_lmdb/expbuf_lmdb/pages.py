@@ -165,6 +165,14 @@ class PageFile:
         with storage_errors("read", self.path):
             return os.pread(self._fd, length, offset)
 
+    def data_behind(self, offset: int) -> int:
+        """Begin of the first page from `offset` on that is not in a hole; the size if all are."""
+        try:
+            found = os.lseek(self._fd, offset, os.SEEK_DATA)
+        except OSError:  # there is none
+            return self.size
+        return found - found % self.page_bytes
+
     def beginnings(self, pages: list[int], length: int) -> list[bytes]:
         """What stands in front of pages of this file, so many bytes of each."""
         fd, page_bytes, pread = self._fd, self.page_bytes, os.pread

@@ -118,10 +118,12 @@ class Salvage:
                 at = raw.find(layout.HEADER_MAGIC, at + 1)
 
     def _chunks(self) -> Iterator[tuple[int, bytes]]:
-        """The file in whole pages, with where each part begins."""
+        """The file in whole pages, with where each part begins; holes are left out."""
         if self._file is not None:
-            for start in range(0, self._file.size, _STEP):
-                yield start, self._file.read(start, _STEP)
+            start = self._file.data_behind(0)
+            while raw := self._file.read(start, _STEP):
+                yield start, raw
+                start = self._file.data_behind(start + len(raw))
 
     # ------------------------------------------------------------ operations
 

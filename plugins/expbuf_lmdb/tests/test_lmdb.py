@@ -891,11 +891,12 @@ def test_repairing_says_that_commits_may_have_been_in_a_lost_stage(
     assert any("unless it was damaged later" in note for note in report.notes)
 
 
-def test_a_stage_beyond_all_memory(tmp_path: Path) -> None:
-    """Its header says how long it is; the file system need not be right."""
+@pytest.mark.parametrize("name", [layout.STAGE, layout.DATA])
+def test_a_file_beyond_all_memory(tmp_path: Path, name: str) -> None:
+    """How long it is stands in it; the file system need not be right."""
     with ExperienceBuffer.open(tmp_path / "memory", config=CONFIG) as buffer:
         buffer.add(experience(0))
-    os.truncate(tmp_path / "memory" / layout.STAGE, 1 << 42)
+    os.truncate(tmp_path / "memory" / name, 1 << 42)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))
