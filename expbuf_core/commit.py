@@ -36,7 +36,7 @@ from expbuf_core.contracts import (
 )
 from expbuf_core.control import Control
 from expbuf_core.crc import crc32
-from expbuf_core.errors import BufferClosed, LockTimeout, StorageError
+from expbuf_core.errors import BufferClosed, LockTimeout, PluginContractError, StorageError
 
 RESERVATION = 1 << 16
 _EVERYBODY = 1 << 30
@@ -398,24 +398,42 @@ class CommitLog:
         except Exception:
             words[c.APPENDING] = 0
             raise
+        logged = self._logged(stamped, places)
         words[c.NEXT_ID] = next_id
         words[c.ROWS_ADDED] += added
         words[c.NEXT_LSN] = lsn
         words[c.APPENDED] = lsn - 1
         words[c.APPENDING] = 0
-        for item, place in zip(stamped, places, strict=True):
-            operation = item.operation
-            self._written(
+        for found, place in zip(logged, places, strict=True):
+            self._written(found, place)
+
+    def _logged(
+        self, stamped: Sequence[Stamped], places: Sequence[Appended]
+    ) -> list[LoggedOperation]:
+        """What was appended, as it stands in the log.
+
+        Raises:
+            PluginContractError: The adapter has not said where. As nobody knows what it has done,
+                the log is given up: APPENDING is set, and the next append retires it.
+        """
+        try:
+            return [
                 LoggedOperation(
-                    item.lsn,
+                    lsn,
                     operation.kind,
-                    item.first_id,
+                    first_id,
                     operation.body,
-                    place.location,
+                    int(place.location),
                     operation.lengths,
-                ),
-                place,
-            )
+                )
+                for (lsn, first_id, operation), place in zip(stamped, places, strict=True)
+            ]
+        except (TypeError, ValueError, AttributeError) as exc:
+            raise PluginContractError(
+                f"the storage adapter {type(self._adapter).__name__} returned a "
+                f"{type(places).__name__} from `append` that is no list of {len(stamped)} Appended "
+                f"({exc}); nothing was acknowledged"
+            ) from exc
 
     def _reserve(self, entries: list[_Entry]) -> None:
         """Make a reservation durable before an id or LSN beyond the last one can be seen.

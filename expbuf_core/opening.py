@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 from expbuf_core import codec, folder, memory, recovery
 from expbuf_core import control as c
 from expbuf_core.commit import CommitLog, Draft, Lock
-from expbuf_core.contracts import LogPostponed, PersistenceAdapter, PersistenceContext, Words
+from expbuf_core.contracts import LogPostponed, PersistenceContext, Words
 from expbuf_core.control import Control
 from expbuf_core.errors import (
     ConfigError,
     CorruptionError,
-    PluginContractError,
     PluginError,
     StorageError,
 )
@@ -76,13 +75,14 @@ def open_session(session: Session) -> RecoveryReport:
 def _make_replica(session: Session, backend: str) -> Replica:
     """Adapter and replica, both empty."""
     registry, config = session.registry, session.config
-    provider = registry.get("persistence", backend)
     settings = registry.settings("persistence", backend, config.persistence.section(backend))
     words = session.control.words
     own: Words = [0] * 8
     if isinstance(words, memoryview):
         own = session.adapter_words = words[c.ADAPTER : c.ADAPTER + 8]
-    adapter = provider.factory(
+    adapter = registry.make(
+        "persistence",
+        backend,
         settings,
         PersistenceContext(
             path=session.path,
@@ -93,11 +93,6 @@ def _make_replica(session: Session, backend: str) -> Replica:
             lock_timeout_s=config.lock_timeout_s,
         ),
     )
-    if not isinstance(adapter, PersistenceAdapter):
-        raise PluginContractError(
-            f"the persistence backend {backend!r} made a {type(adapter).__name__}; expected a "
-            "PersistenceAdapter"
-        )
     session.adapter = adapter
     session.replica = Replica(adapter, session.control, config.sampling, session.path, session.uuid)
     return session.replica

@@ -31,6 +31,7 @@ from expbuf_core.contracts import (
     FusionProvider,
     HostInfo,
     IndexProvider,
+    PersistenceAdapter,
     PersistenceProvider,
     ScorerProvider,
 )
@@ -269,13 +270,15 @@ class PluginRegistry:
         model = self.get(kind, name).settings
         return validate(model, section, prefix=f"{kind}.{name}.", origin=origin)
 
-    def make(self, kind: Literal["priority", "fusion"], name: str, settings: BaseModel) -> Any:
-        """Make a scorer or a fusion, and see that it is one.
+    def make(
+        self, kind: Literal["persistence", "priority", "fusion"], name: str, *arguments: Any
+    ) -> Any:
+        """Make a storage adapter, a scorer or a fusion, and see that it is one.
 
         Args:
             kind: Of the backend.
             name: Of the backend; errors as in `get`.
-            settings: As `settings` has validated them.
+            arguments: Of its factory: what `settings` has validated, and for storage its context.
 
         Raises:
             BackendUnavailable: It cannot run here.
@@ -283,7 +286,7 @@ class PluginRegistry:
         """
         what = f"the {KINDS[kind].noun} {name!r}"
         try:
-            made = self.get(kind, name).factory(settings)
+            made = self.get(kind, name).factory(*arguments)
         except ExpbufError:
             raise
         except (ImportError, RuntimeError, OSError) as exc:
@@ -294,7 +297,7 @@ class PluginRegistry:
             raise PluginContractError(
                 f"{what} failed in its factory: {type(exc).__name__}: {exc}"
             ) from exc
-        if wrong := _not_a_fusion(made) if kind == "fusion" else _not_callable(made):
+        if wrong := _WRONG[kind](made):
             raise PluginContractError(f"{what}: its factory made a {type(made).__name__}, {wrong}")
         return made
 
@@ -533,6 +536,13 @@ def _not_a_fusion(made: Any) -> str | None:
     if not isinstance(version, int | np.integer) or isinstance(version, bool):
         return f"whose version is {version!r}; expected an integer such as 1"
     return _not_callable(made)
+
+
+def _not_an_adapter(made: Any) -> str | None:
+    return None if isinstance(made, PersistenceAdapter) else "which is no PersistenceAdapter"
+
+
+_WRONG = {"persistence": _not_an_adapter, "priority": _not_callable, "fusion": _not_a_fusion}
 
 
 # ---------------------------------------------------------------- discovery

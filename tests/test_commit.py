@@ -12,20 +12,33 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from expbuf_core import Experience, ExperienceBuffer, StorageError, StorageFull
+from expbuf_core import (
+    Experience,
+    ExperienceBuffer,
+    PersistenceAdapter,
+    PersistenceProvider,
+    PluginContractError,
+    StorageError,
+    StorageFull,
+    hookimpl,
+)
 from expbuf_core import control as c
+from expbuf_core.contracts import Appended
 from expbuf_core.errors import ExpbufError, LockTimeout
 from expbuf_core.filesystem import Buffer, FileSystem
+from expbuf_core.plugins import default_registry
 from expbuf_core.repair import repair
 from expbuf_core.testing.crash import scratch_folder
 from expbuf_core.testing.faults import FaultyFileSystem
 from expbuf_core.verification import verify
+from expbuf_file.adapter import FilePersistenceAdapter
 
 LONG = os.environ.get("EXPBUF_LONG", "") not in ("", "0")
 ERRORS = (errno.EIO, errno.ENOSPC)
@@ -1002,3 +1015,39 @@ def test_a_snapshot_taken_right_behind_that_of_another_spares_what_that_one_move
         check(each, kept)
     scene.close()
     check(scene.open(), kept)
+
+
+# ---------------------------------------------------------------- a broken contract
+
+
+@pytest.mark.parametrize(
+    "answer", [None, [], 7, ["somewhere"], [Appended(None, None)], [Appended(0, None)] * 2]
+)
+def test_an_adapter_that_does_not_say_where_it_has_written(scene: Scene, answer: Any) -> None:
+    """Nobody knows what it has done, so nothing of it counts; what was acknowledged stays."""
+    says = [lambda found: found]
+
+    def made(*arguments: Any) -> PersistenceAdapter:
+        adapter: Any = FilePersistenceAdapter(*arguments)
+        append = adapter.append
+        adapter.append = lambda *operations: says[0](append(*operations))
+        return cast(PersistenceAdapter, adapter)
+
+    class Planted:
+        @hookimpl
+        def expbuf_register_persistence(self) -> list[PersistenceProvider]:
+            file = cast(PersistenceProvider, default_registry().get("persistence", "file"))
+            return [replace(file, name="planted", factory=made)]
+
+    planted: dict[str, Any] = {"plugins": [Planted()], "persistence": "planted"}
+    buffer = scene.open(**planted)
+    buffer.add(experience(0))
+    says[0] = lambda found: answer
+    for _ in range(2):
+        with pytest.raises(PluginContractError, match=r"FilePersistenceAdapter .*`append`"):
+            buffer.add(experience(1))
+    assert answers(buffer) == [0]
+    says[0] = lambda found: found
+    buffer.add(experience(2))
+    buffer.close()
+    assert answers(scene.open(**planted)) == [0, 2]

@@ -18,7 +18,14 @@ import pytest
 from pydantic import BaseModel
 
 from expbuf_core import Experience, ExperienceBuffer, plugins
-from expbuf_core.contracts import API_VERSION, FusionProvider, HostInfo, ScorerProvider
+from expbuf_core.contracts import (
+    API_VERSION,
+    FusionProvider,
+    HostInfo,
+    PersistenceAdapter,
+    PersistenceProvider,
+    ScorerProvider,
+)
 from expbuf_core.errors import (
     BackendUnavailable,
     ConfigError,
@@ -618,7 +625,7 @@ class Fusion:
 
 
 def raising(error: Exception) -> Any:
-    def factory(settings: Any) -> Any:
+    def factory(*_: Any) -> Any:
         raise error
 
     return factory
@@ -628,6 +635,20 @@ def raising(error: Exception) -> Any:
     ("kind", "factory", "error", "word"),
     [
         ("priority", raising(KeyError("x")), PluginContractError, "failed in its factory: KeyErr"),
+        ("persistence", raising(KeyError("x")), PluginContractError, "in its factory: KeyErr"),
+        ("persistence", raising(OSError("no library")), BackendUnavailable, "no library"),
+        (
+            "persistence",
+            lambda *_: None,
+            PluginContractError,
+            "NoneType, which is no Persist",
+        ),
+        (
+            "persistence",
+            lambda *_: type("Half", (PersistenceAdapter,), {"append": max})(),
+            PluginContractError,
+            "in its factory: TypeError: .*abstract class Half .*attach",
+        ),
         ("priority", raising(OSError("no device")), BackendUnavailable, "no device"),
         ("priority", raising(ConfigError("of its own")), ConfigError, "^of its own$"),
         ("priority", lambda settings: None, PluginContractError, "made a NoneType, which cannot"),
@@ -665,6 +686,10 @@ def test_a_factory_that_makes_something_else_is_told(
         @hookimpl
         def expbuf_register_embedding_fusions(self) -> list[FusionProvider]:
             return [FusionProvider("mine", api_version=1, factory=factory)]
+
+        @hookimpl
+        def expbuf_register_persistence(self) -> list[PersistenceProvider]:
+            return [PersistenceProvider("mine", api_version=1, factory=factory)]
 
     plugins = [Mine()]
     with pytest.raises(error, match=word) as caught:
