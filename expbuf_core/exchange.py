@@ -9,6 +9,7 @@ it: receipts (who waits for a verdict needs `backup`), and the index, which is b
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -22,15 +23,16 @@ from numpy.typing import NDArray
 from expbuf_core.buffer import ExperienceBuffer
 from expbuf_core.config_schema import BufferConfig, load_config
 from expbuf_core.contracts import LogGone
-from expbuf_core.errors import StorageError
+from expbuf_core.errors import DimensionError, InvalidExperience, StorageError
 from expbuf_core.exchange_formats import (
+    PARTS,
     WRITERS,
     Header,
     Reader,
     Writer,
     reader_of,
 )
-from expbuf_core.exchange_records import VERSION, Item
+from expbuf_core.exchange_records import COLUMNS, VERSION, Item
 from expbuf_core.exchange_spool import SETTINGS, Spool, new
 from expbuf_core.filesystem import FileSystem
 from expbuf_core.frozen import Frozen, freeze
@@ -40,6 +42,7 @@ from expbuf_core.transfer import Progress, Storage, check_target, copy, resolved
 
 Format = Literal["parquet", "jsonl"]
 
+_log = logging.getLogger("expbuf")
 _BATCH = 256
 _TRIES = 5
 
@@ -207,6 +210,11 @@ def import_experiences(
     fs = filesystem or FileSystem()
     overrides = {} if persistence is None else {"persistence": {"backend": persistence}}
     with reader_of(resolved(source)) as reader:
+        if surplus := sorted(reader.names - {*COLUMNS, *PARTS}):
+            known = ", ".join([*COLUMNS, *PARTS])
+            _log.warning(
+                "%s: not looked at: %s; known columns are %s", source, ", ".join(surplus), known
+            )
         if add:
             options = load_config(config, overrides=overrides or None)
             return _added(reader, goal, options, skip, progress, fs)
@@ -255,10 +263,16 @@ def _added(
     done = skip
     with ExperienceBuffer.open(goal, config=options, filesystem=fs) as buffer:
         for batch in _batches(reader, skip):
-            ids = buffer.add_many(
-                [new(item) for item in batch],
-                priorities=[item.experience.priority for item in batch],
-            )
+            try:
+                ids = buffer.add_many(
+                    [new(item) for item in batch],
+                    priorities=[item.experience.priority for item in batch],
+                )
+            except DimensionError:
+                raise
+            except InvalidExperience as exc:
+                where = f"in experiences {done} to {done + len(batch) - 1}"
+                raise InvalidExperience(f"{where}: {exc}") from exc
             first = int(ids[0]) if first is None else first
             last = int(ids[-1])
             done += len(batch)

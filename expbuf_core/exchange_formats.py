@@ -147,10 +147,12 @@ class Reader(ABC):
     Attributes:
         header: As written; None in a file that lacks it.
         count: Experiences in it.
+        names: Of all columns that it has, known or not.
     """
 
     header: Header | None
     count: int
+    names: set[str]
 
     @abstractmethod
     def has(self, column: str) -> bool:
@@ -241,7 +243,9 @@ class JsonLinesReader(Reader):
         counts = {part: len(array) for part, array in self._arrays.items()}
         self._columns: set[str] | None = None
         self.count = 0
+        self.names = set(self._arrays)
         for _, record in self._records():
+            self.names |= record.keys()
             here = {name for name, value in record.items() if value is not None}
             self._columns = here if self._columns is None else self._columns & here
             self.count += 1
@@ -254,11 +258,11 @@ class JsonLinesReader(Reader):
 
     def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         path = self._source / _RECORDS
-        with storage_errors("read", path), open(path, encoding="utf-8") as lines:
+        with storage_errors("read", path), open(path, "rb") as lines:
             for i, line in enumerate(lines):
                 try:
                     record = json.loads(line)
-                except ValueError as exc:
+                except (ValueError, RecursionError) as exc:
                     raise StorageError(f"{path}: line {i + 1} is no JSON: {exc}") from exc
                 if not isinstance(record, dict):
                     raise StorageError(f"{path}: line {i + 1} is no JSON object")
@@ -390,8 +394,8 @@ class ParquetReader(Reader):
         except arrow.ArrowException as exc:
             raise StorageError(f"{source}: no Parquet file: {exc}") from exc
         schema = self._file.schema_arrow
-        self._names = set(schema.names)
-        if not self._names & set(PARTS):
+        self.names = set(schema.names)
+        if not self.names & set(PARTS):
             raise StorageError(f"{source}: neither a column v_embed nor a column q_embed is there")
         self.count = self._file.metadata.num_rows
         raw = (schema.metadata or {}).get(b"expbuf")
@@ -403,10 +407,10 @@ class ParquetReader(Reader):
                 raise StorageError(f"{source}: its expbuf metadata are damaged: {exc}") from exc
 
     def has(self, column: str) -> bool:
-        return column in self._names
+        return column in self.names
 
     def batches(self) -> Iterator[list[Item]]:
-        wanted = [name for name in (*COLUMNS, *PARTS) if name in self._names]
+        wanted = [name for name in (*COLUMNS, *PARTS) if name in self.names]
         number = 0
         with storage_errors("read", self._source):
             for table in self._file.iter_batches(_BATCH, columns=wanted):
@@ -416,7 +420,7 @@ class ParquetReader(Reader):
     def _items(self, table: Any, number: int) -> Iterator[Item]:
         parts: dict[str, Any] = dict.fromkeys(PARTS)
         for part in PARTS:
-            if part in self._names:
+            if part in self.names:
                 parts[part] = _vectors(table.column(part), self._source, part)
         names = [name for name in table.schema.names if name not in PARTS]
         records = table.select(names).to_pylist()

@@ -194,7 +194,7 @@ class Spool:
         try:
             draft = intake.many([new(item) for item in items], given)
         except InvalidExperience as exc:
-            raise InvalidExperience(f"in experiences {done} to {done + len(items)}: {exc}") from exc
+            raise _located(intake, items, done, exc) from exc
         rows, lengths = draft.rows, draft.operation.lengths
         assert rows is not None
         ends = at + np.cumsum(lengths, dtype=np.int64)
@@ -282,6 +282,18 @@ class Spool:
         for i, row in enumerate(rows.tolist()):
             out[i] = np.frombuffer(os.pread(self._fused.fileno(), size, row * size), np.float32)
         return out
+
+
+def _located(
+    intake: Intake, items: list[Item], done: int, exc: InvalidExperience
+) -> InvalidExperience:
+    """The error with the number of the experience in the source."""
+    for i, item in enumerate(items):
+        try:
+            intake.many([new(item)], [item.experience.priority])
+        except InvalidExperience as own:
+            return InvalidExperience(f"in experience {done + i}: {own}")
+    return InvalidExperience(f"in experiences {done} to {done + len(items) - 1}: {exc}")
 
 
 class _SpooledRows(Pin):

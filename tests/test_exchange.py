@@ -26,6 +26,7 @@ from expbuf_core import (
 )
 from expbuf_core.contracts import LogGone
 from expbuf_core.exchange import export_experiences, import_experiences
+from expbuf_core.exchange_formats import PARTS
 from expbuf_core.exchange_records import COLUMNS, dumps, item_of, loads, record_of
 from expbuf_core.frozen import Frozen
 from expbuf_core.testing.crash import scratch_folder
@@ -356,6 +357,58 @@ def test_bad_values_are_refused_before_anything_is_written(
     with pytest.raises(InvalidExperience, match=why):
         import_experiences(home / "e", home / "b", config=SMALL)
     assert not (home / "b").exists()
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_a_bad_value_is_told_with_its_place(home: Path, add: bool) -> None:
+    made = home / "made"
+    made.mkdir()
+    np.save(made / "v_embed.npy", np.ones((600, 4)))
+    lines: list[dict[str, Any]] = [{} for _ in range(600)]
+    lines[301] = {"confidence": 2.0}
+    (made / "experiences.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    place = "in experiences 0 to 511" if add else "in experience 301"
+    with pytest.raises(InvalidExperience, match=f"{place}: confidence: "):
+        import_experiences(made, home / "b", config=SMALL, add=add)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b'{"answer": "\xff"}', "can't decode byte"),
+        (b'{"answer": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "recursion"),
+        (b'{"answer": 1', "delimiter"),
+    ],
+)
+def test_a_line_that_is_no_json_is_named(home: Path, line: bytes, why: str) -> None:
+    made = home / "made"
+    made.mkdir()
+    np.save(made / "v_embed.npy", np.ones((2, 4)))
+    (made / "experiences.jsonl").write_bytes(b"{}\n" + line + b"\n")
+    with pytest.raises(StorageError, match=rf"experiences.jsonl: line 2 is no JSON: .*{why}"):
+        import_experiences(made, home / "b", config=SMALL)
+    assert not (home / "b").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_that_are_not_looked_at_are_told(
+    home: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One is misspelt easily, and what it held would not be missed before it is needed."""
+    made = home / "made"
+    if kind == "jsonl":
+        made.mkdir()
+        np.save(made / "v_embed.npy", np.ones((2, 4)))
+        (made / "experiences.jsonl").write_text('{"answer": "a"}\n{"answers": "b", "key": "k"}')
+    else:
+        arrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        columns = {"v_embed": [[1.0], [2.0]], "answers": ["a", "b"], "key": ["k", "l"]}
+        parquet.write_table(arrow.table(columns), made)
+    import_experiences(made, home / "b", config=SMALL)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{made}: not looked at: answers; known columns are {', '.join([*COLUMNS, *PARTS])}"
+    ]
 
 
 def test_files_that_are_none(home: Path, buffer: ExperienceBuffer) -> None:
