@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from expbuf_core import Experience, ExperienceBuffer, dropped
+from expbuf_core import Experience, ExperienceBuffer, dropped, hookimpl
 from expbuf_core.locks import opener
 from expbuf_core.testing.faults import FaultyFileSystem
 from expbuf_core.testing.processes import Child, in_child
@@ -71,6 +71,9 @@ class Trainer:
         self.buffer = ExperienceBuffer.open(
             folder, config=SETTINGS, persistence=backend, plugins=[self]
         )
+
+    @hookimpl
+    def expbuf_on_committed(self) -> None: ...
 
 
 def test_of_a_cycle(folder: Path) -> None:
