@@ -46,7 +46,7 @@ from expbuf_core.errors import (
 )
 from expbuf_core.experience import Experience
 from expbuf_core.filesystem import FileSystem, storage_errors
-from expbuf_core.intake import Intake
+from expbuf_core.intake import Accepted, Intake
 from expbuf_core.locks import holder
 from expbuf_core.opening import keeps_nothing
 from expbuf_core.plugins import PluginRegistry, default_registry
@@ -451,18 +451,11 @@ class ExperienceBuffer:
             InvalidExperience: Something in it cannot be stored; nothing was written.
             StorageError: It was not stored (StorageFull: there is no room).
         """
-        if not isinstance(experience, Experience):
-            raise InvalidExperience(f"expected an Experience, found a {type(experience).__name__}")
         session = self._writer()
         while True:
-            intake = session.intake()
-            if intake is None:
-                v, q = experience.v_embed, experience.q_embed
-                _first_intake(session, v, q, rank=1).one(experience, priority)
-                intake = session.intake(v, q)
-                assert intake is not None
+            intake, accepted = _accepted(session, experience, priority)
             try:
-                return session.add(intake, intake.accept(experience, priority))
+                return session.add(intake, accepted)
             except Outdated:
                 continue
 
@@ -525,13 +518,35 @@ class ExperienceBuffer:
     def submit(self, experience: Experience) -> concurrent.futures.Future[int]:
         """Store one experience without waiting for the disk.
 
+        It is checked, scored and encoded before this returns, so that its arrays may be used again.
+
         Returns:
             A future of its id, resolved when the add is acknowledged; submissions that wait
             together share one flush. `asyncio.wrap_future` makes it awaitable. Where there can be
             no thread for it, as when the interpreter ends, this call waits.
         """
-        self._writer()
-        return self._submitter.submit(self.add, experience)
+        session = self._writer()
+        try:
+            intake, accepted = _accepted(session, experience, None)
+        except Exception as exc:
+            refused: concurrent.futures.Future[int] = concurrent.futures.Future()
+            refused.set_exception(exc)
+            return refused
+        parts = accepted.v.copy(), accepted.q.copy()  # else they may be the caller's
+        return self._submitter.submit(self._add, intake, accepted._replace(v=parts[0], q=parts[1]))
+
+    @_call
+    def _add(self, intake: Intake, accepted: Accepted) -> int:
+        """Store what was accepted; fused anew where the representation has changed since."""
+        session = self._writer()
+        while True:
+            try:
+                return session.add(intake, accepted)
+            except Outdated:
+                found = session.intake()
+                assert found is not None
+                found.check_parts(accepted)
+                intake = found
 
     @_call
     def sync(self) -> int:
@@ -1088,6 +1103,19 @@ def _unpickled(
         "filesystem": None,
     }
     return ExperienceBuffer(_open_session(complete, registry), complete)
+
+
+def _accepted(session: Session, experience: Any, priority: float | None) -> tuple[Intake, Accepted]:
+    """An experience that can be stored, and what has found it so; fixes the dimensions at first."""
+    if not isinstance(experience, Experience):
+        raise InvalidExperience(f"expected an Experience, found a {type(experience).__name__}")
+    intake = session.intake()
+    if intake is None:
+        v, q = experience.v_embed, experience.q_embed
+        _first_intake(session, v, q, rank=1).one(experience, priority)
+        intake = session.intake(v, q)
+        assert intake is not None
+    return intake, intake.accept(experience, priority)
 
 
 def _first_intake(session: Session, v: Any, q: Any, *, rank: int) -> Intake:

@@ -344,6 +344,18 @@ class Intake:
             value = self._score_one(item, now)
         return Accepted(v, q, row, item, value)
 
+    def check_parts(self, accepted: Accepted) -> None:
+        """See that what was accepted for another representation has the dimensions of this one.
+
+        Raises:
+            InvalidExperience: It has not.
+        """
+        for part, name, dim in (
+            (accepted.v, "v_embed", self.v_dim),
+            (accepted.q, "q_embed", self.q_dim),
+        ):
+            self._part(part if len(part) else None, name, dim, rank=1)
+
     def draft(self, accepted: Sequence[Accepted]) -> Draft:
         """What was accepted as one operation.
 

@@ -418,6 +418,26 @@ def test_submit_hands_errors_on(buffer: ExperienceBuffer) -> None:
         future.result(timeout=30)
 
 
+def test_what_is_submitted_is_what_it_was_then(open_buffer: OpenBuffer) -> None:
+    """Observations often come in one array, over and over."""
+    buffer = open_buffer()
+    v, q = np.zeros(DIM, np.float32), np.zeros(DIM, np.float32)
+    notes: dict[str, Any] = {"array": np.zeros(2), "list": [0]}
+    futures = []
+    for n in range(30):
+        v[:], q[:], notes["array"][:], notes["list"][0] = n, -n, n, n
+        futures.append(buffer.submit(Experience(v_embed=v, q_embed=q, metadata=notes)))
+    v[:] = q[:] = np.nan
+    notes["list"][0] = object()
+    for n, future in enumerate(futures):
+        found = buffer.get(future.result(timeout=30))
+        assert found.metadata is not None
+        assert set(found.v_embed) == {n}
+        assert set(found.q_embed) == {-n}
+        assert set(found.metadata["array"]) == {n}
+        assert found.metadata["list"] == [n]
+
+
 def test_close_waits_for_submitted_ones(open_buffer: OpenBuffer) -> None:
     buffer = open_buffer()
     futures = [buffer.submit(experience(i)) for i in range(20)]

@@ -399,6 +399,32 @@ def test_an_add_that_was_overtaken_and_is_in_a_snapshot_before_its_writer_looks(
     assert (first_id in other) is (first_id + 1 in other) is not overtaken
 
 
+@pytest.mark.parametrize("change", ["fusion", "dimensions"])
+def test_what_was_submitted_before_the_change(
+    open_buffer: OpenBuffer, folder: Path, change: str
+) -> None:
+    """It was accepted for a representation that the buffer has left when it is written."""
+    buffer = open_buffer()
+    buffer.add_many(columns(range(10)))
+    go_on = threading.Event()
+    busy = [buffer._submitter.submit(go_on.wait, 30) for _ in range(32)]  # all of its threads
+    future = buffer.submit(experience(10))
+    if change == "fusion":
+        reindex(folder, config=CONFIG, fusion="weighted_concat")
+    else:
+        buffer.reembed(embed)
+    assert not future.done()
+    go_on.set()
+    assert all(each.result(30) for each in busy)
+    if change == "fusion":
+        assert future.result(30) == 10
+        assert finds(buffer, 10)
+    else:
+        with pytest.raises(DimensionError, match=f"{DIM}.*{NEW_DIM}"):
+            future.result(30)
+        assert len(buffer) == 10
+
+
 @pytest.mark.parametrize("dim", [DIM, NEW_DIM])
 @pytest.mark.parametrize("durability", ["sync", "os"])
 def test_an_add_that_lands_while_the_last_are_embedded(
