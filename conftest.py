@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 
@@ -38,3 +39,9 @@ def _seeded() -> None:
 def rng() -> np.random.Generator:
     """A fresh generator with a fixed seed."""
     return np.random.default_rng(0)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays to the end: no collection has to look at it again."""
+    gc.collect()
+    gc.freeze()

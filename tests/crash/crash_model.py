@@ -84,17 +84,19 @@ def experience(serial: int, reward: float | None, padding: int) -> Experience:
 
 def state_of(buffer: ExperienceBuffer) -> State:
     """Everything that a buffer holds, payloads included, in order."""
-    return tuple(
-        Entry(
-            id=-1 if item.id is None else item.id,
-            answer=item.answer,
-            v_embed=np.asarray(item.v_embed, np.float32).tobytes(),
-            priority=float(np.float32(item.priority)),
-            reward=item.total_reward,
-            retrieval_count=item.retrieval_count,
-            success_count=float(item.success_count),
-        )
-        for item in buffer
+    return tuple(entry_of(item) for item in buffer)
+
+
+def entry_of(item: Experience) -> Entry:
+    """What is seen of one experience."""
+    return Entry(
+        id=-1 if item.id is None else item.id,
+        answer=item.answer,
+        v_embed=np.asarray(item.v_embed, np.float32).tobytes(),
+        priority=float(np.float32(item.priority)),
+        reward=item.total_reward,
+        retrieval_count=item.retrieval_count,
+        success_count=float(item.success_count),
     )
 
 

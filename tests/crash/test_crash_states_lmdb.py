@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 
 import pytest
 from crash_model import LONG, Story, open_buffer
+from two_processes import explore_in_two
 
-from expbuf_core.testing.crash import Exploration, explore
+from expbuf_core.testing.crash import explore
 from expbuf_core.testing.recording import NoFsync, RecordingFileSystem
 
 environment = pytest.importorskip("expbuf_lmdb.environment")
@@ -105,11 +106,9 @@ class NeverSynced(NoFsync, Told):
     only = "log.mdb"
 
 
-def run(story: Story, states: int, kind: type[Told] = Told) -> Exploration:
+def settings(story: Story, states: int, kind: type[Told]) -> dict[str, Any]:
     story.recorder = kind
-    return explore(
-        story.run, story.check, states=states, seed=story.seed, settle=story.settle, broken=kind
-    )
+    return {"states": states, "seed": story.seed, "settle": story.settle, "broken": kind}
 
 
 def test_what_lmdb_does(tmp_path: Path) -> None:
@@ -136,13 +135,15 @@ def test_crash_states(durability: str, seed: int) -> None:
     story = Story(seed, steps=40, durability=durability, persistence=LMDB)
     story.deep = 2 if LONG else 1  # crash again while it recovers and goes on
     before = Told.transactions
-    result = run(story, STATES)
-    result.raise_for_failures()
-    assert result.states > STATES // 2
+    found = explore_in_two(story.run, story.check, **settings(story, STATES, Told))
+    assert found > STATES // 2
     assert Told.transactions > before + 5
 
 
 @pytest.mark.parametrize("broken", [FirstPageTooEarly, NeverSynced])
 def test_broken_disks_are_noticed(broken: type[Told]) -> None:
     stories = (Story(seed, steps=25, persistence=LMDB) for seed in range(4))
-    assert any(run(story, 100, broken).failures for story in stories)
+    assert any(
+        explore(story.run, story.check, stop_after=1, **settings(story, 100, broken)).failures
+        for story in stories
+    )

@@ -7,10 +7,9 @@ import os
 import random
 import resource
 import shutil
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from crash_model import (
@@ -19,18 +18,20 @@ from crash_model import (
     State,
     age_control,
     check_search,
+    entry_of,
     experience,
     is_refused,
     open_buffer,
     state_of,
 )
+from two_processes import in_two_processes
 
 from expbuf_core import ExperienceBuffer
 from expbuf_core.errors import CorruptionError, FormatVersionError
 from expbuf_core.testing.crash import scratch_folder
 from expbuf_core.verification import verify
 
-STRIDE = 1 if LONG else 397
+STRIDE = 1 if LONG else 197
 END_BYTES = 80  # of the mark at the end of a log
 KINDS = ("flip", "zero", "noise", "sector", "cut")
 
@@ -110,7 +111,7 @@ def positions(raw: bytes, stride: int, rng: random.Random) -> list[int]:
     chosen.update(range(min(len(raw), 96)))
     for page in range(0, len(raw), 4096):  # the first frame behind each page's beginning
         if raw[page : page + 8].strip(b"\0"):
-            chosen.update(range(page, min(len(raw), page + 88), 1 if LONG else 23))
+            chosen.update(range(page, min(len(raw), page + 88), 1 if LONG else 11))
     chosen.add(len(raw) - 1)
     return sorted(at for at in chosen if 0 <= at < len(raw))
 
@@ -132,7 +133,7 @@ def use(folder: Path, scene: Scene) -> None:
         new = buffer.add(experience(1000, 0.5, 20))
         assert new > max(entry.id for entry in found)
         expected = Model(found)
-        expected.add(next(entry for entry in state_of(buffer) if entry.id == new))
+        expected.add(entry_of(buffer.get(new)))
     with contextlib.closing(open_buffer(folder)) as buffer:
         assert state_of(buffer) == expected.state(), "changed by the next opening"
 
@@ -186,31 +187,40 @@ def test_verify_finds_nothing_where_nothing_is(scenes: dict[str, Scene], name: s
 
 @pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("name", ["clean", "snapshot", "killed"])
-def test_every_byte(scenes: dict[str, Scene], name: str, tmp_path: Path) -> None:
+def test_every_byte(scenes: dict[str, Scene], name: str) -> None:
     scene = scenes[name]
     rng = random.Random(name)
+    cases = [
+        (path, at, kind)
+        for path in files(scene.folder)
+        for at in positions((scene.folder / path).read_bytes(), STRIDE, rng)
+        for kind in (KINDS if LONG else (rng.choice(KINDS),))
+    ]
+    found = in_two_processes(lambda part: outcomes_of(scene, cases[part::2]))
+    failures = [text for outcomes in found for text in outcomes["failures"]]
+    assert not failures, f"{len(failures)} failures:\n" + "\n".join(failures[:20])
+    assert sum(outcomes["detected"] for outcomes in found)
+
+
+def outcomes_of(scene: Scene, cases: Sequence[tuple[Path, int, str]]) -> dict[str, Any]:
+    """How often damage was detected, and what else became of it."""
+    detected = 0
+    failures = []
     home = scratch_folder()
-    outcomes: Counter[tuple[str, str]] = Counter()
-    failures: list[str] = []
     try:
-        for path in files(scene.folder):
-            raw = (scene.folder / path).read_bytes()
-            for at in positions(raw, STRIDE, rng):
-                for kind in KINDS if LONG else (rng.choice(KINDS),):
-                    folder = home / "image"
-                    shutil.copytree(scene.folder, folder)
-                    age_control(folder / "control", rebooted=False)
-                    right = (folder / path).read_bytes()
-                    (folder / path).write_bytes(damaged(right, at, kind, rng))
-                    try:
-                        outcome = attempt(folder, scene, path, right, at)
-                    except Exception as exc:
-                        outcome = "failure"
-                        reason = str(exc).partition("\n")[0]
-                        failures.append(f"{path}, {kind} at {at}: {type(exc).__name__}: {reason}")
-                    outcomes[path.name, outcome] += 1
-                    shutil.rmtree(folder)
+        for path, at, kind in cases:
+            folder = home / "image"
+            shutil.copytree(scene.folder, folder)
+            age_control(folder / "control", rebooted=False)
+            right = (folder / path).read_bytes()
+            rng = random.Random(f"{path} {at} {kind}")
+            (folder / path).write_bytes(damaged(right, at, kind, rng))
+            try:
+                detected += attempt(folder, scene, path, right, at) == "detected"
+            except Exception as exc:
+                reason = str(exc).partition("\n")[0]
+                failures.append(f"{path}, {kind} at {at}: {type(exc).__name__}: {reason}")
+            shutil.rmtree(folder)
     finally:
         shutil.rmtree(home)
-    assert not failures, f"{len(failures)} failures:\n" + "\n".join(failures[:20])
-    assert any(outcome == "detected" for _, outcome in outcomes)
+    return {"detected": detected, "failures": failures}

@@ -18,7 +18,7 @@ import pytest
 from storm_worker import open_buffer
 
 LONG = os.environ.get("EXPBUF_LONG", "") not in ("", "0")
-ROUNDS = 60 if LONG else 3
+ROUNDS = 60 if LONG else 4
 ROUND_S = 8.0 if LONG else 3.5
 
 
