@@ -19,7 +19,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo setup test test-long test-gpu-wheel check format coverage bench bench-quick bench-peers bench-docs docs clean
+.PHONY: help demo setup compiled test test-long test-gpu-wheel check format coverage bench bench-quick bench-peers bench-docs docs clean
 
 help:
 	@echo "make demo       watch an agent learn, get killed, come back and go on"
@@ -39,12 +39,16 @@ help:
 demo: .venv/demo.stamp
 	@$(BIN)/python examples/digits/demo.py $(ARGS)
 
-setup: .venv/dev.stamp ;@:
+setup: compiled ;@:
 
-test: .venv/dev.stamp
+# Hundreds of processes that tests start import this; also where Python itself may write no bytecode.
+compiled: .venv/dev.stamp
+	@$(BIN)/python -m compileall -q $(PACKAGES)
+
+test: compiled
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-long: .venv/dev.stamp
+test-long: compiled
 	@EXPBUF_LONG=1 $(BIN)/python -m pytest --timeout=3600 -o faulthandler_timeout=1800 $(ARGS)
 
 # On a machine without a GPU this tries out the fallbacks; with one, see docs/gpu.md, too.
@@ -63,7 +67,7 @@ check: .venv/dev.stamp
 format: .venv/dev.stamp
 	@$(BIN)/ruff check --quiet --fix .; $(BIN)/ruff format .
 
-coverage: .venv/dev.stamp
+coverage: compiled
 	@$(BIN)/coverage run -m pytest $(ARGS)
 	@$(BIN)/coverage report --skip-covered --show-missing
 

@@ -119,23 +119,33 @@ class Everywhere(PersistenceBase):
         """P44: a fork at any instant, while other threads write, leaves both sides working."""
         self.needs_multiprocess()
         core = self.core(tmp_path).create().extend(3)
-        append, stop = threading.Lock(), threading.Event()
+        append, stop = threading.Condition(), threading.Event()
         failed: list[BaseException] = []
+        limit = 0
 
         def write_on() -> None:
             try:
                 while not stop.is_set():
                     with append:
-                        core.append()
+                        if append.wait_for(lambda: core.last < limit, 0.1):
+                            core.append()
+                            append.notify()
                     core.adapter.sync()
             except BaseException as exc:
-                failed.append(exc)
+                with append:
+                    failed.append(exc)
+                    append.notify()
 
         thread = threading.Thread(target=write_on, daemon=True)
         thread.start()
         try:
             for _ in range(10):
                 with append:
+                    # It writes as each child is forked, and not without end: each reads it all.
+                    last, limit = core.last, core.last + 60
+                    append.notify()
+                    append.wait_for(lambda: core.last > last or failed, TIMEOUT_S)  # noqa: B023
+                    assert core.last > last, f"the thread does not write: {failed}"
                     last = core.last
 
                 def work(child: Child, last: int = last) -> None:
