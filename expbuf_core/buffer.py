@@ -528,6 +528,8 @@ class ExperienceBuffer:
         session = self._writer()
         try:
             intake, accepted = _accepted(session, experience, None)
+        except BufferClosed:  # by another thread
+            raise
         except Exception as exc:
             refused: concurrent.futures.Future[int] = concurrent.futures.Future()
             refused.set_exception(exc)
