@@ -531,6 +531,7 @@ class ExperienceBuffer:
         except BufferClosed:  # by another thread
             raise
         except Exception as exc:
+            self._explain(exc)
             refused: concurrent.futures.Future[int] = concurrent.futures.Future()
             refused.set_exception(exc)
             return refused
