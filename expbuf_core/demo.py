@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from expbuf_core.buffer import ExperienceBuffer
+from expbuf_core.config_schema import load_config
 from expbuf_core.errors import StorageError
 from expbuf_core.inference import TemporalEnsemble
+from expbuf_core.plugins import default_registry
 
 Progress = Callable[[int, int], None]
 
@@ -90,9 +92,11 @@ def run(
 
     Raises:
         StorageError: The folder exists, or cannot be written.
+        PluginNotFound: The storage backend is not installed.
     """
     if folder is not None and Path(folder).exists():
         raise StorageError(f"{folder} exists already; name a new folder")
+    default_registry().get("persistence", load_config().persistence.backend)
     scratch = Path(tempfile.mkdtemp(prefix="expbuf-demo.")) if folder is None else None
     memory = Path(folder) if folder is not None else Path(str(scratch)) / "memory"
     try:

@@ -657,6 +657,22 @@ def test_the_demo_is_killed_and_goes_on(run: Run, home: Path) -> None:
     assert report["acknowledged"] == 20 <= report["found"]
     assert report["lost"] == 0
     assert run("demo", home / "memory").code == 1
+
+
+def test_a_demo_without_storage_says_so(home: Path) -> None:
+    """Installed alone, the core has none; the agent's process would end in a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "expbuf_core", "demo", home / "memory"],
+        env={**os.environ, "EXPBUF_DISABLE_PLUGINS": "all"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("expbuf: no persistence backend named 'file'")
+    assert "Traceback" not in done.stderr
+    assert not (home / "memory").exists()
     with ExperienceBuffer.load_from_disk(home / "memory", config={"index": "exact"}) as memory:
         assert len(memory) >= 40
 
