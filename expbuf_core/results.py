@@ -386,7 +386,7 @@ class SearchResult(Sequence[Hit]):
         buffer: str,
         lsn: int,
     ) -> None:
-        self.ids = experiences.ids
+        self.ids = experiences.ids.copy()  # the caller's, who may sort it
         self.similarities = similarities
         self.experiences = experiences
         self.lsn = lsn
@@ -400,7 +400,7 @@ class SearchResult(Sequence[Hit]):
     def receipt(self) -> Receipt:
         """Hand it to `record_outcome`; the same every time."""
         if self._receipt is None:
-            ids = tuple(self.ids.tolist())
+            ids = tuple(self.experiences.ids.tolist())
             self._receipt = Receipt(self._buffer, self._token.hex(), self.lsn, ids)
         return self._receipt
 
@@ -493,7 +493,7 @@ class SampleBatch:
         probabilities: NDArray[np.float64],
         lsn: int,
     ) -> None:
-        self.ids = experiences.ids
+        self.ids = experiences.ids.copy()  # the caller's, who may sort it
         self.is_weights = is_weights
         self.probabilities = probabilities
         self.lsn = lsn

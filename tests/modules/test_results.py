@@ -284,6 +284,21 @@ def test_the_arrays_of_a_batch_are_its_own(buffer: ExperienceBuffer) -> None:
     assert buffer.get(int(buffer.ids()[0])).priority == 9.0
 
 
+def test_ids_that_were_sorted_name_nothing_else(buffer: ExperienceBuffer) -> None:
+    """Payloads are read later, and a receipt is made when it is looked at."""
+    found, batch = find(buffer, 3, k=6), buffer.sample(30)
+    nearest, drawn = found.ids.tolist(), batch.ids.tolist()
+    for ids in (found.ids, batch.ids):
+        ids[:] = np.sort(ids)[::-1]
+        ids[:2] = 0
+    assert [hit.experience.id for hit in found] == nearest
+    assert found[0].experience.answer == f"answer {nearest[0]}"
+    assert found.receipt.ids == tuple(nearest)
+    assert [item.id for item in batch] == drawn
+    for row, id_ in zip(batch.v_embed, drawn, strict=True):
+        assert np.array_equal(row, vector(id_))
+
+
 def test_draws_follow_the_priorities(buffer: ExperienceBuffer) -> None:
     ids = buffer.ids()
     priorities = np.zeros(20)
