@@ -16,6 +16,7 @@ from expbuf_core.errors import (
     ExpbufError,
     InvalidExperience,
     PluginContractError,
+    blame,
     shown,
 )
 
@@ -223,7 +224,11 @@ def fuse(
         PluginContractError: The fusion returned something else.
         InvalidExperience: The parts are so large that their fusion is not finite.
     """
-    found = fusion(to_read(v), to_read(q))
+    try:
+        found = fusion(to_read(v), to_read(q))
+    except Exception as exc:
+        blame(exc, plugin_named("embedding fusion", name, fusion))
+        raise
     if type(found) is not np.ndarray or found.shape != (len(v), dim) or found.dtype != _FLOAT32:
         who, wanted = plugin_named("embedding fusion", name, fusion), f"float32 {(len(v), dim)}"
         found = as_array(found, who, wanted)

@@ -191,3 +191,10 @@ def shown(value: object) -> str:
     except Exception:  # nested too deep, an integer of thousands of digits, a `__repr__` that fails
         return f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... (a {type(value).__name__})"
+
+
+def blame(exc: Exception, who: str) -> None:
+    """Note whose error it is, for the traceback; from Python 3.11 on."""
+    note = getattr(exc, "add_note", None)
+    if note is not None:
+        note(f"raised by {who}")

@@ -28,7 +28,13 @@ from expbuf_core.embeddings import (
     stacked,
     to_read,
 )
-from expbuf_core.errors import DimensionError, InvalidExperience, PluginContractError, shown
+from expbuf_core.errors import (
+    DimensionError,
+    InvalidExperience,
+    PluginContractError,
+    blame,
+    shown,
+)
 from expbuf_core.experience import Experience
 from expbuf_core.values import (
     OLDEST,
@@ -308,7 +314,15 @@ class Intake:
                 age=age,
                 metadata=metadata,
             )
-            return self._checked_scores(self.scorer(batch), batch)
+            return self._checked_scores(self._scored(self.scorer, batch), batch)
+
+    def _scored(self, score: Callable[..., Any], *batch: ScoringBatch, **single: Any) -> Any:
+        """What the scorer returns; its errors say whose they are."""
+        try:
+            return score(*batch, **single)
+        except Exception as exc:
+            blame(exc, plugin_named("priority scorer", self._scorer_name, self.scorer))
+            raise
 
     def _checked_scores(self, found: Any, batch: ScoringBatch) -> NDArray[np.float32]:
         who = plugin_named("priority scorer", self._scorer_name, self.scorer)
@@ -395,7 +409,8 @@ class Intake:
         age = min(max(now - item.timestamp, 0.0), OLDEST)
         probabilities, metadata = item.fields.get("probabilities"), item.fields.get("metadata")
         if self._ask_one is not None:
-            score = self._ask_one(
+            score = self._scored(
+                self._ask_one,
                 confidence=_narrow(item.confidence),
                 total_reward=_narrow(total),
                 reward_known=known,
@@ -413,7 +428,7 @@ class Intake:
             age=np.array((age,), np.float32),
             metadata=(metadata,),
         )
-        scores = self.scorer(batch)
+        scores = self._scored(self.scorer, batch)
         if type(scores) is np.ndarray and scores.shape == (1,) and scores.dtype.kind == "f":
             score = float(scores[0])
             if 0.0 <= score <= _LARGEST:

@@ -29,7 +29,7 @@ from expbuf_core.checksums import file_crc
 from expbuf_core.contracts import IndexBackend, IndexSegment
 from expbuf_core.crc import crc32
 from expbuf_core.documents import MALFORMED, read_document
-from expbuf_core.errors import CorruptionError, ExpbufError, PluginContractError
+from expbuf_core.errors import CorruptionError, ExpbufError, PluginContractError, blame
 from expbuf_core.filesystem import (
     FileSystem,
     is_damage,
@@ -147,7 +147,11 @@ class OpenSegment:
         """
         if allowed is self.bitmap:
             allowed = self._to_read
-        answer = self.index.search(queries, k, allowed)
+        try:
+            answer = self.index.search(queries, k, allowed)
+        except Exception as exc:
+            blame(exc, f"the index backend {self.info.backend!r}")
+            raise
         return checked(answer, queries, k, self.info.backend, self.vectors, self.metric)
 
     def remove(self, ids: NDArray[np.int64]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from module_helpers import DIM, OpenBuffer, add_all, experience, find, finds, vector
 
-from expbuf_core import IndexProvider, IndexSegment, hookimpl
+from expbuf_core import FusionProvider, IndexProvider, IndexSegment, ScorerProvider, hookimpl
 from expbuf_core.builtin.exact import ExactIndexBackend, ExactSettings
 from expbuf_core.errors import PluginContractError
 
@@ -206,3 +207,60 @@ def test_distances_are_no_similarities(open_buffer: OpenBuffer) -> None:
     buffer.rebuild_index()
     with pytest.raises(PluginContractError, match=r"'wrong' returned the similarity .* under l2"):
         find(buffer, 3, k=3)
+
+
+def planted(fails: list[bool]) -> Any:
+    """A scorer and a fusion "mine", which fail on demand."""
+
+    class Fusion:
+        version = 1
+
+        def output_dim(self, v_dim: int, q_dim: int) -> int:
+            return v_dim
+
+        def __call__(self, v: Any, q: Any) -> Any:
+            if fails[0]:
+                raise KeyError("fusion")
+            return v
+
+    def score(batch: Any) -> Any:
+        if fails[0]:
+            raise KeyError("scorer")
+        return batch.confidence
+
+    class Plugin:
+        @hookimpl
+        def expbuf_register_priority_scorers(self) -> list[ScorerProvider]:
+            return [ScorerProvider("mine", api_version=1, factory=lambda _: score)]
+
+        @hookimpl
+        def expbuf_register_embedding_fusions(self) -> list[FusionProvider]:
+            return [FusionProvider("mine", api_version=1, factory=lambda _: Fusion())]
+
+    return Plugin()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+def test_an_error_of_a_plugin_says_whose_it_is(open_buffer: OpenBuffer) -> None:
+    class Failing(Segment):
+        def search(self, queries: Any, k: int, allowed: Any) -> Any:
+            raise KeyError("device")
+
+    fails = [False]
+    plugins = [planted(fails), opening(Failing)]
+    buffer = open_buffer(plugins=plugins, priority="mine", fusion="mine", **WRONG)
+    add_all(buffer, range(5))
+    buffer.rebuild_index()
+    for failing, use, who in (
+        (False, lambda: find(buffer, 3), "the index backend 'wrong'"),
+        (True, lambda: find(buffer, 3), "the embedding fusion 'mine' (Fusion)"),
+        (True, lambda: buffer.add(experience(9)), "the priority scorer 'mine' (function)"),
+        (True, lambda: buffer.add_many([experience(8)]), "the priority scorer 'mine' (function)"),
+        (True, lambda: buffer.update_rewards([1], [1]), "the priority scorer 'mine' (function)"),
+    ):
+        fails[0] = failing
+        with pytest.raises(KeyError) as caught:
+            use()
+        assert caught.value.__notes__ == [f"raised by {who}"]
+    fails[0] = False
+    assert len(buffer) == 5
