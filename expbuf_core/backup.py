@@ -178,6 +178,7 @@ def _copied(
             frozen.next_lsn + _LEAST_GAP,
             frozen,
             vectors,
+            vectors.check,
         )
         try:
             return copy(content, goal, storage, progress=progress, fs=fs, command=called)

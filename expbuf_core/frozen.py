@@ -9,8 +9,6 @@ and only a newer state can still be read whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,10 +17,9 @@ from expbuf_core.buffer import ExperienceBuffer
 from expbuf_core.contracts import LogGone, Pin
 from expbuf_core.results import PinnedExperiences
 from expbuf_core.state import State
+from expbuf_core.tiers import Gatherer
 
 _TRIES = 3
-
-Vectors = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 
 
 class Frozen:
@@ -101,7 +98,7 @@ def freeze(buffer: ExperienceBuffer) -> Frozen:
     return Frozen(buffer)
 
 
-def freeze_with_vectors(buffer: ExperienceBuffer) -> tuple[Frozen, Vectors]:
+def freeze_with_vectors(buffer: ExperienceBuffer) -> tuple[Frozen, Gatherer]:
     """The buffer as it is now, and its fused vectors: (n, dim) float32 of (n,) live ids.
 
     Raises:

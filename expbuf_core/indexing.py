@@ -12,7 +12,7 @@ import errno
 import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from expbuf_core.filesystem import FileSystem, is_missing, storage_errors
 from expbuf_core.plugins import PluginRegistry
 from expbuf_core.replica import Replica
 from expbuf_core.segments import Manifest, OpenSegment, SegmentInfo
+from expbuf_core.tiers import Gatherer
 
 _log = logging.getLogger("expbuf")
 _CHUNK = 1 << 14
@@ -358,6 +359,12 @@ def _level(rows: int, batch: int) -> int:
     return level
 
 
+def _gathered(gather: Gatherer, ids: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+    for start in range(0, len(ids), _CHUNK):
+        yield gather(ids[start : start + _CHUNK])
+    gather.check()  # before they get a checksum of their own
+
+
 def build(
     folder: Path,
     replica: Replica,
@@ -385,6 +392,9 @@ def build(
 
     Returns:
         What was published; None where the representation has changed since the choice was made.
+
+    Raises:
+        CorruptionError: A segment that is open has changed since.
     """
     with replica.lock:
         if replica.tiers.representation != choice.representation:
@@ -413,7 +423,7 @@ def build(
                 f"{generation:06d}",
                 uuid=uuid,
                 ids=ids,
-                vectors=(gather(ids[i : i + _CHUNK]) for i in range(0, len(ids), _CHUNK)),
+                vectors=_gathered(gather, ids),
                 dim=choice.context.dim,
                 end_id=end_id,
                 backend_name=name,

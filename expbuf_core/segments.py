@@ -137,6 +137,29 @@ class OpenSegment:
         self._to_read = self.bitmap.view()  # for the index, which must not change it
         self._to_read.flags.writeable = False
 
+    def check(self) -> None:
+        """See that the vectors, as they are mapped, still are what was written.
+
+        A mapping shows what its file holds now, and a disk may give back something else for a page
+        that it read well at opening. Who writes such vectors elsewhere gives them a new checksum.
+
+        Raises:
+            CorruptionError: They are not.
+        """
+        whole = self.vectors.base  # the mapping, header and all
+        if not isinstance(whole, np.ndarray) or whole.nbytes != self.info.vectors_bytes:
+            raise TypeError(f"the vectors of segment {self.info.name} are no mapped file")
+        found = crc32(whole.data)
+        if found != self.info.vectors_crc:
+            name = f"{self.info.name}.vectors"
+            raise CorruptionError(
+                f"{FOLDER}/{name}: checksum {found:08x}, expected {self.info.vectors_crc:08x}; it "
+                "has changed since it was opened. Open the buffer anew: the index is derived and "
+                "will be built again",
+                path=getattr(whole, "filename", None) or name,
+                offset=0,
+            )
+
     def search(
         self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.uint8] | None = None
     ) -> Found:

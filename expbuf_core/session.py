@@ -598,6 +598,12 @@ class Session:
             except LogGone:
                 self._start_anew()
 
+    def distrust_index(self) -> None:
+        """Search nothing that is in segments, but what their vectors are made of."""
+        with self.replica.lock:
+            self.replica.adopt(None, (), self.control.words[c.INDEX_GENERATION])
+            self.fill_index()
+
     # ------------------------------------------------------------ closing
 
     def close(self) -> None:

@@ -406,21 +406,42 @@ class IndexTiers:
 
         return holds
 
-    def gatherer(self, dim: int) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
-        """A function from ids that some tier holds to their vectors, as of now, for any thread."""
-        places = [(segment.ids, segment.vectors) for segment in self.segments]
-        places.append((self._tail.ids, self._tail.vectors))
+    def gatherer(self, dim: int) -> Gatherer:
+        """From ids that some tier holds to their vectors, as of now, for any thread."""
+        return Gatherer(self.segments, self._tail, dim)
 
-        def gather(ids: NDArray[np.int64]) -> NDArray[np.float32]:
-            vectors = np.empty((len(ids), dim), np.float32)
-            for here, values in places:
-                if len(here):
-                    rows = rows_of(here, ids)
-                    hit = here[rows] == ids
+
+class Gatherer:
+    """Vectors by id, of some tiers as they were at one instant."""
+
+    def __init__(self, opened: tuple[OpenSegment, ...], tail: Tail, dim: int) -> None:
+        self._segments = opened
+        self._places = [(segment.ids, segment.vectors) for segment in opened]
+        self._places.append((tail.ids, tail.vectors))
+        self._dim = dim
+        self._used: set[int] = set()  # numbers of segments
+
+    def __call__(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(n, dim) float32 of (n,) ids that are there."""
+        vectors = np.empty((len(ids), self._dim), np.float32)
+        for i, (here, values) in enumerate(self._places):
+            if len(here):
+                rows = rows_of(here, ids)
+                hit = here[rows] == ids
+                if hit.any():
                     vectors[hit] = values[rows[hit]]
-            return vectors
+                    self._used.add(i)
+        return vectors
 
-        return gather
+    def check(self) -> None:
+        """See that all that was given was right, before it is kept anywhere.
+
+        Raises:
+            CorruptionError: A segment has changed since it was opened.
+        """
+        for i, segment in enumerate(self._segments):
+            if i in self._used:
+                segment.check()
 
 
 def known_directions(opened: tuple[OpenSegment, ...]) -> Directions | None:

@@ -102,6 +102,7 @@ class Content(NamedTuple):
         next_lsn: LSNs from here on are free.
         adapter: Pins its payloads. Those that were copied may be dropped meanwhile (`LogGone`).
         vectors: The fused vectors, (n, dim) float32, of (n,) live ids.
+        check: Raises a `CorruptionError` if any that was given may not be right.
     """
 
     uuid: bytes
@@ -110,6 +111,7 @@ class Content(NamedTuple):
     next_lsn: int
     adapter: Payloads
     vectors: Callable[[NDArray[np.int64]], NDArray[np.float32]]
+    check: Callable[[], None] = lambda: None
 
     def carried(self) -> dict[str, Any]:
         """What is taken over besides experiences."""
@@ -249,7 +251,9 @@ def _opened(path: Path) -> Iterator[Content]:
             else:  # how the last process ended is not known
                 next_id = max(next_id, state.reserved_id)
                 next_lsn = max(next_lsn, state.reserved_lsn)
-            yield Content(session.uuid, state, next_id, next_lsn, session.adapter, vectors)
+            yield Content(
+                session.uuid, state, next_id, next_lsn, session.adapter, vectors, vectors.check
+            )
 
 
 def _dims(settings: Mapping[str, Any]) -> tuple[int | None, int | None]:
@@ -345,6 +349,11 @@ class _Copy:
             control.reset(content.uuid)
             lsn, resumed = self._write(control, resumable)
             self._verify(lsn)
+            try:
+                content.check()
+            except CorruptionError:
+                self._clear()  # who calls again begins anew
+                raise
             control.mark_clean(self.target / folder.CONTROL, fs)
         finally:
             control.close()

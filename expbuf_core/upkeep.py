@@ -25,7 +25,7 @@ from expbuf_core import control as c
 from expbuf_core.commit import Draft
 from expbuf_core.config_schema import BufferConfig
 from expbuf_core.contracts import Appended, LoggedOperation, LogGone
-from expbuf_core.errors import BufferClosed, ExpbufError, StorageFull
+from expbuf_core.errors import BufferClosed, CorruptionError, ExpbufError, StorageFull
 from expbuf_core.locks import holder
 from expbuf_core.relog import relog_draft
 from expbuf_core.replica import end_of
@@ -286,19 +286,22 @@ class Upkeep:
             session.refresh()
             # Nothing derived is written before the log is durable up to it.
             session.commit_log.sync()
-            self.build_by(
-                partial(
-                    indexing.build,
-                    session.path,
-                    session.replica,
-                    choice,
-                    session.fs,
-                    session.uuid,
-                    session.config.index.growth,
-                    session.config.index.rebuild_every,
-                    anew=anew or self.index_is_damaged(),
-                )
+            build = partial(
+                indexing.build,
+                session.path,
+                session.replica,
+                choice,
+                session.fs,
+                session.uuid,
+                session.config.index.growth,
+                session.config.index.rebuild_every,
             )
+            try:
+                self.build_by(partial(build, anew=anew or self.index_is_damaged()))
+            except CorruptionError as exc:
+                _log.warning("the index is made anew from the payloads: %s", exc)
+                session.distrust_index()
+                self.build_by(partial(build, anew=True))
         except Exception as exc:
             session.control.words[c.BUILDER_FAILURES] += 1
             _log.error("the index builder failed; searches stay exact: %s", exc)

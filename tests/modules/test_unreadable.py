@@ -10,8 +10,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from module_helpers import OpenBuffer, add_all, answers, expected, experience, find, finds
+from module_helpers import DIM, OpenBuffer, add_all, answers, expected, experience, find, finds
 
 from expbuf_core.backup import backup
 from expbuf_core.errors import CorruptionError, StorageError
@@ -199,6 +200,59 @@ def test_an_index_that_cannot_be_read(
             assert "the index is not used and will be built again: cannot read" in caplog.text
             assert all(finds(buffer, i) for i in range(18))
             assert buffer.rebuild_index()
+
+
+def scribble(vectors: Path) -> None:
+    """As a disk that gives back something else when it reads a page again."""
+    with open(vectors, "r+b") as file:
+        file.seek(-DIM * 4, os.SEEK_END)
+        file.write(np.full(DIM, 3.0, np.float32).tobytes())
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_segment_that_changes_while_it_is_open_is_not_built_upon(
+    folder: Path, open_buffer: OpenBuffer, anew: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its mapping shows the change; a new segment would give it a right checksum."""
+    with open_buffer() as buffer:
+        add_all(buffer, range(12))
+        assert buffer.rebuild_index()
+        scribble(newest(folder, "index/*.vectors"))
+        if anew:  # another process has met it
+            with open_buffer():
+                pass
+        add_all(buffer, range(12, 18))
+        with caplog.at_level(logging.WARNING, "expbuf"):
+            assert buffer.rebuild_index()
+        assert "made anew from the payloads" in caplog.text
+        assert all(finds(buffer, i) for i in range(18))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "expbuf"), open_buffer() as again:
+        assert all(finds(again, i) for i in range(18))
+        assert np.allclose([find(again, i)[0].similarity for i in range(18)], 1.0)
+    assert caplog.text == ""
+
+
+def test_a_segment_that_changes_while_it_is_open_is_not_copied(
+    folder: Path, open_buffer: OpenBuffer, tmp_path: Path
+) -> None:
+    """A copy logs fused vectors: what is wrong there would be searched for long."""
+    target = tmp_path / "copy"
+    with open_buffer() as buffer:
+        add_all(buffer, range(12))
+        assert buffer.rebuild_index()
+        vectors = newest(folder, "index/*.vectors")
+        good = vectors.read_bytes()
+        scribble(vectors)
+        with pytest.raises(CorruptionError, match="has changed since it was opened") as caught:
+            backup(buffer, target)
+        assert caught.value.path == str(vectors)
+        with pytest.raises(StorageError, match="unfinished copy"):
+            open_buffer(target, mode="r")
+        vectors.write_bytes(good)
+        assert backup(buffer, target).experiences == 12
+    with open_buffer(target) as copy:
+        assert np.allclose([find(copy, i)[0].similarity for i in range(12)], 1.0)
 
 
 def test_too_many_open_files_say_nothing_of_the_index(made: Path, open_buffer: OpenBuffer) -> None:
