@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +22,25 @@ _common = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], 
 settings.register_profile("quick", _common, max_examples=25, derandomize=True)
 settings.register_profile("long", _common, max_examples=1000)
 settings.load_profile("long" if LONG else "quick")
+
+
+MEMORY = Path("/dev/shm")
+ROOM = 2 << 30  # several times what any test needs
+
+
+def pytest_configure() -> None:
+    """Let `tmp_path` be in memory, where that has room: it is rarely the disk that is tested."""
+    with contextlib.suppress(OSError):
+        writable = os.access(MEMORY, os.W_OK | os.X_OK)
+        if not LONG and writable and shutil.disk_usage(MEMORY).free > ROOM:
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+
+@pytest.fixture
+def disk_path() -> Iterator[Path]:
+    """As `tmp_path`, but always where temporary files are, which is a disk as a rule."""
+    with tempfile.TemporaryDirectory(prefix="expbuf-test-") as folder:
+        yield Path(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

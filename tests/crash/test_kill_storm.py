@@ -133,10 +133,10 @@ class Ledger:
 
 
 @pytest.fixture
-def storm(tmp_path: Path) -> Iterator[Storm]:
-    reports = tmp_path / "reports"
+def storm(disk_path: Path) -> Iterator[Storm]:
+    reports = disk_path / "reports"
     reports.mkdir()
-    storm = Storm(tmp_path / "buffer", reports)
+    storm = Storm(disk_path / "buffer", reports)
     try:
         yield storm
     finally:

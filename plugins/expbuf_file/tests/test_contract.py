@@ -16,6 +16,11 @@ class TestFile(PersistenceSuite):
     provider = "file"
     crash_states = 40  # each writes and reads a log file of 1 MiB
 
+    @pytest.fixture
+    def tmp_path(self, disk_path: Path) -> Path:
+        """On a disk, as most buffers are."""
+        return disk_path
+
 
 class TestSmallFiles(PersistenceSuite):
     provider = "file"

@@ -41,6 +41,11 @@ class LMDBSuite(PersistenceSuite):
 class TestLargeStage(LMDBSuite):
     settings = {"stage_bytes": 1 << 18}  # noqa: RUF012
 
+    @pytest.fixture
+    def tmp_path(self, disk_path: Path) -> Path:
+        """On a disk, as most buffers are."""
+        return disk_path
+
 
 class TestSmallStage(LMDBSuite):
     settings = {"map_bytes": 1 << 20, "stage_bytes": 1 << 14}  # noqa: RUF012
