@@ -589,6 +589,9 @@ class CommitLog:
         died = words[c.APPENDING] == 1
         if died:
             next_lsn += RESERVATION  # whoever died may have stamped several
+        # From here on the new log may be the log, though the words name the old one. If this dies
+        # or fails half-way, nobody may append to either before it was seen through.
+        words[c.APPENDING] = words[c.APPENDING] or 1
         self._adapter.retire(words[c.DURABLE], keep, next_lsn)
         if died:
             # The dead appender may have stamped ids; skip more than one commit can hold.

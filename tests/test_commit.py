@@ -946,6 +946,51 @@ def test_killed_at_every_call(home: Path, name: str) -> None:
             return
 
 
+@pytest.mark.parametrize("storage", ["file", "rename", "lmdb"])
+def test_killed_at_every_call_of_giving_a_log_up(home: Path, storage: str) -> None:
+    """Nothing is appended to the old log while the new one may be the log already."""
+    pytest.importorskip("expbuf_lmdb" if storage == "lmdb" else "expbuf_file")
+    persistence: dict[str, Any] = {**CONFIG["persistence"], "backend": "file"}
+    if storage == "lmdb":
+        persistence = {"backend": "lmdb"}
+    elif storage == "rename":
+        persistence["file"] = {**persistence["file"], "commit": "rename"}
+    settings = {"durability": "os", "persistence": persistence}
+    for nth in range(1, 60):
+        scene, copy = Scene(home / str(nth)), Scene(home / f"{nth} copy")
+        killer = Killer()
+        doomed, other = scene.open(killer, **settings), scene.open(FileSystem(), **settings)
+        add(other, range(3))
+        other.sync()
+        add(other, range(3, 6))
+        words = other._session.control.words
+
+        def child(killer: Killer = killer, doomed: ExperienceBuffer = doomed, n: int = nth) -> None:
+            doomed.sync()
+            doomed.update_priorities(doomed.ids(), np.arange(6.0))
+            doomed._session.control.words[c.FLUSHING] = 1  # as one leaves it who dies in a sync
+            killer.left = n
+            doomed.sync()
+
+        died = in_child(child) == -signal.SIGKILL
+        add(other, range(6, 9))
+        # All die; what follows finds their files. (Not those whose locks this process holds.)
+        aside = shutil.ignore_patterns("locks", "*-lock", "*.tmp")
+        shutil.copytree(scene.folder, copy.folder, ignore=aside)
+        joined, recovered = scene.open(FileSystem(), **settings), copy.open(**settings)
+        for each in (other, doomed, joined, recovered):
+            check(each, list(range(9)))
+        assert words[c.RETIREMENTS] >= 1
+        for each in (scene, copy):
+            each.close()
+            with each.open(**settings) as again:
+                check(again, list(range(9)))
+            shutil.rmtree(each.folder)
+        if not died:
+            assert nth > 1
+            return
+
+
 def test_killed_at_every_call_of_creation(home: Path) -> None:
     for nth in range(1, 100):
         scene = Scene(home / str(nth))
