@@ -20,7 +20,7 @@ from typing import cast
 
 from expbuf_core.contracts import Words
 from expbuf_core.crc import crc32
-from expbuf_core.errors import StorageError
+from expbuf_core.errors import CorruptionError, StorageError
 from expbuf_core.filesystem import FileSystem, is_missing, is_plain, reading, storage_errors
 from expbuf_core.waiting import Doorbell
 
@@ -71,6 +71,16 @@ def boot_id() -> bytes:
         return bytes.fromhex(text.strip().replace("-", ""))
     except (OSError, ValueError):
         return b"\0" * 16
+
+
+def not_ours(path: str | os.PathLike[str]) -> CorruptionError:
+    """The error for a page that was changed from outside while the buffer is open."""
+    return CorruptionError(
+        f"{os.fspath(path)}: not the control page that those who have the buffer open have set; "
+        "close it in all processes, and open it again",
+        path=path,
+        offset=0,
+    )
 
 
 def _pair(raw: bytes) -> tuple[int, int]:
@@ -140,6 +150,22 @@ class Control:
     def is_mapped(self) -> bool:
         """Whether other processes can see these words."""
         return self._map is not None
+
+    def check(self, path: Path, uuid: bytes) -> None:
+        """See that a recovery of this buffer has set the page, before its words are believed.
+
+        Args:
+            path: Of the page.
+            uuid: Of the buffer.
+
+        Raises:
+            CorruptionError: Something else stands there, though a generation does.
+        """
+        words, generation = self.words, self.words[GENERATION]
+        found = words[MAGIC], words[UUID], words[UUID + 1], words[INODE]
+        if found == (_MAGIC, *_pair(uuid), self._inode) or words[GENERATION] != generation:
+            return  # or a recovery has begun meanwhile
+        raise not_ours(path)
 
     def witness(self, uuid: bytes) -> int:
         """Highest LSN that this page, as found, proves durable; 0 if it proves nothing."""

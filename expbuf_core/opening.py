@@ -191,6 +191,7 @@ def _to_write(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
             loaded, clean = _enter(session, path, first)
             if first:
                 session.control.activate()
+            session.generation = session.control.words[c.GENERATION]
             open_lock.share()
         except BaseException:
             if first:
@@ -248,6 +249,7 @@ def _enter(session: Session, path: Path, first: bool) -> tuple[Loaded, bool]:
         _begin_anew(session, loaded, clean=clean)
     else:
         clean = False
+        control.check(path / folder.CONTROL, session.uuid)
         replica = _make_replica(session, backend)
         session.adapter.attach()
         loaded = recovery.follow_from_snapshot(replica, path)
@@ -360,7 +362,7 @@ def _to_read(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
     session.uuid = identity.uuid
     _check_backend(session, identity.backend)
     session.maintenance = session.builder_lock = ThreadLock(session.config.lock_timeout_s)
-    live = _live_control(path, session.config.lock_timeout_s)
+    live = _live_control(path, session.uuid, session.config.lock_timeout_s)
     session.control = live or Control.private()
     replica = _make_replica(session, identity.backend)
     if live is not None:
@@ -404,7 +406,7 @@ def _has_writer(path: Path) -> bool:
         return lock.exists() and opener(lock) is not None
 
 
-def _live_control(path: Path, timeout_s: float) -> Control | None:
+def _live_control(path: Path, uuid: bytes, timeout_s: float) -> Control | None:
     """The control page if a process has the buffer open for writing, else None."""
     if not _has_writer(path):
         return None
@@ -417,6 +419,11 @@ def _live_control(path: Path, timeout_s: float) -> Control | None:
             control.close()
             return None
         time.sleep(_POLL_S)
+    try:
+        control.check(path / folder.CONTROL, uuid)
+    except BaseException:
+        control.close()
+        raise
     return control
 
 

@@ -187,16 +187,20 @@ class Session:
         if self.path is None:
             return
         try:
-            inode = os.stat(self._control_path).st_ino
+            found = os.stat(self._control_path)
         except OSError as exc:
             raise BufferReplaced(
                 f"{self.path}: the folder was removed or replaced while it was open ({exc}); open "
                 "the buffer again"
             ) from exc
-        if inode != self._control_inode:
+        if found.st_ino != self._control_inode:
             raise BufferReplaced(
                 f"{self.path}: the folder was replaced while it was open; open the buffer again"
             )
+        # Its words say where to write. Somebody who copies files into the folder, or cuts them,
+        # changes them under all who have it open.
+        if found.st_size < c.PAGE_BYTES or self.control.words[c.GENERATION] != self.generation:
+            raise c.not_ours(self._control_path)
 
     def is_replaced(self) -> bool:
         """Whether another buffer, or none, is at the path."""
@@ -283,6 +287,7 @@ class Session:
             return True
         if generation == 0:
             return False
+        page.check(self.path / folder.CONTROL, self.uuid)
         self.generation = generation
         self.watched = None
         self.control = self.replica.control = page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import itertools
 import os
 import pickle
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from expbuf_core import (
     BufferClosed,
     BufferReplaced,
     ConfigError,
+    CorruptionError,
     ExperienceBuffer,
     LockTimeout,
     StorageError,
@@ -170,6 +173,62 @@ def test_logs_are_followed_across_switches_and_snapshots(open_buffer: OpenBuffer
         assert finds(buffer, 351)
         assert len(find(buffer, 390, k=100)) == 50
         assert answers(buffer) == expected(range(350, 400))
+
+
+def zeros(control: Path) -> None:
+    with open(control, "r+b") as file:
+        file.write(bytes(4096))
+
+
+def cut(control: Path) -> None:
+    os.truncate(control, 200)
+
+
+def older(control: Path) -> None:
+    with open(control, "r+b") as file:
+        file.write(control.with_name("control.older").read_bytes())
+
+
+@pytest.mark.parametrize("change", [zeros, cut, older])
+def test_a_control_page_that_is_changed_under_a_writer_stops_it(
+    folder: Path, open_buffer: OpenBuffer, change: Callable[[Path], None]
+) -> None:
+    """As by a copy into the folder. Nothing is acknowledged that would be written anywhere."""
+    with open_buffer() as buffer:
+        add_all(buffer, range(3))
+    (folder / "control.older").write_bytes((folder / "control").read_bytes())
+    buffer = open_buffer()
+    add_all(buffer, range(3, 6))
+    change(folder / "control")
+    for use in (lambda: buffer.add(experience(6)), lambda: buffer.remove([0])):
+        with pytest.raises(CorruptionError, match="not the control page") as caught:
+            use()
+        assert (caught.value.path, caught.value.offset) == (str(folder / "control"), 0)
+    with contextlib.suppress(StorageError):
+        buffer.close()
+    (folder / "control.older").unlink()
+    with open_buffer() as again:
+        assert answers(again) == expected(range(6))
+
+
+def test_a_reader_does_not_follow_a_control_page_of_another_time(
+    folder: Path, open_buffer: OpenBuffer
+) -> None:
+    """It took an older state for the present one."""
+    with open_buffer() as buffer:
+        add_all(buffer, range(3))
+    shutil.copyfile(folder / "control", folder / "control.older")
+    with open_buffer() as buffer:
+        add_all(buffer, range(3, 6))
+        buffer.save_snapshot()
+    page = bytearray((folder / "control.older").read_bytes())
+    page[48:56] = bytes(8)  # of a file with another inode
+    (folder / "control.older").write_bytes(page)
+    with open_buffer(mode="r") as reader:
+        assert len(reader) == 6
+        older(folder / "control")
+        with pytest.raises(CorruptionError, match="not the control page"):
+            answers(reader)
 
 
 def test_a_reader_stays_while_writers_come_and_go(open_buffer: OpenBuffer) -> None:
