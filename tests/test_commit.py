@@ -907,7 +907,7 @@ def test_killed_at_every_call(home: Path, name: str) -> None:
     program = programs()[name]
     nth = 0
     while True:
-        nth += 1 if LONG or nth < 12 else 3  # behind that much comes again and again
+        nth += 1
         assert nth < 300
         scene = Scene(home / str(nth))
         killer = Killer()

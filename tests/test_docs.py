@@ -139,7 +139,9 @@ def test_a_plugin_of_the_guide_passes_its_suite(plugin: str, tmp_path: Path) -> 
     chosen = [] if long else ["-k", f"not ({SLOW})"]
     memory = Path("/dev/shm")  # where a sync costs nothing
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        options = ["-q", "-p", "no:cacheprovider", "--basetemp", f"{folder}/tests", *chosen]
+        # Rewriting the suite's assertions takes longer than most of it.
+        options = ["-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--assert=plain"]
+        options += ["--basetemp", f"{folder}/tests", *chosen]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *options, f"test_expbuf_{plugin}.py"],
             cwd=tmp_path,

@@ -46,8 +46,10 @@ def test_they_pass_beside_the_installed_plugin(kind: str, tmp_path: Path) -> Non
 
 
 def run_tests(folder: Path, *path: Path) -> None:
+    # Rewriting the suites' assertions takes longer than they do, and only makes messages longer.
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--assert=plain"]
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", "."],
+        [sys.executable, "-W", "error", "-m", "pytest", *options, "."],
         cwd=folder,
         env={
             **os.environ,
