@@ -366,18 +366,27 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expbuf_core.transfer._BATCH_ROWS", 7)
 
 
+def settled(scene: Scene, home: Path) -> Path:
+    """A copy of the source of which nothing is due.
+
+    Each opening leaves a small log in it, and where they are many, one of the next merges them.
+    """
+    shutil.copytree(scene.folder, home / "source")
+    with opened(home / "source") as buffer:
+        buffer.save_snapshot()
+    return home / "source"
+
+
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_interrupted_copy_is_no_buffer_and_goes_on(
     scene: Scene, home: Path, backend: str
 ) -> None:
-    target = home / "target"
+    source, target = settled(scene, home), home / "target"
     resumed = []
     for calls in range(14):
         with contextlib.suppress(Stopped):
-            report = migrate(
-                scene.folder, target, backend, config=SMALL, progress=stop_after(calls)
-            )
+            report = migrate(source, target, backend, config=SMALL, progress=stop_after(calls))
             resumed.append(report.resumed)
             break
         for mode in ("a", "x"):
@@ -422,11 +431,12 @@ def test_an_unfinished_copy_whose_note_is_damaged_is_told_all_the_same(
 
 @pytest.mark.usefixtures("small_batches")
 def test_it_goes_on_behind_the_last_experience(scene: Scene, home: Path) -> None:
+    source = settled(scene, home)
     with pytest.raises(Stopped):
-        migrate(scene.folder, home / "target", "file", config=SMALL, progress=stop_after(3))
+        migrate(source, home / "target", "file", config=SMALL, progress=stop_after(3))
     steps: list[int] = []
     report = migrate(
-        scene.folder,
+        source,
         home / "target",
         "file",
         config=SMALL,
@@ -473,8 +483,9 @@ def stopped_at_the_end(source: Path, target: Path, backend: str = "file") -> Non
 
 
 def test_it_is_no_buffer_before_the_note_is_gone(scene: Scene, home: Path) -> None:
-    stopped_at_the_end(scene.folder, home / "target")
-    report = migrate(scene.folder, home / "target", "file", config=SMALL)
+    source = settled(scene, home)
+    stopped_at_the_end(source, home / "target")
+    report = migrate(source, home / "target", "file", config=SMALL)
     assert report.resumed == report.experiences == len(scene.known.items)
     check(home / "target", scene)
 
