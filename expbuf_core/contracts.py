@@ -85,8 +85,9 @@ class IndexProvider(_Provider):
     """Offers an `IndexBackend`: `factory(settings, context: IndexContext)`.
 
     Capabilities: "filter" (`IndexSegment.search` honours `allowed`; without it the core asks for
-    more and filters itself), "verifies" (`IndexBackend.open` checks every byte of the file; without
-    it the core reads the file through and compares its checksum before).
+    more and filters itself), "verifies" (`IndexBackend.open` checks every byte of the file, and
+    says what checksum all have, `IndexSegment.file_crc`; without either the core reads the file
+    through and compares its checksum).
     """
 
 
@@ -215,7 +216,14 @@ class IndexSegment(ABC):
 
     `search` is called by several threads at once, also in a forked child. A segment may be
     dropped while a search in another thread still holds it.
+
+    Attributes:
+        file_crc: CRC-32 of the whole file, as `IndexBackend.open` has read it; None: it has not.
+            With the capability "verifies" it spares the core a pass over the file: one that is
+            intact may still be another one.
     """
+
+    file_crc: int | None = None
 
     @abstractmethod
     def search(

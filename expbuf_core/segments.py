@@ -414,7 +414,7 @@ def open_segment(
             verifying = other.submit(_verify, vectors_file, *expected)
             try:
                 ids, vectors = map_vectors(vectors_file, dim)
-                index = _open_index(backend, info.backend, index_file, ids, vectors)
+                index = _open_index(backend, info, index_file, ids, vectors)
             finally:
                 verifying.result()
     else:
@@ -422,7 +422,9 @@ def open_segment(
         if not verifies:
             _verify(index_file, info.index_bytes, info.index_crc, hurry=hurry)
         ids, vectors = map_vectors(vectors_file, dim)
-        index = _open_index(backend, info.backend, index_file, ids, vectors)
+        index = _open_index(backend, info, index_file, ids, vectors)
+    if verifies:
+        _see_which(index, info, index_file)
     if not len(ids) or (info.rows, info.first_id) != (len(ids), ids[0]) or ids[-1] >= info.end_id:
         raise CorruptionError(
             f"{FOLDER}/{vectors_file.name}: holds other ids than {FOLDER}/{MANIFEST} says; the "
@@ -438,13 +440,33 @@ def open_segment(
     return OpenSegment(info, ids, vectors, index, live, filters, watch, metric)
 
 
+def _see_which(index: IndexSegment, info: SegmentInfo, path: Path) -> None:
+    """See that an index file that its backend has verified is the one that the manifest means.
+
+    Raises:
+        CorruptionError: It is another one, of another time or buffer.
+    """
+    found = index.file_crc
+    if found is None:
+        _verify(path, info.index_bytes, info.index_crc)
+    elif found != info.index_crc:
+        index.close()
+        raise CorruptionError(
+            f"{FOLDER}/{path.name}: intact, with checksum {found:08x}, but not the file that "
+            f"{MANIFEST} means, which has {info.index_crc:08x}; the index will be built again",
+            path=path,
+            offset=0,
+        )
+
+
 def _open_index(
     backend: IndexBackend,
-    name: str,
+    info: SegmentInfo,
     path: Path,
     ids: NDArray[np.int64],
     vectors: NDArray[np.float32],
 ) -> IndexSegment:
+    name = info.backend
     try:
         index = backend.open(path, ids, vectors)
     except (ExpbufError, OSError, ValueError, RuntimeError):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from expbuf_core import segments
-from expbuf_core.builtin.exact import ExactIndexBackend, ExactSettings
+from expbuf_core.builtin.exact import ExactIndexBackend, ExactSegment, ExactSettings
 from expbuf_core.contracts import IndexContext
 from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, StorageError
@@ -114,7 +114,14 @@ def test_an_index_that_is_verified_by_its_backend_is_read_once(
     info, read = write(tmp_path), []
     monkeypatch.setattr(segments, "_verify", lambda path, *_, **__: read.append(path.name))
     open_it(tmp_path, info, verifies=True, hurry=hurry)
+    assert read == ["000001.vectors", "000001.exact"]  # which file it was is not said
+    read.clear()
+    monkeypatch.setattr(ExactSegment, "file_crc", info.index_crc)
+    open_it(tmp_path, info, verifies=True, hurry=hurry)
     assert read == ["000001.vectors"]
+    monkeypatch.setattr(ExactSegment, "file_crc", info.index_crc ^ 1)
+    with pytest.raises(CorruptionError, match="not the file that"):
+        open_it(tmp_path, info, verifies=True, hurry=hurry)
 
 
 @pytest.mark.parametrize("hurry", [False, True])

@@ -23,6 +23,7 @@ import pytest
 from numpy.typing import NDArray
 
 from expbuf_core.contracts import IndexBackend, IndexContext, IndexProvider, IndexSegment
+from expbuf_core.crc import crc32
 from expbuf_core.errors import BackendUnavailable
 from expbuf_core.testing.processes import Child, in_child, in_threads
 from expbuf_core.testing.suite import Suite
@@ -326,9 +327,10 @@ class IndexSuite(Suite):
     def test_x35_a_damaged_file_does_not_crash(self, tmp_path: Path) -> None:
         """X35: with a byte changed a file raises, or answers; the process survives.
 
-        It has to raise if the backend declares "verifies".
+        It has to raise if the backend declares "verifies". A `file_crc` is that of the file.
         """
         case = self.case(tmp_path)
+        assert case.segment.file_crc in (None, crc32(case.path.read_bytes()))
         size = case.path.stat().st_size
         for offset in np.linspace(0, size - 1, 12).astype(int):
             damaged = tmp_path / f"damaged{offset}"

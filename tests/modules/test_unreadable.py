@@ -12,7 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from module_helpers import DIM, OpenBuffer, add_all, answers, expected, experience, find, finds
+from module_helpers import (
+    DIM,
+    OpenBuffer,
+    add_all,
+    answers,
+    columns,
+    expected,
+    experience,
+    find,
+    finds,
+)
 
 from expbuf_core.backup import backup
 from expbuf_core.errors import CorruptionError, StorageError
@@ -200,6 +210,25 @@ def test_an_index_that_cannot_be_read(
             assert "the index is not used and will be built again: cannot read" in caplog.text
             assert all(finds(buffer, i) for i in range(18))
             assert buffer.rebuild_index()
+
+
+def test_an_intact_index_file_of_another_buffer_is_not_searched(
+    folder: Path, open_buffer: OpenBuffer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its own checksums are right, and so are rows and dimension."""
+    index = {"index__backend": "faiss_cpu", "index__faiss_cpu__flat_below": 100}
+    for path, first in ((folder, 0), (tmp_path / "another", 1000)):
+        with open_buffer(path, **index) as buffer:
+            buffer.add_many(columns(range(first, first + 300)))
+            assert buffer.rebuild_index()
+    shutil.copyfile(
+        newest(tmp_path / "another", "index/*.faiss_cpu"), newest(folder, "index/*.faiss_cpu")
+    )
+    for mode in ("r", "a"):
+        with caplog.at_level(logging.WARNING, "expbuf"), open_buffer(mode=mode, **index) as buffer:
+            assert "the index is not used" in caplog.text
+            assert np.allclose([find(buffer, i)[0].similarity for i in range(300)], 1.0, atol=1e-5)
+        caplog.clear()
 
 
 def scribble(vectors: Path) -> None:

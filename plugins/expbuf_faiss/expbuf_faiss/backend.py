@@ -88,7 +88,19 @@ class FaissBackend(IndexBackend):
         Raises:
             CorruptionError: The file is damaged, or belongs to other vectors.
         """
-        index_bytes, facts = segment_file.check(path, len(ids), self.context.dim)
+        content = segment_file.check(path, len(ids), self.context.dim)
+        segment = self._opened(path, content, ids, vectors)
+        segment.file_crc = content.crc
+        return segment
+
+    def _opened(
+        self,
+        path: Path,
+        content: segment_file.Content,
+        ids: NDArray[np.int64],
+        vectors: NDArray[np.float32],
+    ) -> IndexSegment:
+        facts = content.facts
         if facts["kind"] == "flat":
             return self.open_flat(ids, vectors)
         faiss = runtime.load()
@@ -117,7 +129,7 @@ class FaissBackend(IndexBackend):
             vectors,
             self.context.metric,
             Tuning(facts["effort"], facts["rerank"], facts["recall"], True),
-            {**facts, "bytes": index_bytes},
+            {**facts, "bytes": content.index_bytes},
         )
 
     def after_fork(self) -> None:

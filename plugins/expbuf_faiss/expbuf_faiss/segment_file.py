@@ -9,7 +9,7 @@ import json
 import os
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError
@@ -36,8 +36,16 @@ def finish(path: Path, rows: int, dim: int, facts: dict[str, Any]) -> None:
         file.write(encoded + trailer + CRC.pack(crc32(trailer)))
 
 
-def check(path: Path, rows: int, dim: int) -> tuple[int, dict[str, Any]]:
-    """Verify every byte; return the number of bytes that belong to FAISS, and the facts.
+class Content(NamedTuple):
+    """What stands in a file: how many bytes of FAISS, the facts, and the CRC-32 of all of it."""
+
+    index_bytes: int
+    facts: dict[str, Any]
+    crc: int
+
+
+def check(path: Path, rows: int, dim: int) -> Content:
+    """Verify every byte.
 
     FAISS believes what it reads: it crashes, or answers wrongly, if bytes have changed.
 
@@ -69,8 +77,8 @@ def check(path: Path, rows: int, dim: int) -> tuple[int, dict[str, Any]]:
         encoded = file.read(facts_bytes)
         if crc32(encoded) != facts_crc:
             raise _damaged(path, index_bytes, "checksum of the facts does not match")
-    facts: dict[str, Any] = json.loads(encoded)
-    return index_bytes, facts
+    crc = crc32(encoded + trailer + stored, index_crc)
+    return Content(index_bytes, json.loads(encoded), crc)
 
 
 def _crc(file: BinaryIO, size: int) -> int:

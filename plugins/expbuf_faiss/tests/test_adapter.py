@@ -275,7 +275,7 @@ def test_the_format_is_as_documented(tmp_path: Path) -> None:
     path = tmp_path / "index"
     segment_file.finish(path, 3, 4, {"kind": "flat"})
     assert path.read_bytes() == bytes.fromhex("".join(lines))
-    assert segment_file.check(path, 3, 4) == (0, {"kind": "flat"})
+    assert segment_file.check(path, 3, 4) == (0, {"kind": "flat"}, zlib.crc32(path.read_bytes()))
 
 
 def test_every_damaged_byte_is_found(tmp_path: Path) -> None:
