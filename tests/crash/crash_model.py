@@ -225,7 +225,7 @@ class Story:
         self.durable_steps: list[int] = []  # steps that make all before them durable
         self.failed: dict[int, State] = {}  # what a step that failed would have made
         self.rebooted = True
-        self.rng = random.Random(f"{seed}/checks")
+        self.rng = random.Random(f"{seed}/checks")  # another one in each of two processes
         self.deep = 0
         self.recorder: type[RecordingFileSystem] | None = None  # for crashes while it recovers
 
@@ -423,6 +423,10 @@ class Story:
         return rng.choices(list(kinds), list(kinds.values()))[0]
 
     # -- checking
+
+    def begin(self, part: int) -> None:
+        """See `explore_in_two`."""
+        self.rng = random.Random(f"{self.seed}/checks/{part}")
 
     def settle(self, root: Path, state: CrashState) -> None:
         """Make the control page look as it would: of this boot, or of another."""

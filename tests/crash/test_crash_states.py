@@ -30,7 +30,12 @@ STATES = 3000 if LONG else 450
 def check_all(story: Story, states: int) -> int:
     """How many states there were; an AssertionError where one is wrong."""
     return explore_in_two(
-        story.run, story.check, states=states, seed=story.seed, settle=story.settle
+        story.run,
+        story.check,
+        begin=story.begin,
+        states=states,
+        seed=story.seed,
+        settle=story.settle,
     )
 
 

@@ -135,7 +135,9 @@ def test_crash_states(durability: str, seed: int) -> None:
     story = Story(seed, steps=40, durability=durability, persistence=LMDB)
     story.deep = 2 if LONG else 1  # crash again while it recovers and goes on
     before = Told.transactions
-    found = explore_in_two(story.run, story.check, **settings(story, STATES, Told))
+    found = explore_in_two(
+        story.run, story.check, begin=story.begin, **settings(story, STATES, Told)
+    )
     assert found > STATES // 2
     assert Told.transactions > before + 5
 

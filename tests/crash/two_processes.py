@@ -65,10 +65,19 @@ def explore_in_two(
     workload: Workload,
     check: Check,
     *,
+    begin: Callable[[int], object],
     broken: type[RecordingFileSystem] = RecordingFileSystem,
     **settings: Any,
 ) -> int:
     """`explore`, each process checking every second state; how many states there were.
+
+    Args:
+        workload: Run once, here.
+        check: See `explore`.
+        begin: Called with 0 in one process, 1 in the other, before its first check: what the
+            checks draw at random must not be the same in both.
+        broken: See `explore`.
+        settings: All others of `explore`.
 
     Raises:
         AssertionError: States broke a promise.
@@ -82,6 +91,7 @@ def explore_in_two(
 
     def half(part: int) -> tuple[int, str]:
         turns = count(part)
+        begin(part)
 
         def every_second(*state: Any) -> None:
             if next(turns) % 2:
