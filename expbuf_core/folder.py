@@ -126,6 +126,7 @@ def no_buffer(folder: Path) -> StorageError:
     message = f"{folder} is no buffer: it has no {IDENTITY}"
     if any((folder / "snapshots").glob("*.snap")):
         message += ", but the rest of one; `expbuf repair` finds the identity again"
+        return CorruptionError(message, path=folder / IDENTITY, offset=0)
     return StorageError(message)
 
 

@@ -148,6 +148,17 @@ def test_an_identity_that_cannot_be_read(made: Path, open_buffer: OpenBuffer) ->
     assert [place.path for place in report.damage] == [str(identity)]
 
 
+def test_a_missing_identity_is_damage(made: Path, open_buffer: OpenBuffer) -> None:
+    identity = made / "expbuf.json"
+    identity.unlink()
+    for mode in ("r", "a"):
+        with pytest.raises(CorruptionError, match=r"expbuf\.json") as caught:
+            open_buffer(mode=mode)
+        assert (caught.value.path, caught.value.offset) == (str(identity), 0)
+    assert told(made) == [(str(identity), 0)]
+    assert repair(made).saved == 18
+
+
 # ---------------------------------------------------------------- the index
 
 
