@@ -264,8 +264,9 @@ class Replica:
                 if self._own.get(until) is not None:
                     continue  # its log was given up just now: read on
                 raise CorruptionError(
-                    f"operation {state.lsn + 1} was published and cannot be read from the log; run "
-                    "`expbuf verify`",
+                    f"{self.folder or 'storage'}: operation {state.lsn + 1} was published and "
+                    "cannot be read from the log; run `expbuf verify`",
+                    path=self.folder,
                     lsn=state.lsn + 1,
                 )
         if self._own:
