@@ -69,6 +69,7 @@ def killed(home: Path) -> Scene:
     with contextlib.closing(open_buffer(home / "live")) as buffer:
         write_some(buffer, snapshot=True)
         state = state_of(buffer)
+        buffer._live().upkeep.stop()  # so that no file comes or goes while they are copied
         shutil.copytree(home / "live", home / "killed")
     return Scene(home / "killed", state, clean=False)
 
