@@ -121,16 +121,22 @@ def _compared(results: Results, *columns: tuple[str, str], physical: str = "") -
 # ---------------------------------------------------------------- the blocks of the page
 
 
+_MACHINE = ("processor", "memory", "system")
+
+
 def machine(results: Results) -> str:
     lines: list[str] = []
+    first: dict[str, str] = {}
     for name, suite in results.suites.items():
         facts = suite["machine"]
         if not lines:
-            lines += [f"- {key}: {facts[key]}" for key in ("processor", "memory", "system")]
-            lines.append(f"- versions: {facts['versions']}")
+            first = facts
+            lines += [f"- {key}: {facts[key]}" for key in (*_MACHINE, "versions")]
+        elsewhere = [facts[key] for key in _MACHINE if facts[key] != first[key]]
+        where = f"on another machine ({'; '.join(elsewhere)}), " if elsewhere else ""
         size = "quick sizes" if suite["quick"] else "full sizes"
         lines.append(
-            f"- {name}: {facts['date']}, {size}, seed {suite['seed']}, "
+            f"- {name}: {where}{facts['date']}, {size}, seed {suite['seed']}, "
             f"{suite.get('repetitions', '?')} repetitions, {suite.get('seconds', 0):.0f} s; load "
             f"average at the start {facts['load average']}"
         )
