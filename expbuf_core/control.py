@@ -35,7 +35,7 @@ GENERATION = 1  # (o) random at each recovery; 0 while one is under way
 BOOT = 2  # (o) two words
 UUID = 4  # (o) two words
 INODE = 6  # (o) of this file: a copied folder is no witness
-CLEAN = 7  # (o) checksum of APPENDED and UUID after a clean close, else 0
+CLEAN = 7  # (o) checksum of APPENDED, the next numbers and UUID after a clean close, else 0
 APPENDED = 8  # (a) last LSN written
 NEXT_LSN = 31  # (a) more than APPENDED + 1 after a crash: numbers may have been seen and lost
 NEXT_ID = 9  # (a)
@@ -89,8 +89,8 @@ def _pair(raw: bytes) -> tuple[int, int]:
 
 
 def _checksum(words: Words) -> int:
-    fields = (words[APPENDED], words[NEXT_ID], words[UUID], words[UUID + 1])
-    return crc32(struct.pack("<4Q", *fields)) | 1 << 32
+    fields = (words[APPENDED], words[NEXT_ID], words[NEXT_LSN], words[UUID], words[UUID + 1])
+    return crc32(struct.pack("<5Q", *fields)) | 1 << 32
 
 
 class Control:

@@ -243,10 +243,11 @@ def _enter(session: Session, path: Path, first: bool) -> tuple[Loaded, bool]:
         return Loaded(), True
     if first:
         witness, clean = control.witness(session.uuid), control.closed_cleanly(session.uuid)
+        left = (control.words[c.NEXT_ID], control.words[c.NEXT_LSN]) if clean else None
         replica = _make_replica(session, backend)
         with _corruption_told(session):
             loaded = recovery.recover(replica, path, witness)
-        _begin_anew(session, loaded, clean=clean)
+        _begin_anew(session, loaded, left)
     else:
         clean = False
         control.check(path / folder.CONTROL, session.uuid)
@@ -306,14 +307,20 @@ def _check_several(session: Session, backend: str, first: bool) -> None:
         )
 
 
-def _begin_anew(session: Session, loaded: Loaded, *, clean: bool) -> None:
-    """Set the control page and begin a new log behind what was recovered."""
+def _begin_anew(session: Session, loaded: Loaded, left: tuple[int, int] | None) -> None:
+    """Set the control page and begin a new log behind what was recovered.
+
+    Ids and LSNs that were seen and then lost with the power must not come again.
+
+    Args:
+        session: Has recovered.
+        loaded: What was recovered.
+        left: The next id and LSN of the session that has closed the buffer in order; they are those
+            behind the log, or more, where it was the first behind a crash. None: it has not.
+    """
     state, control = session.replica.state, session.control
-    next_id, next_lsn = state.next_id, state.lsn + 1
-    if not clean:
-        # Ids and LSNs that were seen and then lost with the power must not come again.
-        next_id = max(next_id, state.reserved_id)
-        next_lsn = max(next_lsn, state.reserved_lsn)
+    beyond = (state.reserved_id, state.reserved_lsn) if left is None else left
+    next_id, next_lsn = max(state.next_id, beyond[0]), max(state.lsn + 1, beyond[1])
     control.reset(session.uuid)
     words = control.words
     words[c.APPENDED] = words[c.PUBLISHED] = words[c.DURABLE] = state.lsn

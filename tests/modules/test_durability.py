@@ -434,3 +434,25 @@ def test_any_tree_comes_back(tree: Any) -> None:
         found = buffer.get(id_).answer
         assert found == tree
         assert repr(found) == repr(tree)
+
+
+@pytest.mark.parametrize("durability", ["group", "os"])
+@pytest.mark.parametrize("backend", ["file", "lmdb"])
+def test_numbers_that_were_lost_do_not_come_again_behind_a_session_that_used_none(
+    open_buffer: OpenBuffer, folder: Path, backend: str, durability: str
+) -> None:
+    """The first opening behind a power loss leaves some out, and closes in order."""
+    pytest.importorskip(f"expbuf_{backend}")
+    image = folder.with_name("image")
+    writer = open_buffer(persistence=backend, durability=durability, group_interval_ms=60_000)
+    writer.add(experience(0))
+    shutil.copytree(folder, image, ignore=shutil.ignore_patterns("*.tmp"))
+    lost = writer.add(experience(1))  # acknowledged, and not on the disk when the power fails
+    lsn = writer.lsn
+    for _ in range(3):
+        with ExperienceBuffer.open(image) as buffer:
+            assert len(buffer) == 1
+    with ExperienceBuffer.open(image) as buffer:
+        assert buffer.recovery.clean
+        assert buffer.add(experience(1)) > lost
+        assert buffer.lsn > lsn
