@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import random
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,6 +42,18 @@ def disk_path() -> Iterator[Path]:
     """As `tmp_path`, but always where temporary files are, which is a disk as a rule."""
     with tempfile.TemporaryDirectory(prefix="expbuf-test-") as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """An absurd size that is believed shows as a MemoryError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

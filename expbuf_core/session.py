@@ -320,15 +320,10 @@ class Session:
             gone: What the adapter said last.
         """
         path = self.path if gone is None or gone.path is None else Path(gone.path)
-        there = path is None or path.exists()
-        return CorruptionError(
-            f"{path or 'storage'}: "
-            + ("payloads" if there else "missing, with payloads")
-            + " of live experiences"
-            + (" are gone" if there else "")
-            + "; run `expbuf verify`",
-            path=path,
-        )
+        what = "payloads of live experiences are gone"
+        if path is not None and not path.exists():
+            what = "missing, with payloads of live experiences"
+        return CorruptionError(f"{path or 'storage'}: {what}; run `expbuf verify`", path=path)
 
     def tell_corruption(self, exc: CorruptionError) -> None:
         """Tell observers of damage, before the error reaches the caller."""

@@ -35,9 +35,9 @@ def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf
         except (TypeError, ValueError, OverflowError) as exc:
             raise InvalidExperience(f"{name}: expected a number, found {shown(value)}") from exc
     if not low <= value <= high or math.isinf(value):
-        bounds = f" of at least {low:g}" if math.isinf(high) else f" in [{low:g}, {high:g}]"
-        if math.isinf(low):
-            bounds = ""
+        bounds = "" if math.isinf(low) else f" of at least {low:g}"
+        if math.isfinite(high):
+            bounds = f" in [{low:g}, {high:g}]"
         raise InvalidExperience(f"{name}: expected a finite number{bounds}, found {shown(value)}")
     return float(value)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -167,18 +165,6 @@ def attempt(folder: Path, scene: Scene, path: Path, raw: bytes, at: int) -> str:
         assert refusal.offset is not None, f"no offset: {refusal}"
         assert Path(refusal.path).name in str(refusal)
     return "detected"
-
-
-@pytest.fixture
-def little_memory() -> Iterator[None]:
-    """An absurd length that is believed shows as a MemoryError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @pytest.mark.parametrize("name", ["clean", "snapshot", "killed"])

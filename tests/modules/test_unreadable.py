@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -403,11 +402,8 @@ def test_something_else_in_the_place_of_a_snapshot(
     assert repair(made).saved == 18
 
 
-@pytest.mark.parametrize("instead", [itself, nowhere])
-def test_opening_does_not_look_at_a_log_that_snapshots_cover(
-    folder: Path, open_buffer: OpenBuffer, instead: Callable[[Path], None]
-) -> None:
-    """Who looks at the payloads in it is told."""
+def without_the_first_log(folder: Path, open_buffer: OpenBuffer) -> Path:
+    """Three experiences in snapshots, and a log for each, of which the first goes."""
     for serial in range(3):
         with open_buffer() as buffer:
             buffer.add(experience(serial, question="?" * 9000))
@@ -415,6 +411,15 @@ def test_opening_does_not_look_at_a_log_that_snapshots_cover(
             buffer.save_snapshot()
     log = min(folder.glob("experience_data.*"))
     log.unlink()
+    return log
+
+
+@pytest.mark.parametrize("instead", [itself, nowhere])
+def test_opening_does_not_look_at_a_log_that_snapshots_cover(
+    folder: Path, open_buffer: OpenBuffer, instead: Callable[[Path], None]
+) -> None:
+    """Who looks at the payloads in it is told."""
+    log = without_the_first_log(folder, open_buffer)
     instead(log)
     for mode in ("r", "a"):
         with open_buffer(mode=mode) as buffer:
@@ -429,13 +434,7 @@ def test_a_missing_log_is_named_by_all_who_need_it(
     folder: Path, open_buffer: OpenBuffer, tmp_path: Path
 ) -> None:
     """No one takes its payloads for evicted ones, or says more of them than is known."""
-    for serial in range(3):
-        with open_buffer() as buffer:
-            buffer.add(experience(serial, question="?" * 9000))
-            buffer.rebuild_index()
-            buffer.save_snapshot()
-    log = min(folder.glob("experience_data.*"))
-    log.unlink()
+    log = without_the_first_log(folder, open_buffer)
     with open_buffer() as buffer:
         for use in (
             lambda: buffer.get(0),
@@ -474,18 +473,6 @@ def no_object(path: Path) -> None:
 
 def beyond_memory(path: Path) -> None:
     os.truncate(path, 1 << 42)
-
-
-@pytest.fixture
-def little_memory() -> Iterator[None]:
-    """A size that is believed shows as a MemoryError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @pytest.mark.usefixtures("little_memory")
