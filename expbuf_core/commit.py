@@ -581,6 +581,7 @@ class CommitLog:
         words = self._control.words
         if not (words[c.APPENDING] or words[c.FLUSH_FAILED] or words[c.FLUSHING]):
             return  # somebody else has seen to it
+        self._check()  # or the words say so because they are no words of ours any more
         failed = words[c.FLUSH_FAILED] != 0
         # After a failed flush only what others may have seen is carried over; after a mere
         # death, everything that was written whole.

@@ -211,6 +211,25 @@ def test_a_control_page_that_is_changed_under_a_writer_stops_it(
         assert answers(again) == expected(range(6))
 
 
+def test_a_control_page_that_calls_the_log_broken_is_checked_first(
+    folder: Path, open_buffer: OpenBuffer
+) -> None:
+    """No new log is begun with the numbers of a page that somebody has overwritten."""
+    buffer = open_buffer()
+    add_all(buffer, range(3))
+    with open(folder / "control", "r+b") as file:
+        file.write(b"\xff" * 4096)
+    logs = {path.name: path.read_bytes() for path in folder.glob("*.wal")}
+    for use in (lambda: buffer.add(experience(3)), buffer.sync):
+        with pytest.raises(CorruptionError, match="not the control page"):
+            use()
+    with contextlib.suppress(StorageError):
+        buffer.close()
+    assert {path.name: path.read_bytes() for path in folder.glob("*.wal")} == logs
+    with open_buffer() as again:
+        assert answers(again) == expected(range(3))
+
+
 def test_a_reader_does_not_follow_a_control_page_of_another_time(
     folder: Path, open_buffer: OpenBuffer
 ) -> None:
