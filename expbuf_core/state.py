@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import numpy.ma  # else `np.unique` does, perhaps in the middle of a fork
 from numpy.typing import NDArray
 
 from expbuf_core import codec

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -588,3 +590,13 @@ class StateMachine(RuleBasedStateMachine):
 
 StateMachine.TestCase.settings = hypothesis_settings(stateful_step_count=30)
 TestAgainstAModel = StateMachine.TestCase
+
+
+def test_nothing_is_imported_by_the_first_use_of_numpy() -> None:
+    """A process may be forked in the middle of that; the child would wait for its lock for ever."""
+    code = (
+        "import sys, expbuf_core, numpy as np; before = set(sys.modules)\n"
+        "np.unique([2, 1], return_index=True); np.setdiff1d([1], [2], assume_unique=True)\n"
+        "assert set(sys.modules) == before, set(sys.modules) - before"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
