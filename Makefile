@@ -12,6 +12,8 @@ PACKAGES := expbuf_core $(foreach plugin,$(PLUGINS) $(GPU),$(plugin)/$(notdir $(
 # Always one command: a plugin alone would look for expbuf-core on the package index.
 EDITABLE := $(foreach plugin,$(PLUGINS),-e $(plugin))
 PYPROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml) $(GPU)/pyproject.toml
+# Compiled with the package; see expbuf_core/native.
+NATIVE := hatch_build.py $(wildcard expbuf_core/native/*.[ch])
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -101,25 +103,25 @@ docs: .venv/docs.stamp
 		echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian, Ubuntu: the package python3-venv)"; exit 1; }
 
 # A stamp says what .venv was set up for; a changed pyproject.toml makes it stale.
-.venv/demo.stamp: $(PYPROJECTS) | .venv/bin/python
+.venv/demo.stamp: $(PYPROJECTS) $(NATIVE) | .venv/bin/python
 	@echo "Setting up .venv for the demo (once; about a minute)"
 	@$(BIN)/python -m pip install --quiet -e ".[demo]" $(EDITABLE)
 	@touch $@
 
-.venv/dev.stamp: $(PYPROJECTS) | .venv/bin/python
+.venv/dev.stamp: $(PYPROJECTS) $(NATIVE) | .venv/bin/python
 	@echo "Setting up .venv for development (once; about a minute)"
 	@$(BIN)/python -m pip install --quiet -e ".[dev]" $(EDITABLE)
 	@$(BIN)/python -m pip install --quiet --no-deps -e $(GPU)
 	@touch $@ .venv/demo.stamp
 
-.venv-gpu/stamp: $(PYPROJECTS)
+.venv-gpu/stamp: $(PYPROJECTS) $(NATIVE)
 	@echo "Setting up .venv-gpu (once; downloads 1 GB)"
 	@test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
 	@.venv-gpu/bin/python -m pip install --quiet -e ".[testing]" -e plugins/expbuf_file \
 		-e plugins/expbuf_faiss -e $(GPU) "pytest-timeout>=2.3"
 	@touch $@
 
-.venv/docs.stamp: $(PYPROJECTS) | .venv/bin/python
+.venv/docs.stamp: $(PYPROJECTS) $(NATIVE) | .venv/bin/python
 	@echo "Setting up .venv for the documents (once; about a minute)"
 	@$(BIN)/python -m pip install --quiet -e ".[docs]" $(EDITABLE)
 	@touch $@
@@ -127,5 +129,6 @@ docs: .venv/docs.stamp
 clean:
 	@rm -rf site .venv .venv-gpu .venv-peers dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis \
 		.coverage demo_output benchmark_output
+	@rm -f expbuf_core/native/*.so
 	@find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "Clean"

@@ -56,6 +56,13 @@ def little_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+@pytest.fixture
+def without_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers that are opened in this test do with Python alone."""
+    for module in ("commit", "frames", "intake"):
+        monkeypatch.setattr(f"expbuf_core.{module}.native", None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if LONG:
         return

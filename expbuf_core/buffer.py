@@ -535,8 +535,7 @@ class ExperienceBuffer:
             refused: concurrent.futures.Future[int] = concurrent.futures.Future()
             refused.set_exception(exc)
             return refused
-        parts = accepted.v.copy(), accepted.q.copy()  # else they may be the caller's
-        return self._submitter.submit(self._add, intake, accepted._replace(v=parts[0], q=parts[1]))
+        return self._submitter.submit(self._add, intake, accepted)
 
     @_call
     def _add(self, intake: Intake, accepted: Accepted) -> int:
@@ -548,8 +547,7 @@ class ExperienceBuffer:
             except Outdated:
                 found = session.intake()
                 assert found is not None
-                found.check_parts(accepted)
-                intake = found
+                intake, accepted = found, found.accept_again(accepted)
 
     @_call
     def sync(self) -> int:

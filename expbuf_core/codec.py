@@ -372,7 +372,7 @@ def _all_escaped(values: Sequence[str]) -> list[Buffer]:
     return [view[i:j] for i, j in zip(starts, [*ends, len(whole)], strict=True)]
 
 
-def content_crcs(rows: bytearray, lengths: NDArray[np.uint32]) -> list[int]:
+def content_crcs(rows: Buffer, lengths: NDArray[np.uint32]) -> list[int]:
     """CRC-32 of each row's content."""
     view = memoryview(rows)
     if len(lengths) == 1:
@@ -535,19 +535,19 @@ def encode_add_one(
     reward: float,
     confidence: float,
     priority: float,
-    vector: NDArray[np.float32],
+    vector: bytes,
     labels: dict[str, list[Any]] | None,
     representation: int,
 ) -> bytes:
-    """`encode_add` of one experience; its vector is (1, dim)."""
+    """`encode_add` of one experience; its vector as the bytes of (dim,) float32."""
     sections = 0 if labels is None else 1
     head = _ADD_ONE.pack(
-        1, vector.shape[1], representation, sections, timestamp, reward, confidence, priority
+        1, len(vector) // 4, representation, sections, timestamp, reward, confidence, priority
     )
     if labels is None:
-        return b"".join((head, vector.data))
+        return head + vector
     text = dump_json(labels)
-    return b"".join((head, vector.data, _SECTION.pack(SECTION_LABELS, len(text)), text))
+    return b"".join((head, vector, _SECTION.pack(SECTION_LABELS, len(text)), text))
 
 
 @lru_cache(maxsize=64)

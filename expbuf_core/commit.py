@@ -13,12 +13,13 @@ appender died half-way, retires the log before anything else is written.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +38,19 @@ from expbuf_core.contracts import (
 from expbuf_core.control import Control
 from expbuf_core.crc import crc32
 from expbuf_core.errors import BufferClosed, LockTimeout, PluginContractError, StorageError
+from expbuf_core.filesystem import FileSystem, storage_errors
+from expbuf_core.locks import ProcessLock
+from expbuf_core.native import native
+
+if TYPE_CHECKING:
+    from expbuf_core.native._native import Log as NativeLog
 
 RESERVATION = 1 << 16
 _EVERYBODY = 1 << 30
 _RETRY_S = 1.0  # after a failed flush
 _APPEND_PAUSE_S = 1e-3  # a lost wake-up costs so much
 _FLUSH_PAUSE_S = 5e-3
+_PATIENCE_S = 3e-4
 _NONE: NDArray[np.uint32] = np.empty(0, np.uint32)
 
 Result = TypeVar("Result")
@@ -113,6 +121,8 @@ class Drafter(Protocol):
     representation: int
 
     def draft(self, accepted: Sequence[Any]) -> Draft: ...
+
+    def labels(self, accepted: Any) -> bytes | None: ...
 
 
 class Addition(NamedTuple):
@@ -241,6 +251,8 @@ class CommitLog:
         self._check = check
         self._syncs = durability == "sync"
         self._reserves = reserves and not self._syncs
+        self._native: NativeLog | None = None
+        self._native_path: str | os.PathLike[str] = ""  # of what it appends to
         self._threads = Combiner(self._commit)
         self._closed = False
         self._starting = threading.Lock()
@@ -268,6 +280,10 @@ class CommitLog:
             LockTimeout: A lock was not free in time: that for appends, and nothing was written; or
                 one that a sync needs, and its durability is not known.
         """
+        if self._native is not None and self._outer is None and isinstance(work, Addition):
+            found = self._added_natively(self._native, work)
+            if found is not None:
+                return found
         call = _Call(work)
         if self._outer is None:
             self._threads.do(call)
@@ -292,6 +308,92 @@ class CommitLog:
         self._finish(entries)
         for entry in entries:
             entry.tell()
+
+    # ------------------------------------------------------------ plain adds
+
+    def write_natively(self, control: str, fs: FileSystem, max_commit_bytes: int) -> None:
+        """Let native code write plain adds, if there is any, and as soon as the adapter says where.
+
+        Args:
+            control: Path of the control page, which this process has set or joined by now.
+            fs: Of the buffer.
+            max_commit_bytes: Of the configuration.
+        """
+        words = self._control.words
+        append_lock, flush_lock = self._append_lock, self._flush_lock
+        if (
+            native is None
+            or not isinstance(append_lock, ProcessLock)
+            or not isinstance(flush_lock, ProcessLock)
+            or not isinstance(words, memoryview)
+        ):
+            return
+        self._native = native.Log(
+            words=words,
+            control=control,
+            inode=words[c.INODE],
+            generation=words[c.GENERATION],
+            append_mutex=append_lock.file.mutex,
+            append_fd=append_lock.file.fd,
+            flush_mutex=flush_lock.file.mutex,
+            flush_fd=flush_lock.file.fd,
+            fail=self._fail,
+            fs=None if type(fs) is FileSystem else fs,
+            syncs=self._syncs,
+            reserves=self._reserves,
+            max_commit=max_commit_bytes,
+            patience=_PATIENCE_S,
+        )
+
+    def _added_natively(self, log: NativeLog, addition: Addition) -> tuple[int, int] | None:
+        """Have a plain add written by native code; None: it was not, there is more to it."""
+        drafter = addition.drafter
+        found = log.add(addition.accepted, drafter.representation, drafter.labels)
+        if found is None:
+            return None
+        lsn, first_id, retirements = found
+        self._appended()
+        if retirements is not None:
+            if self._syncs:
+                self.flush(lsn, retirements)
+            elif self._durability == "group":
+                self._flush_later()
+        return lsn, first_id
+
+    def _fail(self, what: str, exc: BaseException) -> NoReturn:
+        """Raise what native code has met at a write or a sync."""
+        try:
+            with storage_errors(what, self._native_path):
+                raise exc
+        except StorageError as error:
+            if what == "sync":
+                self.flush_error = str(error)
+            raise
+
+    def _append_natively_nowhere(self) -> None:
+        """The adapter may go on to other files (append lock held)."""
+        if self._native is not None:
+            self._native.append_nowhere()
+
+    def _append_natively_from_now_on(self) -> None:
+        """To where the adapter appends now, if it says so (append lock held)."""
+        if self._native is not None:
+            log = self._adapter.open_log()
+            if log is None:
+                self._native.close()  # nobody is inside: it never began
+                self._native = None
+            else:
+                self._native.append_to(
+                    log.data_fd,
+                    log.index_fd,
+                    log.number,
+                    log.data_size,
+                    log.index_size,
+                    crc32(log.salt),
+                )
+                self._native_path = log.path
+
+    # ------------------------------------------------------------ append
 
     def _append(self, entries: list[_Entry]) -> None:
         """Write operations one behind the other."""
@@ -391,6 +493,7 @@ class CommitLog:
             next_id += count
             added += draft.weight
         words[c.APPENDING] = 1
+        self._append_natively_nowhere()
         try:
             places = self._adapter.append(stamped, words[c.DURABLE])
         except LogInterrupted:
@@ -399,6 +502,7 @@ class CommitLog:
             words[c.APPENDING] = 0
             raise
         logged = self._logged(stamped, places)
+        self._append_natively_from_now_on()
         words[c.NEXT_ID] = next_id
         words[c.ROWS_ADDED] += added
         words[c.NEXT_LSN] = lsn
@@ -551,6 +655,8 @@ class CommitLog:
         """Sync, and say that all up to `lsn` is durable (flush lock held)."""
         words = self._control.words
         words[c.FLUSHING] = 1
+        if self._native is not None:
+            self._native.sync_nothing()
         try:
             self._adapter.sync()
         except LockTimeout:  # none was tried
@@ -566,6 +672,8 @@ class CommitLog:
             raise
         if lsn > words[c.DURABLE]:
             words[c.DURABLE] = lsn
+        if self._native is not None and (synced := self._adapter.synced_log()) is not None:
+            self._native.sync_with(*synced)
         words[c.FLUSHING] = 0
         self.flush_error = None
 
@@ -593,6 +701,7 @@ class CommitLog:
         # From here on the new log may be the log, though the words name the old one. If this dies
         # or fails half-way, nobody may append to either before it was seen through.
         words[c.APPENDING] = words[c.APPENDING] or 1
+        self._append_natively_nowhere()
         self._adapter.retire(words[c.DURABLE], keep, next_lsn)
         if died:
             # The dead appender may have stamped ids; skip more than one commit can hold.
@@ -683,6 +792,7 @@ class CommitLog:
         words = self._control.words
         self._retire_if_broken()
         words[c.APPENDING] = 1
+        self._append_natively_nowhere()
         try:
             self._adapter.switch(words[c.NEXT_LSN], words[c.DURABLE])
         except LogInterrupted:
@@ -716,6 +826,8 @@ class CommitLog:
     def stop(self) -> None:
         """Stop the flusher, and wait for all that use the adapter just now."""
         self._closed = True  # who gets a lock later sees it
+        if self._native is not None:
+            self._native.shut()
         try:  # noqa: SIM105  (`suppress` is no builtin)
             self._going.release()
         except RuntimeError:  # the flusher has seen it
@@ -723,8 +835,15 @@ class CommitLog:
         self._dirty.put(None)
         self._append_lock.drain()
         self._flush_lock.drain()
+        if self._native is not None:
+            self._native.close()
         if self._flusher is not None and self._flusher is not threading.current_thread():
             self._flusher.join(timeout=10)
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the control page."""
+        if self._native is not None:
+            self._native.abandon()
 
     def _close(self) -> None:
         """`close` (append lock held)."""
@@ -732,6 +851,8 @@ class CommitLog:
         if words[c.DURABLE] < words[c.APPENDED]:  # other threads have written since `sync`
             self._flush_lock.run(self._flush_rest)
         self._closed = True
+        if self._native is not None:
+            self._native.shut()
 
     def _flush_rest(self) -> None:
         """Sync what nobody will later (both locks held)."""
@@ -745,9 +866,23 @@ class CommitLog:
 
 
 def draft_rows(
-    kind: int, body: bytes, rows: bytearray, lengths: NDArray[np.uint32], weight: int
+    kind: int,
+    body: bytes,
+    rows: bytearray,
+    lengths: NDArray[np.uint32],
+    *,
+    crcs: list[int] | None = None,
 ) -> Draft:
-    """A draft whose rows wait for their ids."""
-    crcs = codec.content_crcs(rows, lengths)
+    """A draft whose rows wait for their ids.
+
+    Args:
+        kind: Of the operation.
+        body: Of the operation.
+        rows: n, unstamped, one behind the other.
+        lengths: (n,)
+        crcs: Checksums of the rows' contents; None: they are computed here.
+    """
+    if crcs is None:
+        crcs = codec.content_crcs(rows, lengths)
     operation = Operation(kind, body, crc32(body), b"", lengths, _NONE)
-    return Draft(operation, rows=rows, content_crcs=crcs, weight=weight)
+    return Draft(operation, rows=rows, content_crcs=crcs, weight=len(lengths))

@@ -416,6 +416,35 @@ class Appended(NamedTuple):
     cursor: Any
 
 
+class OpenLog(NamedTuple):
+    """Files of frames that adds may be appended to in the adapter's place.
+
+    Under the append lock, and as `append` would: the frame with its payloads into the data log, the
+    same without them into the index log, then the adapter's words. Those are, by number: 0 the
+    number of the files, 1 and 2 the ends of data and index log, 3 the number of the newest file
+    of which all before it are synced (under the flush lock), 4 up to where the data log was
+    written ahead; nobody but the adapter goes beyond that, or begins another file.
+
+    Attributes:
+        data_fd: Of the data log; open until the next `append`, `switch`, `retire` or `close`.
+        index_fd: Of the index log, likewise.
+        number: Of both, and the epoch of their frames. A location is `number << 40 | offset`, and a
+            cursor (number, offset in the index log).
+        data_size: Bytes of the data log, 80 of which are for the frame that ends it.
+        index_size: Bytes of the index log, likewise.
+        salt: Of the frames of both.
+        path: Of the data log, for messages.
+    """
+
+    data_fd: int
+    index_fd: int
+    number: int
+    data_size: int
+    index_size: int
+    salt: bytes
+    path: Path
+
+
 class LogFollower(ABC):
     """Reads the operations of one log in order, as they come. One a replica; not thread-safe."""
 
@@ -602,6 +631,22 @@ class PersistenceAdapter(ABC):
 
         All of them or, on an error, none. `durable_lsn` is what is known to be durable now.
         """
+
+    def open_log(self) -> OpenLog | None:
+        """The files that `append` goes on in, where the core may lay down adds itself.
+
+        For an adapter whose log is files of frames (`expbuf_core.frames`), see `OpenLog`. Called
+        behind `append` (append lock held). Default: None, never.
+        """
+        return None
+
+    def synced_log(self) -> tuple[int, int] | None:
+        """(descriptor, number) of the log file that `sync` has just synced, for the same.
+
+        Called behind `sync` (flush lock held); the descriptor stays open until the next `sync`,
+        `retire` or `close`.
+        """
+        return None
 
     def hasten(self) -> None:  # noqa: B027  (optional)
         """What this process appended last is about to be synced: start to write it out.

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from expbuf_core.contracts import Buffer, LoggedOperation, LoggedRun, Pin, Stamped
 from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError
+from expbuf_core.native import native
 
 MAGIC = 0x46505845  # "EXPF"
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -217,8 +218,76 @@ def check_rows(
 
 # ---------------------------------------------------------------- frames that are alike
 
-_LEAST_RUN = 16
+LEAST_RUN = 16
+_LAST_LSN = (1 << 64) - 1  # that there can be
 _NO_LENGTHS = np.empty(0, np.uint32)
+
+
+def run_of(
+    window: memoryview,
+    at: int,
+    end: int,
+    stands_at: int,
+    limit: int,
+    *,
+    epoch: int,
+    salt_crc: int,
+    data_log: bool,
+    rows: bool,
+    lsn: int | None,
+    until_lsn: int,
+    location: int,
+) -> tuple[LoggedRun, int] | None:
+    """Frames that are alike and follow each other, by native code.
+
+    Args:
+        window: Bytes of the log.
+        at: Where in them the first frame begins.
+        end: And where what was read ends.
+        stands_at: Offset in the log of their beginning.
+        limit: Offset in the log of its end.
+        epoch: Of the frames.
+        salt_crc: CRC-32 of the file's salt.
+        data_log: Whether it is one, with rows,
+        rows: and whether these are to be checked.
+        lsn: Of the first; None: any.
+        until_lsn: Of the last.
+        location: What their offsets are counted from.
+
+    Returns:
+        The run, and where behind it the next frame begins in the window; None where there are few,
+        or no native code is.
+    """
+    if native is None:
+        return None
+    found = native.run(
+        window,
+        at,
+        end,
+        stands_at,
+        limit,
+        epoch,
+        salt_crc,
+        data_log,
+        rows,
+        lsn,
+        min(until_lsn, _LAST_LSN),
+        LEAST_RUN,
+    )
+    if found is None:
+        return None
+    first_lsn, kind, with_row, bodies, numbers, n, after = found
+    ids, places = np.frombuffer(numbers, np.int64, 2 * n).reshape(2, n)
+    sizes = np.frombuffer(numbers, np.uint32, n, 16 * n)
+    run = LoggedRun(
+        first_lsn,
+        kind,
+        np.frombuffer(bodies, np.uint8).reshape(n, -1) if bodies else np.empty((n, 0), np.uint8),
+        ids,
+        places | location,
+        sizes if with_row else None,
+    )
+    return run, after
 
 
 class Alike:
@@ -253,7 +322,7 @@ class Alike:
         starts = [start for start, _ in self.shapes] + [len(self)]
         for i, (_, (kind, size, n)) in enumerate(self.shapes):
             start, end = starts[i : i + 2]
-            if n <= 1 and end - start >= _LEAST_RUN:
+            if n <= 1 and end - start >= LEAST_RUN:
                 items.append(self._run(first_lsn + start, kind, size, n, slice(start, end)))
             else:
                 for number in range(start, end):

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expbuf_core import codec
+from expbuf_core.builtin.fusions import WeightedConcat, WeightedSum
+from expbuf_core.builtin.scorers import WeightedSumScorer
 from expbuf_core.codec import AddBody
 from expbuf_core.commit import Draft, draft_rows
 from expbuf_core.contracts import EmbeddingFusion, PriorityScorer, ScoringBatch
@@ -36,6 +38,7 @@ from expbuf_core.errors import (
     shown,
 )
 from expbuf_core.experience import Experience
+from expbuf_core.native import native
 from expbuf_core.values import (
     OLDEST,
     ages,
@@ -54,6 +57,9 @@ from expbuf_core.values import (
     reward_columns,
     rewards,
 )
+
+if TYPE_CHECKING:
+    from expbuf_core.native._native import Encoder
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -114,13 +120,29 @@ class _Checked(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """An experience that can be stored as it is; see `Intake.accept`."""
+    """An experience that can be stored as it is; see `Intake.accept`.
 
-    v: Vectors
-    q: Vectors
+    Attributes:
+        row: Its payload, encoded.
+        crc: CRC-32 of the payload's content.
+        vector: The fused embedding, (dim,) float32 as bytes.
+        timestamp: UTC seconds.
+        reward: The total; NaN while unknown.
+        confidence: In [0, 1].
+        priority: As given, or the scorer's.
+        tags: It is known by these,
+        key: and by this.
+    """
+
     row: bytes
-    item: _Checked
+    crc: int
+    vector: bytes
+    timestamp: float
+    reward: float
+    confidence: float
     priority: float
+    tags: list[str]
+    key: str | None
 
 
 class _Numbers(NamedTuple):
@@ -131,7 +153,7 @@ class _Numbers(NamedTuple):
     timestamp: NDArray[np.float64]
 
 
-def _numbers(items: Sequence[_Checked]) -> _Numbers:
+def _numbers(items: Sequence[Accepted]) -> _Numbers:
     return _Numbers(
         np.array([item.confidence for item in items], np.float32),
         np.array([item.reward for item in items], np.float64),
@@ -202,7 +224,7 @@ def _labels(tags: list[list[str]], keys: list[str | None]) -> dict[str, list[Any
     return {"tags": tags, "keys": keys}
 
 
-def _labels_of(items: Sequence[_Checked]) -> dict[str, list[Any]] | None:
+def _labels_of(items: Sequence[Accepted]) -> dict[str, list[Any]] | None:
     return _labels([item.tags for item in items], [item.key for item in items])
 
 
@@ -244,6 +266,7 @@ class Intake:
         self._max_experience = max_experience_bytes
         self._max_commit = max_commit_bytes
         self.representation = representation
+        self._encoder = self._make_encoder()
 
     # ------------------------------------------------------------ parts
 
@@ -343,8 +366,47 @@ class Intake:
 
     # ------------------------------------------------------------ drafts
 
+    def _make_encoder(self) -> Encoder | None:
+        """What does the plain case of `accept`; None where nothing is plain."""
+        fusion, scorer = self.fusion, self.scorer
+        # Of exactly these types: what a subclass does, who knows.
+        if (
+            native is None
+            or not isinstance(fusion, WeightedSum | WeightedConcat)
+            or type(fusion) not in (WeightedSum, WeightedConcat)
+        ):
+            return None
+        scores, uncertainty, reward = False, 0.0, 0.0
+        if isinstance(scorer, WeightedSumScorer) and type(scorer) is WeightedSumScorer:
+            s = scorer.settings
+            scores = True
+            uncertainty, reward = s.uncertainty_weight, s.reward_weight * s.reward_scale
+        encoder: Encoder = native.Encoder(
+            experience=Experience,
+            accepted=Accepted,
+            array=np.ndarray,
+            fsum=math.fsum,
+            v_dim=self.v_dim,
+            q_dim=self.q_dim,
+            dim=self.dim,
+            max_row=min(self._max_experience, self._max_commit - 4 * self.dim),
+            concat=type(fusion) is WeightedConcat,
+            normalize=fusion.normalize,
+            cosine=self.metric == "cosine",
+            v_factor=fusion.v_factor,
+            q_factor=fusion.q_factor,
+            scores=scores,
+            uncertainty=uncertainty,
+            reward=reward,
+        )
+        return encoder
+
     def accept(self, experience: Experience, priority: float | None) -> Accepted:
-        """Check one experience, score and encode it: all that may run code of the user's."""
+        """Check one experience, score, encode and fuse it: all that may run code of the user's."""
+        if self._encoder is not None:
+            accepted: Accepted | None = self._encoder.accept(experience, priority)
+            if accepted is not None:
+                return accepted
         now = time.time()
         v = self._part(experience.v_embed, "v_embed", self.v_dim, rank=1)
         q = self._part(experience.q_embed, "q_embed", self.q_dim, rank=1)
@@ -356,45 +418,63 @@ class Intake:
             value = float(initial_priorities([priority], 1)[0])
         else:
             value = self._score_one(item, now)
-        return Accepted(v, q, row, item, value)
+        (crc,) = codec.content_crcs(row, np.array((len(row),), np.uint32))
+        vector = self.refuse(v[np.newaxis], q[np.newaxis]).tobytes()
+        return Accepted(
+            row,
+            crc,
+            vector,
+            item.timestamp,
+            item.reward,
+            item.confidence,
+            value,
+            item.tags,
+            item.key,
+        )
 
-    def check_parts(self, accepted: Accepted) -> None:
-        """See that what was accepted for another representation has the dimensions of this one.
+    def accept_again(self, accepted: Accepted) -> Accepted:
+        """The same, of what was accepted for another representation.
 
         Raises:
-            InvalidExperience: It has not.
+            InvalidExperience: This one has other dimensions.
         """
-        for part, name, dim in (
-            (accepted.v, "v_embed", self.v_dim),
-            (accepted.q, "q_embed", self.q_dim),
-        ):
-            self._part(part if len(part) else None, name, dim, rank=1)
+        v, q = codec.decode_embeddings([accepted.row], "v_embed", "q_embed")
+        for part, name, dim in ((v, "v_embed", self.v_dim), (q, "q_embed", self.q_dim)):
+            self._part(part[0] if part.size else None, name, dim, rank=1)
+        return accepted._replace(vector=self.refuse(v, q).tobytes())
 
     def draft(self, accepted: Sequence[Accepted]) -> Draft:
         """What was accepted as one operation.
 
         One alone is drafted without arrays of one number: each costs a microsecond.
         """
+        crcs = [each.crc for each in accepted]
         if len(accepted) == 1:
-            ((v, q, row, item, value),) = accepted
-            vector = self.refuse(v[np.newaxis], q[np.newaxis])
+            (one,) = accepted
             body = codec.encode_add_one(
-                *(item.timestamp, item.reward, item.confidence, value, vector),
-                _labels_of((item,)),
+                *(one.timestamp, one.reward, one.confidence, one.priority, one.vector),
+                _labels_of(accepted),
                 self.representation,
             )
-            lengths = np.array((len(row),), np.uint32)
-            return draft_rows(codec.ADD, body, bytearray(row), lengths, 1)
-        items = [each.item for each in accepted]
+            lengths = np.array((len(one.row),), np.uint32)
+            return draft_rows(codec.ADD, body, bytearray(one.row), lengths, crcs=crcs)
+        lengths = np.array([len(each.row) for each in accepted], np.uint32)
+        self._check_sizes(lengths)
+        vectors = np.frombuffer(b"".join([each.vector for each in accepted]), np.float32)
         return self._draft(
-            stacked([each.v for each in accepted], self.v_dim),
-            stacked([each.q for each in accepted], self.q_dim),
+            vectors.reshape(-1, self.dim),
             bytearray().join([each.row for each in accepted]),
-            np.array([len(each.row) for each in accepted], np.uint32),
-            _numbers(items),
+            lengths,
+            _numbers(accepted),
             np.array([each.priority for each in accepted], np.float32),
-            _labels_of(items),
+            _labels_of(accepted),
+            crcs,
         )
+
+    def labels(self, accepted: Accepted) -> bytes | None:
+        """What replicas know it by, encoded; None where there is nothing."""
+        found = _labels_of((accepted,))
+        return None if found is None else codec.dump_json(found)
 
     def one(self, experience: Experience, priority: float | None) -> Draft:
         """One experience as an operation."""
@@ -465,7 +545,8 @@ class Intake:
         )
         tags = [each or [] for each in lists["tags"]] if "tags" in lists else [[]] * n
         labels = _labels(tags, lists.get("key", [None] * n))
-        return self._draft(v, q, rows, lengths, columns.numbers, scores, labels)
+        self._check_sizes(lengths)
+        return self._draft(self.refuse(v, q), rows, lengths, columns.numbers, scores, labels)
 
     def _checked(self, item: Experience, now: float) -> _Checked:
         """Everything of an experience but its embeddings."""
@@ -601,18 +682,16 @@ class Intake:
 
     def _draft(
         self,
-        v: Vectors,
-        q: Vectors,
+        vectors: Vectors,
         rows: bytearray,
         lengths: NDArray[np.uint32],
         numbers: _Numbers,
         priority: NDArray[np.float32],
         labels: dict[str, list[Any]] | None,
+        crcs: list[int] | None = None,
     ) -> Draft:
-        self._check_sizes(lengths)
-        vectors = self.refuse(v, q)
         confidence, reward, timestamp = numbers
         body = codec.encode_add(
             AddBody(timestamp, reward, confidence, priority, vectors, labels, self.representation)
         )
-        return draft_rows(codec.ADD, body, rows, lengths, len(lengths))
+        return draft_rows(codec.ADD, body, rows, lengths, crcs=crcs)

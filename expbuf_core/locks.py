@@ -27,11 +27,14 @@ from typing import Any, TypeVar
 
 from expbuf_core.errors import BufferClosed, LockTimeout, ReentrantCall
 from expbuf_core.filesystem import is_plain, open_for_good, storage_errors
+from expbuf_core.native import native
 
 # struct flock on 64-bit Linux and (reordered) macOS; only read to name the holder of a lock.
 _FLOCK = struct.Struct("hhqqi4x")
 
 Result = TypeVar("Result")
+# Native code takes it without the interpreter's lock.
+_Mutex = threading.RLock if native is None else native.Mutex
 
 
 class _LockFile:
@@ -44,7 +47,7 @@ class _LockFile:
             os.close(self.fd)
             raise OSError(errno.EINVAL, "something else stands in its place")
         self.path = path
-        self.mutex: Any = threading.RLock()  # knows its owner; never entered twice
+        self.mutex: Any = _Mutex()  # knows its owner; never entered twice
         self.running = False  # by `run`
         self.sharers = 0
         self.users = 0
@@ -248,8 +251,12 @@ def _kept_by_a_thread(
     what: object, timeout: float, who: str = "another thread of this process"
 ) -> LockTimeout:
     me = os.getpid()
-    if isinstance(what, Path) and _root_of(what, me)[0] != what:
-        return _timed_out(what, f"{who} (pid {me})", me, timeout)
+    if isinstance(what, Path):
+        pid = holder(what)
+        if pid is not None:  # that thread has only the turn to wait for another process
+            return _timed_out(what, f"process {pid}", pid, timeout)
+        if _root_of(what, me)[0] != what:
+            return _timed_out(what, f"{who} (pid {me})", me, timeout)
     return LockTimeout(f"{what}: {who} (pid {me}) has held the lock for {timeout:g} s", pid=me)
 
 
@@ -262,7 +269,7 @@ class ProcessLock:
     """
 
     def __init__(self, path: Path, timeout_s: float) -> None:
-        self._file = _open(path)
+        self.file = _open(path)
         self.timeout_s = timeout_s
 
     def run(
@@ -285,7 +292,7 @@ class ProcessLock:
             LockTimeout: It was not free in time; `.pid` is the holder's.
             ReentrantCall: This thread is in here already: a signal handler interrupted it.
         """
-        file, timeout = self._file, self.timeout_s
+        file, timeout = self.file, self.timeout_s
         mutex = file.mutex
         if mutex._is_owned():
             raise _has_it_already(file.path, file.running)
@@ -309,7 +316,7 @@ class ProcessLock:
 
     def try_run(self, work: Callable[..., object], *args: Any) -> bool:
         """Do something while the lock is held, if it is free now; whether it was."""
-        file, ran = self._file, False
+        file, ran = self.file, False
         mutex = file.mutex
         if mutex._is_owned():
             return False
@@ -337,7 +344,7 @@ class ProcessLock:
                 holder's.
         """
         timeout = self.timeout_s if timeout_s is None else timeout_s
-        file = self._file
+        file = self.file
         if file.mutex._is_owned():
             raise _kept_by_a_thread(file.path, 0, "this thread")
         try:
@@ -377,7 +384,7 @@ class ProcessLock:
 
     def try_acquire(self) -> bool:
         """Take the lock if it is free now; `try_run` is to be preferred."""
-        file = self._file
+        file = self.file
         if file.mutex._is_owned() or not file.mutex.acquire(blocking=False):
             return False
         try:
@@ -391,26 +398,26 @@ class ProcessLock:
 
     def release(self) -> None:
         """Let go; nothing happens where this thread does not hold it."""
-        mutex = self._file.mutex
+        mutex = self.file.mutex
         if mutex._is_owned():
             try:
-                if self._file.fd >= 0:
-                    fcntl.lockf(self._file.fd, fcntl.LOCK_UN)
+                if self.file.fd >= 0:
+                    fcntl.lockf(self.file.fd, fcntl.LOCK_UN)
             finally:
                 mutex.release()
 
     def is_mine(self) -> bool:
         """Whether this thread is inside, by this object or another one on the same file."""
-        return bool(self._file.mutex._is_owned())
+        return bool(self.file.mutex._is_owned())
 
     def drain(self) -> None:
         """Wait until all threads of this process that are inside, or wait for others, are out."""
-        with self._file.mutex:
+        with self.file.mutex:
             pass
 
     def close(self) -> None:
         """Let go of the file; the lock is not used any more."""
-        _close(self._file)
+        _close(self.file)
 
     def __enter__(self) -> None:
         self.acquire()

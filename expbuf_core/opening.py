@@ -192,6 +192,9 @@ def _to_write(session: Session, path: Path) -> tuple[Loaded, bool, bool]:
             if first:
                 session.control.activate()
             session.generation = session.control.words[c.GENERATION]
+            session.commit_log.write_natively(
+                session.control_path, session.fs, session.config.max_commit_bytes
+            )
             open_lock.share()
         except BaseException:
             if first:

@@ -21,7 +21,7 @@ from expbuf_core.contracts import (
     LogGone,
     PersistenceAdapter,
 )
-from expbuf_core.control import DURABLE, INDEX_GENERATION, NEXT_ID, RETIREMENTS, Control
+from expbuf_core.control import APPENDED, DURABLE, INDEX_GENERATION, NEXT_ID, RETIREMENTS, Control
 from expbuf_core.errors import CorruptionError, ReentrantCall, StorageError
 from expbuf_core.sampling import PrioritySampler, Settings
 from expbuf_core.segments import Manifest
@@ -155,10 +155,10 @@ class Replica:
 
     def may_lag(self) -> bool:
         """Whether the next read may as well apply what there is, many at once, as a write now."""
-        control, state = self.control, self.state
-        if control.published() - state.lsn >= _LAG:
+        words, state = self.control.words, self.state
+        if words[APPENDED] - state.lsn >= _LAG:
             return False
-        return control.words[NEXT_ID] - state.next_id < _LAG_ROWS  # one operation may hold many
+        return words[NEXT_ID] - state.next_id < _LAG_ROWS  # one operation may hold many
 
     def refresh(self) -> None:
         """Apply what has been published since; one comparison where that is nothing.

@@ -124,7 +124,7 @@ class Session:
         self._change_lock = ThreadLock(timeout)
         self.prepared: Prepared | None = None
         self.any_fusion = False  # opened to change it
-        self._control_path = "" if path is None else str(path / folder.CONTROL)
+        self.control_path = "" if path is None else str(path / folder.CONTROL)
         self._control_inode = 0
         self.fusion: EmbeddingFusion = self._make_plugin("fusion", config.fusion)
         self._fused_by = self.fusion_settings()
@@ -180,14 +180,14 @@ class Session:
     def map_control(self, path: Path) -> None:
         """Map the control page, and remember which file it is."""
         self.control = Control.map(path / folder.CONTROL, writable=True)
-        self._control_inode = os.stat(self._control_path).st_ino
+        self._control_inode = os.stat(self.control_path).st_ino
 
     def check_folder(self) -> None:
         """See that the folder is the one that was opened (append lock held)."""
         if self.path is None:
             return
         try:
-            found = os.stat(self._control_path)
+            found = os.stat(self.control_path)
         except OSError as exc:
             raise BufferReplaced(
                 f"{self.path}: the folder was removed or replaced while it was open ({exc}); open "
@@ -200,7 +200,7 @@ class Session:
         # Its words say where to write. Somebody who copies files into the folder, or cuts them,
         # changes them under all who have it open.
         if found.st_size < c.PAGE_BYTES or self.control.words[c.GENERATION] != self.generation:
-            raise c.not_ours(self._control_path)
+            raise c.not_ours(self.control_path)
 
     def is_replaced(self) -> bool:
         """Whether another buffer, or none, is at the path."""
@@ -364,9 +364,10 @@ class Session:
     def _commit(
         self, work: Draft | Addition, kind: int, count: int, representation: int | None
     ) -> tuple[int, int, int]:
-        if not self.writable:
+        if self.mode == "r":
             raise ReadOnlyBuffer(f"{self.path} is open in mode 'r'; open it in mode 'a' to write")
-        started = time.monotonic()
+        listening = "expbuf_on_committed" in self.registry.events
+        started = time.monotonic() if listening else 0.0
         if representation is not None and self.control.words[c.REPRESENTATION] != representation:
             self._check_representation(representation)
         lsn, first_id = self.commit_log.commit(work)
@@ -377,7 +378,7 @@ class Session:
             self.refresh()
         if kind != codec.ADD:
             count = self.replica.counts.pop(lsn, 0)
-        if "expbuf_on_committed" in self.registry.events:
+        if listening:
             self.registry.fire(
                 "expbuf_on_committed",
                 path=str(self.path or ""),
@@ -700,6 +701,7 @@ class Session:
     def abandon(self) -> None:
         """In a forked child: forget everything without touching the folder."""
         self.closed = self.abandoned = True
+        self.commit_log.abandon()
         self.adapter.after_fork()
         if self.choice is not None:
             self.choice.after_fork()

@@ -82,6 +82,10 @@ class Upkeep:
         self._snapshot_lsn = 0  # of the snapshot behind which experiences are counted, and
         self._snapshot_rows = 0  # what the counter of added ones said then
         self._scattered = False  # so many logs were there at opening that there had better be fewer
+        # Asked at each commit.
+        self._builds = session.config.index.builder in ("process", "thread")
+        self._rebuild_every = session.config.index.rebuild_every
+        self._snapshot_every = session.config.snapshot.every_ops
 
     def begin(self, rows: int, *, first: bool) -> None:
         """At opening: so many experiences were added behind the newest snapshot."""
@@ -185,7 +189,7 @@ class Upkeep:
             written = self._written_bytes - self._dropped_bytes
             return operations > _MEMORY_OPERATIONS or written > max(_MEMORY_BYTES, self._live_bytes)
         return (
-            (self._builds_here() and self.build_is_due())
+            (self._builds and self.build_is_due())
             or self.snapshot_is_due()
             or session.adapter.needs_preparation()
         )
@@ -199,7 +203,7 @@ class Upkeep:
             return
         if session.adapter.needs_preparation():
             session.maintenance.try_run(session.commit_log.prepare)
-        if self._builds_here() and self.build_is_due():
+        if self._builds and self.build_is_due():
             if session.config.index.builder == "thread":
                 self.build_index()
             else:
@@ -229,14 +233,11 @@ class Upkeep:
 
     # ------------------------------------------------------------ index
 
-    def _builds_here(self) -> bool:
-        return self._session.config.index.builder in ("process", "thread")
-
     def build_is_due(self) -> bool:
         """Whether enough has changed since the last build began."""
         words = self._session.control.words
         changed = words[c.ROWS_ADDED] - words[c.BUILT_ROWS]
-        return changed >= self._session.config.index.rebuild_every or self._is_lost()
+        return changed >= self._rebuild_every or (words[c.DAMAGED_INDEX] > 0 and self._is_lost())
 
     def _is_lost(self) -> bool:
         """Whether somebody could not open the published index, and nobody was asked for another."""
@@ -398,7 +399,7 @@ class Upkeep:
 
     def snapshot_is_due(self) -> bool:
         """Whether the log behind the newest snapshot has grown long, or lies in many files."""
-        return self._scattered or self._behind() >= self._session.config.snapshot.every_ops
+        return self._scattered or self._behind() >= self._snapshot_every
 
     def _behind(self) -> int:
         """Operations behind the newest snapshot; an add counts with each of its experiences."""
@@ -407,7 +408,8 @@ class Upkeep:
             self._snapshot_lsn = words[c.SNAPSHOT_LSN]
             self._snapshot_rows = words[c.ROWS_ADDED]
         operations = words[c.APPENDED] - self._snapshot_lsn
-        return max(operations, words[c.ROWS_ADDED] - self._snapshot_rows)
+        rows = words[c.ROWS_ADDED] - self._snapshot_rows
+        return operations if operations > rows else rows
 
     def snapshot(self, *, if_due: bool = False) -> int:
         """Switch logs, write the columns as of the switch, drop what nobody needs; the LSN.

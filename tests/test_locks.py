@@ -197,10 +197,30 @@ def test_a_timeout_names_the_holder(path: Path, elsewhere: Any) -> None:
         pass
 
 
+def test_every_thread_that_waits_is_told_which_process_holds_it(path: Path, elsewhere: Any) -> None:
+    other = elsewhere(_HOLD)
+    ahead, behind = ProcessLock(path, TIMEOUT_S), ProcessLock(path, 0.05)
+    waits = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+
+        def pause() -> bool:
+            waits.set()
+            time.sleep(1e-3)
+            return True
+
+        waiting = pool.submit(ahead.run, lambda: None, pause=pause)
+        assert waits.wait(TIMEOUT_S)
+        with pytest.raises(LockTimeout, match=f"process {other.pid} has held") as caught:
+            behind.run(lambda: None)
+        assert caught.value.pid == other.pid
+        other.go_on()
+        waiting.result(TIMEOUT_S)
+
+
 def until_it_waits(path: Path) -> None:
     """Another process that holds this lock has been waiting for the other one for a while."""
     lock = ProcessLock(path, 0)  # closing another descriptor would drop the lock in this process
-    while not os.pread(lock._file.fd, 100, 0):
+    while not os.pread(lock.file.fd, 100, 0):
         time.sleep(1e-3)
     lock.close()
 
@@ -433,7 +453,7 @@ def test_closing_waits_for_who_is_inside(path: Path) -> None:
     def work() -> None:
         inside.set()
         assert go_on.wait(TIMEOUT_S)
-        os.fstat(lock._file.fd)  # still open
+        os.fstat(lock.file.fd)  # still open
 
     with ThreadPoolExecutor(2) as pool:
         working = pool.submit(lock.run, work)

@@ -327,7 +327,7 @@ def test_a_writer_that_dies_while_the_copy_takes_the_append_lock(
 
         class Lock(ProcessLock):
             def __enter__(self) -> None:
-                if self._file.path.name == "append":
+                if self.file.path.name == "append":
                     added.append(writer.add(experience(5)))
                     assert words[c.DURABLE] < words[c.APPENDED]
                     words[left] = 1

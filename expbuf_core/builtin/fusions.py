@@ -40,21 +40,21 @@ class _WeightedFusion:
     version = 1
 
     def __init__(self, settings: FusionSettings) -> None:
-        self._normalize = settings.normalize_parts
-        self._v_factor = self._factor(settings.visual_weight)
-        self._q_factor = self._factor(settings.question_weight)
+        self.normalize = settings.normalize_parts
+        self.v_factor = self._factor(settings.visual_weight)
+        self.q_factor = self._factor(settings.question_weight)
 
     @staticmethod
     def _factor(weight: float) -> float:
         return weight
 
     def _scaled(self, part: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
-        return _unit(part, factor) if self._normalize else part * np.float32(factor)
+        return _unit(part, factor) if self.normalize else part * np.float32(factor)
 
     def _parts(self, v: NDArray[np.float32], q: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         if not v.shape[1] or not q.shape[1]:
             return [self._scaled(v if v.shape[1] else q, 1.0)]
-        return [self._scaled(v, self._v_factor), self._scaled(q, self._q_factor)]
+        return [self._scaled(v, self.v_factor), self._scaled(q, self.q_factor)]
 
 
 class WeightedSum(_WeightedFusion):
@@ -75,7 +75,7 @@ class WeightedSum(_WeightedFusion):
 
     def __call__(self, v: NDArray[np.float32], q: NDArray[np.float32]) -> NDArray[np.float32]:
         """Fuse (n, v_dim) and (n, q_dim) to (n, dim) float32."""
-        if self._normalize:
+        if self.normalize:
             return self._sum(v, q)
         with np.errstate(over="ignore"):  # what is not finite is refused, and not warned of
             return self._sum(v, q)

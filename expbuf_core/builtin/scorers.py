@@ -43,10 +43,10 @@ class WeightedSumScorer:
     """
 
     def __init__(self, settings: WeightedSumSettings) -> None:
-        self._settings = settings
+        self.settings = settings
 
     def _calculate_initial_priority(self, batch: ScoringBatch) -> NDArray[np.float64]:
-        s = self._settings
+        s = self.settings
         priority = s.uncertainty_weight * _uncertainty(batch)
         priority += (s.reward_weight * s.reward_scale) * np.abs(_reward(batch))
         if s.age_weight and batch.age.any():
@@ -69,7 +69,7 @@ class WeightedSumScorer:
         """Of one experience; see `PriorityScorer`."""
         if probabilities is not None or age:
             return None
-        s = self._settings
+        s = self.settings
         score = s.uncertainty_weight * (1.0 - confidence)
         if reward_known:
             score += (s.reward_weight * s.reward_scale) * abs(total_reward)

@@ -243,7 +243,9 @@ def test_nothing_is_written_after_closing_could_not_have_a_lock(folder: Path) ->
             log._append_lock.run(log._retire_if_broken)
 
 
-def test_closing_that_cannot_have_a_lock_waits_for_a_thread_that_writes(folder: Path) -> None:
+def test_closing_that_cannot_have_a_lock_waits_for_a_thread_that_writes(
+    folder: Path, without_native_code: None
+) -> None:
     """Else its file might be another one's by then."""
     with open_small(folder):  # keeps the lock files
         buffer = open_small(folder, lock_timeout_s=0.02)

@@ -559,7 +559,7 @@ def test_a_change_that_waited_keeps_what_the_other_made(
     lock, waited = ProcessLock.acquire, []
 
     def behind_the_first(self: ProcessLock, timeout_s: float | None = None) -> None:
-        if self._file.path.name == "reindex" and not waited:
+        if self.file.path.name == "reindex" and not waited:
             waited.append(self)
             changes[first]()
         lock(self, timeout_s)

@@ -25,6 +25,7 @@ from expbuf_core.contracts import (
     LogGone,
     LogInterrupted,
     LogPostponed,
+    OpenLog,
     PersistenceAdapter,
     PersistenceContext,
     Pin,
@@ -303,6 +304,33 @@ class FilePersistenceAdapter(PersistenceAdapter):
             # Should another thread switch logs at this moment, a hint is given in vain.
             start, end = current.last
             self._fs.start_writing(current.data_fd, start, end - start)
+
+    def open_log(self) -> OpenLog | None:
+        current = self._writable
+        if current is None or self._settings.commit == "rename" or self._is_changed():
+            return None
+        return OpenLog(
+            current.data_fd,
+            current.index_fd,
+            current.number,
+            current.data_size,
+            current.index_size,
+            current.salt,
+            current.data_path,
+        )
+
+    def _is_changed(self) -> bool:
+        """Whether somebody has made more, or something else, of appending or syncing."""
+        mine = FilePersistenceAdapter
+        return (
+            getattr(self.append, "__func__", None) is not mine.append
+            or getattr(self.sync, "__func__", None) is not mine.sync
+        )
+
+    def synced_log(self) -> tuple[int, int] | None:
+        number = self._words[_SYNCED]
+        known = self._sync_fds.get(number)
+        return None if known is None else (known[0], number)
 
     def _append_by_rename(self, stamped: Sequence[Stamped], durable_lsn: int) -> list[Appended]:
         """Let a commit appear as a log file of its own, whole and durable or not at all."""

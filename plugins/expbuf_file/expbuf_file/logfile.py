@@ -16,6 +16,7 @@ from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError
 from expbuf_core.filesystem import first_unreadable, is_damage, open_to_read, reading
 from expbuf_core.frames import Header
+from expbuf_core.native import native
 from expbuf_file import layout
 
 _FIRST_WINDOW = 1 << 14
@@ -255,11 +256,28 @@ class LogFile:
         window, window_at = self._window, self._window_at
         end = min(self._filled, limit - window_at)
         epoch, salt_crc, data_log = self.number, self.salt_crc, self.header.log == 0
+        run = frames.run_of(
+            window,
+            at,
+            end,
+            window_at,
+            limit,
+            epoch=epoch,
+            salt_crc=salt_crc,
+            data_log=data_log,
+            rows=rows,
+            lsn=lsn,
+            until_lsn=until_lsn,
+            location=epoch << layout.OFFSET_BITS,
+        )
+        if run is not None:
+            return [run[0]], window_at + run[1]
         # Spelled out, not called: a call takes longer than what it does.
         decode, decode_row = frames.HEADER.unpack_from, frames.SINGLE_ROW.unpack_from
         pack_id, row_header = frames.ID.pack, frames.ROW_HEADER_BYTES
         found = frames.Alike(epoch << layout.OFFSET_BITS)
         shape: tuple[int, int, int] | None = None
+        stretch = 0
         bodies, ids, places, sizes = found.bodies, found.ids, found.places, found.sizes
         while (body_at := at + header_bytes) <= end:
             (
@@ -330,12 +348,16 @@ class LogFile:
             if (kind, body_len, n) != shape:
                 shape = (kind, body_len, n)
                 found.shapes.append((len(places), shape))
+                stretch = 0
             bodies.append(body)
             ids.append(first_id)
             places.append(place + rows_at - at)
             sizes.append(rows_len)
             lsn += 1
             at = following
+            stretch += 1
+            if stretch == frames.LEAST_RUN and native is not None and n <= 1:
+                break  # it looks like many: native code goes on
         return found.taken_together((lsn or 0) - len(places)), window_at + at
 
     def proof(self, offset: int, limit: int) -> int:

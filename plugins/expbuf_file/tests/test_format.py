@@ -139,7 +139,7 @@ def test_the_example_is_what_is_written() -> None:
             labels=None,
         )
     )
-    draft = draft_rows(codec.ADD, body, bytearray(row), np.array([len(row)], np.uint32), 1)
+    draft = draft_rows(codec.ADD, body, bytearray(row), np.array([len(row)], np.uint32))
     assert draft.rows is not None
     seals = frames.stamp_rows(draft.rows, draft.operation.lengths, draft.content_crcs, 41)
     operation = draft.operation._replace(rows=draft.rows, row_crcs=seals)

@@ -243,7 +243,7 @@ def test_lmdb_itself_is_never_waited_for(tmp_path: Path) -> None:
 
         def _note(self) -> None:
             lock = environment.transaction_lock(path, 0)
-            held.append(lock._file.mutex._is_owned())
+            held.append(lock.file.mutex._is_owned())
             lock.close()
 
         def open_db(self, *args: Any, **settings: Any) -> Any:

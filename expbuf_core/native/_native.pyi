@@ -1,0 +1,90 @@
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+def crc32(data: bytes | bytearray | memoryview, start: int = 0, /) -> int: ...
+def run(
+    window: memoryview,
+    at: int,
+    end: int,
+    stands_at: int,
+    limit: int,
+    epoch: int,
+    salt_crc: int,
+    data_log: bool,
+    rows: bool,
+    lsn: int | None,
+    until_lsn: int,
+    least: int,
+    /,
+) -> tuple[int, int, int, bytearray, bytearray, int, int] | None: ...
+
+class Encoder:
+    def __init__(
+        self,
+        *,
+        experience: type,
+        accepted: type[tuple[Any, ...]],
+        array: type,
+        fsum: Callable[[Iterable[float]], float],
+        v_dim: int,
+        q_dim: int,
+        dim: int,
+        max_row: int,
+        concat: bool,
+        normalize: bool,
+        cosine: bool,
+        v_factor: float,
+        q_factor: float,
+        scores: bool,
+        uncertainty: float,
+        reward: float,
+    ) -> None: ...
+    def accept(self, experience: object, priority: object, /) -> Any | None: ...
+
+class Mutex:
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
+    def release(self) -> None: ...
+    def _is_owned(self) -> bool: ...
+    def __enter__(self) -> bool: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+class Log:
+    @property
+    def inside(self) -> int: ...
+    def __init__(
+        self,
+        *,
+        words: memoryview,
+        control: str,
+        inode: int,
+        generation: int,
+        append_mutex: Mutex,
+        append_fd: int,
+        flush_mutex: Mutex,
+        flush_fd: int,
+        fail: Callable[[str, BaseException], NoReturn],
+        fs: object | None,
+        syncs: bool,
+        reserves: bool,
+        max_commit: int,
+        patience: float,
+    ) -> None: ...
+    def add(
+        self, accepted: object, representation: int, labels_of: Callable[[Any], bytes | None], /
+    ) -> tuple[int, int, int | None] | None: ...
+    def append_to(
+        self,
+        data_fd: int,
+        index_fd: int,
+        number: int,
+        data_size: int,
+        index_size: int,
+        salt_crc: int,
+        /,
+    ) -> None: ...
+    def append_nowhere(self) -> None: ...
+    def sync_with(self, fd: int, number: int, /) -> None: ...
+    def sync_nothing(self) -> None: ...
+    def shut(self) -> None: ...
+    def close(self) -> None: ...
+    def abandon(self) -> None: ...
