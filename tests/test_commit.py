@@ -87,8 +87,11 @@ def home() -> Iterator[Path]:
     shutil.rmtree(made)
 
 
-@pytest.fixture
-def scene(home: Path) -> Iterator[Scene]:
+@pytest.fixture(params=["native", "python"])
+def scene(home: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    """By native code, where there is some, and by Python."""
+    if request.param == "python":
+        request.getfixturevalue("without_native_code")
     made = Scene(home / "memory")
     yield made
     made.close()
@@ -313,7 +316,9 @@ def test_a_reservation_makes_nothing_durable_that_a_flush_lost(
 
 
 @pytest.mark.parametrize("durability", ["sync", "group", "os"])
-def test_a_sync_that_was_not_tried_has_not_failed(scene: Scene, durability: str) -> None:
+def test_a_sync_that_was_not_tried_has_not_failed(
+    scene: Scene, durability: str, without_native_code: None
+) -> None:
     """Another process keeps the storage for too long: no error of the disk went with it."""
     buffer = scene.open(durability=durability, group_interval_ms=5000.0)
     add(buffer, range(2))
@@ -800,7 +805,9 @@ class Interposed:
         self.words[which] = value
 
 
-def test_nothing_lost_is_acknowledged_whenever_the_log_is_given_up(scene: Scene) -> None:
+def test_nothing_lost_is_acknowledged_whenever_the_log_is_given_up(
+    scene: Scene, without_native_code: None
+) -> None:
     """A thread that waits for its flush may sleep for long between two looks at the words."""
     buffer, other = scene.open(), scene.open(FileSystem())
     words, log, serial = buffer._session.control.words, buffer._session.commit_log, 100

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from itertools import product
+from typing import Any
 
 import pytest
 from crash_model import LONG, Story
@@ -25,6 +27,22 @@ from expbuf_core.testing.recording import (
 
 SEEDS = range(100) if LONG else range(4)
 STATES = 3000 if LONG else 450
+CODES = ["native", "python"]
+
+
+def by_turns(*cases: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Each case with native code or without, and with both in the long run."""
+    if LONG:
+        return [(*case, code) for case in cases for code in CODES]
+    return [(*case, CODES[i % 2]) for i, case in enumerate(cases)]
+
+
+@pytest.fixture(autouse=True)
+def _written_by(request: pytest.FixtureRequest) -> None:
+    """Native code, unless the test is told otherwise."""
+    arguments = getattr(request.node, "callspec", None)
+    if arguments is not None and arguments.params.get("code") == "python":
+        request.getfixturevalue("without_native_code")
 
 
 def check_all(story: Story, states: int) -> int:
@@ -67,24 +85,28 @@ def _few_warnings() -> Iterator[None]:
     logger.setLevel(before)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_sync(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "code"), by_turns(*((seed,) for seed in SEEDS)))
+def test_sync(seed: int, code: str) -> None:
     story = Story(seed, steps=60)
     story.deep = 3  # crash again while it recovers and goes on, and again
     assert check_all(story, STATES) > STATES // 2
 
 
-@pytest.mark.parametrize("seed", SEEDS if LONG else SEEDS[:1])
-@pytest.mark.parametrize("durability", ["group", "os"])
-def test_weaker_durability(durability: str, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("durability", "seed", "code"),
+    by_turns(*product(["group", "os"], SEEDS if LONG else SEEDS[:1])),
+)
+def test_weaker_durability(durability: str, seed: int, code: str) -> None:
     story = Story(seed, steps=40, durability=durability)
     story.deep = 2
     check_all(story, STATES // 2)
 
 
-@pytest.mark.parametrize("seed", SEEDS if LONG else SEEDS[:2])
-@pytest.mark.parametrize("durability", ["sync", "group", "os"])
-def test_faults(durability: str, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("durability", "seed", "code"),
+    by_turns(*product(["sync", "group", "os"], SEEDS if LONG else SEEDS[:2])),
+)
+def test_faults(durability: str, seed: int, code: str) -> None:
     """Syncs and writes fail, the disk is full now and then; and there are crashes, too."""
     story = Story(seed, steps=60, durability=durability, faults=True)
     check_all(story, STATES // 2)

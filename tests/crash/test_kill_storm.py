@@ -23,31 +23,41 @@ ROUND_S = 8.0 if LONG else 3.5
 
 
 class Storm:
-    """Processes on one folder, through one parent that forks and kills them."""
+    """Processes on one folder, through two parents that fork and kill them.
+
+    The children of one of them do without native code.
+    """
 
     def __init__(self, folder: Path, reports: Path) -> None:
         self.backend = "file"
         self.folder = folder
         self.reports = reports
-        self._parent = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("storm_worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._parents = [
+            subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("storm_worker.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"EXPBUF_NATIVE": native},
+            )
+            for native in (os.environ.get("EXPBUF_NATIVE", "1"), "0")
+        ]
+        self._parent_of: dict[int, subprocess.Popen[str]] = {}
         self._names = 0
 
-    def ask(self, **command: Any) -> int:
-        assert self._parent.stdin is not None
-        assert self._parent.stdout is not None
-        self._parent.stdin.write(json.dumps(command) + "\n")
-        self._parent.stdin.flush()
-        return int(self._parent.stdout.readline())
+    def ask(self, parent: subprocess.Popen[str], **command: Any) -> int:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        parent.stdin.write(json.dumps(command) + "\n")
+        parent.stdin.flush()
+        return int(parent.stdout.readline())
 
     def start(self, role: str, durability: str, seed: int) -> int:
         self._names += 1
         name = f"{role}-{self._names}"
-        return self.ask(
+        parent = self._parents[self._names % 2]
+        pid = self.ask(
+            parent,
             role=role,
             name=name,
             seed=seed,
@@ -56,9 +66,11 @@ class Storm:
             folder=str(self.folder),
             report=str(self.reports / f"{name}.jsonl"),
         )
+        self._parent_of[pid] = parent
+        return pid
 
     def kill(self, pid: int) -> None:
-        self.ask(kill=pid)
+        self.ask(self._parent_of.pop(pid), kill=pid)
 
     def wait_for(self, *what: str) -> None:
         """See that each of these has happened at least once, however busy the machine is."""
@@ -70,11 +82,12 @@ class Storm:
             time.sleep(0.05 if missing else 0)
 
     def close(self) -> None:
-        assert self._parent.stdin is not None
-        assert self._parent.stdout is not None
-        self._parent.stdin.close()
-        self._parent.wait(30)
-        self._parent.stdout.close()
+        for parent in self._parents:
+            assert parent.stdin is not None
+            assert parent.stdout is not None
+            parent.stdin.close()
+            parent.wait(30)
+            parent.stdout.close()
 
 
 class Ledger:

@@ -1,0 +1,619 @@
+"""Native code and Python do the same: what is plain byte by byte, what is not is left to Python."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expbuf_core import Experience, ExperienceBuffer, codec, control, frames
+from expbuf_core.builtin.fusions import FusionSettings, WeightedConcat, WeightedSum
+from expbuf_core.builtin.scorers import WeightedSumScorer, WeightedSumSettings
+from expbuf_core.contracts import Operation, Stamped, one_by_one
+from expbuf_core.crc import crc32
+from expbuf_core.errors import ExpbufError, StorageError
+from expbuf_core.intake import Accepted, Intake
+from expbuf_core.native import native, why_not
+from expbuf_core.testing.faults import FaultyFileSystem
+from expbuf_file import layout
+from expbuf_file.logfile import BadFrame, LogFile
+
+pytestmark = pytest.mark.skipif(native is None, reason=f"no native code: {why_not}")
+
+NOW = 1_700_000_000.0
+CONFIG: dict[str, Any] = {"max_size": 10_000, "index": {"backend": "exact", "builder": "off"}}
+
+
+# ---------------------------------------------------------------- numbers that both know
+
+
+def test_words_and_sizes_agree() -> None:
+    assert native is not None
+    names = "GENERATION APPENDED NEXT_ID PUBLISHED DURABLE APPENDING FLUSHING FLUSH_FAILED"
+    names += " RETIREMENTS RESERVED_ID RESERVED_LSN ROWS_ADDED WAITING_TO_APPEND"
+    names += " WAITING_FOR_FLUSH NEXT_LSN ADAPTER"
+    for name in names.split():
+        assert getattr(native, f"W_{name}") == getattr(control, name), name
+    assert native.W_COUNT == control.WORDS
+    assert native.PAGE_BYTES == control.PAGE_BYTES
+    assert native.MAGIC == frames.MAGIC
+    assert native.FRAME_HEADER == frames.HEADER_BYTES
+    assert native.ROW_HEADER == frames.ROW_HEADER_BYTES
+    assert native.LOG_BEGIN == frames.LOG_BEGIN
+    assert native.KIND_ADD == codec.ADD
+    assert native.END_BYTES == layout.END_BYTES
+    assert native.A_FIELDS == len(Accepted._fields)
+
+
+def test_crc(rng: np.random.Generator) -> None:
+    assert native is not None
+    data = rng.bytes(70_000)
+    for n in [*range(300), 1023, 4096, 65_537]:
+        for at in (0, 1, 3, 8):
+            part = memoryview(data)[at : at + n]
+            assert native.crc32(part) == zlib.crc32(part)
+            assert native.crc32(part, 0xDEADBEEF) == zlib.crc32(part, 0xDEADBEEF)
+
+
+# ---------------------------------------------------------------- an experience
+
+V_DIM, Q_DIM = 6, 6
+INTAKES: dict[str, dict[str, Any]] = {
+    "sum": {},
+    "sum, as they are": {"fusion": WeightedSum(FusionSettings(normalize_parts=False))},
+    "concat": {"fusion": WeightedConcat(FusionSettings(visual_weight=0.4)), "q_dim": 3},
+    "l2": {"metric": "l2", "fusion": WeightedSum(FusionSettings(normalize_parts=False))},
+    "one part": {"q_dim": 0},
+    "another scorer": {"scorer": lambda batch: np.ones(len(batch))},
+}
+
+
+def intake(**changed: Any) -> Intake:
+    arguments: dict[str, Any] = {
+        "v_dim": V_DIM,
+        "q_dim": Q_DIM,
+        "metric": "cosine",
+        "fusion": WeightedSum(FusionSettings()),
+        "scorer": WeightedSumScorer(WeightedSumSettings(reward_scale=0.3)),
+        "max_experience_bytes": 4000,
+        "max_commit_bytes": 1 << 24,
+        **changed,
+    }
+    return Intake(**arguments)
+
+
+def pure(**changed: Any) -> Intake:
+    made = intake(**changed)
+    made._encoder = None
+    return made
+
+
+def outcome(made: Intake, experience: Experience, priority: Any) -> Accepted | str:
+    try:
+        return made.accept(experience, priority)
+    except ExpbufError as exc:
+        return f"{type(exc).__name__}: {exc}"
+
+
+def assert_same(found: Accepted | str, wanted: Accepted | str) -> None:
+    if isinstance(found, str) or isinstance(wanted, str):
+        assert found == wanted
+        return
+    for name in ("row", "crc", "tags", "key", "timestamp", "confidence", "priority"):
+        assert getattr(found, name) == getattr(wanted, name), name
+    assert found.reward == wanted.reward or (np.isnan(found.reward) and np.isnan(wanted.reward))
+    vectors = [np.frombuffer(each.vector, np.float32) for each in (found, wanted)]
+    np.testing.assert_allclose(*vectors, rtol=2e-6, atol=1e-7)
+
+
+texts = st.text(st.characters(), max_size=20)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts
+odd = st.tuples(st.integers()) | st.binary(max_size=5) | st.just(np.float32(2)) | st.just(1 << 80)
+trees = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
+    max_leaves=10,
+)
+numbers = st.floats(0, 1) | st.integers(0, 1) | st.floats() | st.booleans() | st.just("x")
+parts = st.sampled_from(
+    [
+        np.linspace(-1, 1, V_DIM, dtype=np.float32),
+        np.linspace(2, 3, V_DIM, dtype=np.float32),
+        np.linspace(2, 3, V_DIM),
+        np.linspace(2, 3, 3, dtype=np.float32),
+        np.linspace(2, 3, 2 * V_DIM, dtype=np.float32)[::2],
+        np.zeros(V_DIM, np.float32),
+        np.full(V_DIM, 1e-30, np.float32),
+        np.full(V_DIM, 3e38, np.float32),
+        np.array([1, 2, np.nan, 0, 0, 0], np.float32),
+        np.array([1, 2, -np.inf, 0, 0, 0], np.float32),
+        np.ones((1, V_DIM), np.float32),
+        np.ones(V_DIM, ">f4"),
+        [1.0] * V_DIM,
+        None,
+    ]
+)
+
+
+@st.composite
+def experiences(draw: st.DrawFn) -> Experience:
+    """Ordinary for the most part, with an oddity here and there."""
+    fields: dict[str, Any] = {
+        "v_embed": draw(parts),
+        "q_embed": draw(parts),
+        "question": draw(texts),
+        "timestamp": NOW + 1e9,  # not yet: else its age, which depends on the clock, would count
+    }
+    rare: dict[str, st.SearchStrategy[Any]] = {
+        "answer": trees | odd,
+        "trajectory": trees | odd,
+        "metadata": st.dictionaries(texts, trees, max_size=3) | odd,
+        "rewards": numbers | st.dictionaries(texts, numbers, max_size=4),
+        "confidence": numbers,
+        "probabilities": st.just(np.array([0.25, 0.75], np.float32)),
+        "tags": st.lists(texts, max_size=3).map(tuple) | st.lists(texts, max_size=3) | odd,
+        "image": texts | st.binary(max_size=4),
+        "key": texts | odd,
+        "timestamp": st.floats(0, 4e9) | st.integers(0, 1 << 40) | numbers,
+        "id": st.integers(0, 3),
+    }
+    for name in draw(st.sets(st.sampled_from(sorted(rare)), max_size=4)):
+        fields[name] = draw(rare[name])
+    return Experience(**fields)
+
+
+@pytest.mark.parametrize("kind", INTAKES)
+@given(experience=experiences(), priority=st.none() | numbers)
+def test_whatever_comes_in(kind: str, experience: Experience, priority: Any) -> None:
+    both = [make(**INTAKES[kind]) for make in (intake, pure)]
+    found, wanted = (outcome(made, experience, priority) for made in both)
+    if not isinstance(wanted, str) and 0 < (age := time.time() - wanted.timestamp):
+        # What the clock says enters into the priority.
+        assert isinstance(found, Accepted)
+        assert age < 0 or found.priority == pytest.approx(wanted.priority, rel=1e-5)
+        found = found._replace(priority=wanted.priority)
+    assert_same(found, wanted)
+
+
+PLAIN: list[dict[str, Any]] = [
+    {"question": 'what is it? «ü» \U0001f600 "\\\n\r\t\b\f\x00\x1f\x7f/'},
+    {"answer": "a cat", "rewards": {"exact": 1.0, "format": -0.25, "length": 3}},
+    {"answer": {"choices": [1, -2.5, 1e300, True, None]}, "rewards": 2},
+    {"trajectory": [{"step": i, "thought": "t" * i} for i in range(9)], "confidence": 0},
+    {"metadata": {"source": "web", "nested": {"": []}}, "tags": ("a", "b"), "key": "k"},
+    {"image": "a.png", "answer": "", "rewards": {}, "metadata": {}},
+    {"answer": 2**63 - 1, "confidence": 0.1},
+]
+
+
+@pytest.mark.parametrize("fields", PLAIN)
+def test_what_is_plain_is_done_natively(fields: dict[str, Any]) -> None:
+    made, v = intake(), np.linspace(-1, 1, V_DIM, dtype=np.float32)
+    experience = Experience(v_embed=v, q_embed=v + 2, timestamp=NOW + 1e9, **fields)
+    assert made._encoder is not None
+    accepted = made._encoder.accept(experience, None)
+    assert accepted is not None
+    assert_same(accepted, pure().accept(experience, None))
+    assert_same(made._encoder.accept(experience, 0.5), pure().accept(experience, 0.5))
+
+
+ODD: list[dict[str, Any]] = [
+    {"question": "\ud800"},
+    {"answer": (1, 2)},
+    {"answer": {"$nd": 0}},
+    {"answer": 2**63},
+    {"answer": float("nan")},
+    {"answer": {1: 2}},
+    {"answer": [[]] * 1 + [np.float64(1)]},
+    {"rewards": float("nan")},
+    {"rewards": {"a": True}},
+    {"rewards": {"a": 1.7e308, "b": 1.7e308}},
+    {"confidence": True},
+    {"confidence": 1.5},
+    {"metadata": [1]},
+    {"tags": {"a"}},
+    {"key": 3},
+    {"image": b"png"},
+    {"id": 0},
+    {"probabilities": np.array([0.5, 0.5], np.float32)},
+    {"question": "q" * 4000},
+    {"timestamp": NOW - 1e9},  # its age counts
+]
+
+
+@pytest.mark.parametrize("fields", ODD)
+def test_what_is_not_plain_is_left_alone(fields: dict[str, Any]) -> None:
+    made, v = intake(), np.linspace(-1, 1, V_DIM, dtype=np.float32)
+    experience = Experience(**{"v_embed": v, "q_embed": v + 2, "timestamp": NOW + 1e9, **fields})
+    assert made._encoder is not None
+    assert made._encoder.accept(experience, None) is None
+
+
+def test_too_deep_is_left_alone() -> None:
+    tree: Any = []
+    for _ in range(200):
+        tree = [tree]
+    made, v = intake(), np.ones(V_DIM, np.float32)
+    assert made._encoder is not None
+    experience = Experience(v_embed=v, q_embed=v, answer=tree)
+    assert made._encoder.accept(experience, None) is None
+
+
+def test_subclasses_are_left_alone() -> None:
+    """They may do anything: of experiences, arrays, fusions, scorers."""
+
+    class Mine(Experience):
+        pass
+
+    class Sum(WeightedSum):
+        pass
+
+    class Scorer(WeightedSumScorer):
+        pass
+
+    class Array(np.ndarray):  # type: ignore[type-arg]
+        pass
+
+    v = np.ones(V_DIM, np.float32)
+    made = intake()
+    assert made._encoder is not None
+    assert made._encoder.accept(Mine(v_embed=v, q_embed=v), None) is None
+    assert made._encoder.accept(Experience(v_embed=v.view(Array), q_embed=v), None) is None
+    assert intake(fusion=Sum(FusionSettings()))._encoder is None
+    scored = intake(scorer=Scorer(WeightedSumSettings()))
+    assert scored._encoder is not None
+    assert scored._encoder.accept(Experience(v_embed=v, q_embed=v), None) is None
+    assert scored._encoder.accept(Experience(v_embed=v, q_embed=v), 1.0) is not None
+
+
+# ---------------------------------------------------------------- the log
+
+
+def filled(path: Path, rng: np.random.Generator, n: int = 150, **settings: Any) -> list[Experience]:
+    """Experiences in a buffer, added by several threads, so that some share an operation."""
+    vectors = rng.standard_normal((n, 2, 8)).astype(np.float32)
+    given = [
+        Experience(
+            v_embed=v,
+            q_embed=q,
+            question=f"question {i} é" * (1 + i % 3 * (i > 60)),
+            answer={"i": i},
+            tags=("t",) if i % 50 == 7 else (),
+            key=f"k{i}" if i % 60 == 3 else None,
+            rewards=i / n if i % 5 else None,
+        )
+        for i, (v, q) in enumerate(vectors)
+    ]
+    with ExperienceBuffer.open(path, **{**CONFIG, **settings}) as buffer:
+        buffer.add(given[0])
+        assert buffer._session.commit_log._native is not None
+        ids = {buffer.add(experience): i for i, experience in enumerate(given[1:50], 1)}
+        threads = [
+            threading.Thread(
+                target=lambda k=k: ids.update(
+                    {buffer.add(given[i]): i for i in range(50 + k, n, 5)}
+                )
+            )
+            for k in range(5)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for id_, i in ids.items():
+            found = buffer.get(id_)
+            assert (found.question, found.answer) == (given[i].question, given[i].answer)
+            assert (found.key, found.tags) == (given[i].key, given[i].tags)
+            np.testing.assert_array_equal(found.v_embed, vectors[i, 0])
+    return given
+
+
+def check_frames(folder: Path) -> tuple[int, int]:
+    """See that the logs are what Python would write; how many adds, and how many rows of theirs."""
+    adds = rows_added = 0
+    for number in layout.numbers(folder, layout.DATA):
+        logs = [LogFile(folder, log, number, None) for log in (layout.DATA, layout.INDEX)]
+        data, index = (log.path.read_bytes() for log in logs)
+        index_at = layout.HEADER_BYTES
+        for frame in logs[0].frames(layout.HEADER_BYTES, logs[0].size(), rows=True):
+            if isinstance(frame, BadFrame) or frame.header.kind == frames.LOG_END:
+                break
+            header, body, lengths = frame.header, frame.body, frame.lengths
+            rows_at = header.rows_offset
+            rows = bytearray(data[rows_at : rows_at + header.rows_len])
+            crcs = codec.content_crcs(rows, lengths)
+            seals = frames.stamp_rows(rows, lengths, crcs, header.first_id)
+            operation = Operation(header.kind, body, crc32(body), bytes(rows), lengths, seals)
+            parts, index_parts, size, index_size = frames.encode(
+                Stamped(header.lsn, header.first_id, operation),
+                salt=logs[0].header.salt,
+                epoch=number,
+                durable_before=header.durable_before,
+                data_offset=frame.offset,
+            )
+            assert data[frame.offset : frame.offset + size] == b"".join(map(bytes, parts))
+            found = index[index_at : index_at + index_size]
+            assert found == b"".join(map(bytes, index_parts))
+            index_at += index_size
+            if header.kind == codec.ADD:
+                adds += 1
+                rows_added += len(lengths)
+                assert codec.encode_add(codec.decode_add(body)) == body
+    return adds, rows_added
+
+
+@pytest.mark.parametrize("durability", ["sync", "group", "os"])
+def test_frames_are_what_python_would_write(
+    durability: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    filled(tmp_path / "b", rng, durability=durability)
+    assert check_frames(tmp_path / "b")[1] == 150
+
+
+def scanned(log: LogFile, *, rows: bool, start: int) -> tuple[list[Any], int]:
+    """All that can be read of a log file, and where that ends."""
+    found: list[Any] = []
+    at, limit = start, log.size()
+    while True:
+        items, after = log.alike(at, limit, rows=rows)
+        if not items:
+            return found, at
+        for operation in one_by_one(iter(items)):
+            found.append(
+                (*operation[:3], bytes(operation.body), operation.location, list(operation.lengths))
+            )
+        at = after
+
+
+@pytest.mark.parametrize("log", [layout.DATA, layout.INDEX])
+def test_scanning_whole_and_damaged(
+    log: str, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "b"
+    filled(folder, rng)
+    number = max(layout.numbers(folder, log))
+    path = layout.path_of(folder, log, number)
+    whole = path.read_bytes()
+    begin = LogFile(folder, log, number, None).begin()
+    assert begin is not None
+    runs = []
+
+    class Counting:
+        @staticmethod
+        def run(*args: Any) -> Any:
+            assert native is not None
+            found = native.run(*args)
+            runs.append(found is not None)
+            return found
+
+    for case in range(80):
+        raw = bytearray(whole)
+        at = int(rng.integers(layout.HEADER_BYTES, len(raw)))
+        if case % 4 == 1:
+            raw[at] ^= 1 << int(rng.integers(8))
+        elif case % 4 == 2:
+            raw[at : at + 64] = bytes(len(raw[at : at + 64]))
+        elif case % 4 == 3:
+            del raw[at:]
+        path.write_bytes(raw)
+        for rows in (log == layout.DATA, False):
+            results = []
+            for code in (Counting, None):
+                monkeypatch.setattr(frames, "native", code)
+                results.append(
+                    scanned(LogFile(folder, log, number, None), rows=rows, start=begin.end)
+                )
+            assert results[0] == results[1]
+    assert sum(runs) > 80
+
+
+# ---------------------------------------------------------------- together
+
+THREADS = 8
+TIMEOUT_S = 30.0
+
+
+class Disk(FaultyFileSystem):
+    """A sync lasts until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.syncs, self.held, self.go_on = 0, threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def fdatasync(self, fd: int) -> None:
+        self.syncs += 1
+        self.held.set()
+        assert self.go_on.wait(TIMEOUT_S)
+        super().fdatasync(fd)
+
+
+def plain(serial: int, **fields: Any) -> Experience:
+    vector = np.random.default_rng(serial).standard_normal(8).astype(np.float32)
+    return Experience(v_embed=vector, q_embed=vector, answer=serial, **fields)
+
+
+class Crowd:
+    """Threads that add while the first of them waits for the disk."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.disk = Disk()
+        self.buffer = ExperienceBuffer.open(folder, **CONFIG, filesystem=self.disk, **settings)
+        self.buffer.add(plain(0))
+        self.results: dict[int, int | Exception] = {}
+        self.threads: list[threading.Thread] = []
+
+    def add(self, experience: Experience) -> None:
+        def run() -> None:
+            serial: Any = experience.answer
+            try:
+                self.results[serial] = self.buffer.add(experience)
+            except Exception as exc:
+                self.results[serial] = exc
+
+        self.threads.append(threading.Thread(target=run))
+        self.threads[-1].start()
+
+    def gather(self, experiences: list[Experience]) -> None:
+        """Until all have come: the first is being synced."""
+        log = self.buffer._session.commit_log._native
+        assert log is not None
+        self.disk.held.clear()
+        self.disk.go_on.clear()
+        self.add(plain(100 + len(self.threads)))
+        assert self.disk.held.wait(TIMEOUT_S)
+        for experience in experiences:
+            self.add(experience)
+        deadline = time.monotonic() + TIMEOUT_S
+        while log.inside < 1 + len(experiences):
+            assert time.monotonic() < deadline
+            time.sleep(1e-3)
+
+    def disperse(self) -> None:
+        self.disk.go_on.set()
+        for thread in self.threads:
+            thread.join(TIMEOUT_S)
+            assert not thread.is_alive()
+
+
+def test_one_sync_for_all_that_came_meanwhile(tmp_path: Path) -> None:
+    crowd = Crowd(tmp_path / "b")
+    before = crowd.disk.syncs
+    tagged = [plain(i, tags=("t",), key=f"k{i}") for i in range(1, 3)]
+    crowd.gather(tagged + [plain(i) for i in range(3, 1 + THREADS)])
+    crowd.disperse()
+    assert crowd.disk.syncs - before <= 3  # the first; the others; one that was late, perhaps
+    with crowd.buffer as buffer:
+        assert sorted(map(str, crowd.results.values())) == sorted(map(str, range(1, THREADS + 2)))
+        for serial, id_ in crowd.results.items():
+            assert isinstance(id_, int)
+            assert buffer.get(id_).answer == serial
+            assert buffer.get(id_).key == (f"k{serial}" if serial < 3 else None)
+        assert len(buffer) == THREADS + 2
+    with ExperienceBuffer.open(tmp_path / "b") as again:
+        assert len(again) == THREADS + 2
+
+
+def test_many_that_come_again_share_operations(tmp_path: Path) -> None:
+    """How many, depends on how many there were at the end of the sync before: tried some times."""
+    crowd = Crowd(tmp_path / "b")
+    operations = rows = round_ = 0
+    while operations == rows and round_ < 10:
+        crowd.gather([plain(i + 10 * round_) for i in range(1, 1 + THREADS)])
+        crowd.disperse()
+        round_ += 1
+        operations, rows = check_frames(tmp_path / "b")
+        assert rows == 1 + round_ * (THREADS + 1)
+    assert operations < rows
+    assert sorted(map(int, crowd.results.values())) == list(range(1, rows))  # type: ignore[arg-type]
+    crowd.buffer.close()
+
+
+def test_a_sync_that_fails_fails_for_all(tmp_path: Path) -> None:
+    crowd = Crowd(tmp_path / "b")
+    crowd.gather([plain(i) for i in range(1, THREADS)])
+    crowd.disk.fail("fdatasync")
+    crowd.disperse()
+    crowd.disk.clear()
+    with crowd.buffer as buffer:
+        failed = {k for k, v in crowd.results.items() if isinstance(v, StorageError)}
+        assert failed
+        assert all("sync" in str(crowd.results[serial]) for serial in failed)
+        later = buffer.add(plain(200))
+        assert buffer.stats()["log_retirements"] >= 1
+        stored = {e.answer for e in buffer}
+        assert {k for k in crowd.results if k not in failed} <= stored
+        assert not failed & stored
+        assert buffer.get(later).answer == 200
+    with ExperienceBuffer.open(tmp_path / "b") as again:
+        assert {e.answer for e in again} == stored
+
+
+def test_what_does_not_fit_the_disk_takes_no_others_along(tmp_path: Path) -> None:
+    crowd = Crowd(tmp_path / "b")
+    crowd.gather([plain(i) for i in range(1, 4)])
+    crowd.disk.fail("pwritev", times=1)
+    crowd.disperse()
+    crowd.disk.clear()
+    with crowd.buffer as buffer:
+        failed = [v for v in crowd.results.values() if isinstance(v, Exception)]
+        assert len(failed) <= 1
+        assert len(buffer) == 5 - len(failed)
+
+
+# ---------------------------------------------------------------- its mutex
+
+
+def test_mutex_excludes_and_knows_its_owner() -> None:
+    assert native is not None
+    mutex, inside, most = native.Mutex(), [], []
+
+    def work() -> None:
+        for _ in range(2000):
+            with mutex:
+                assert mutex._is_owned()
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1
+    assert not mutex._is_owned()
+    with pytest.raises(RuntimeError, match="does not hold"):
+        mutex.release()
+    with mutex, pytest.raises(RuntimeError, match="already"):
+        mutex.acquire()
+    assert mutex.acquire(blocking=False)
+    other: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: other.extend(
+            [mutex.acquire(False), mutex.acquire(timeout=0.01), mutex._is_owned()]
+        )
+    )
+    thread.start()
+    thread.join()
+    assert other == [False, False, False]
+    mutex.release()
+
+
+# ---------------------------------------------------------------- without it
+
+
+def test_without_native_code(tmp_path: Path, rng: np.random.Generator) -> None:
+    """The same folder, by a process that has none."""
+    given = filled(tmp_path / "b", rng)
+    code = (
+        "import sys, numpy as np\n"
+        "from expbuf_core import Experience, ExperienceBuffer\n"
+        "from expbuf_core.native import native, why_not\n"
+        "assert native is None and why_not == 'EXPBUF_NATIVE=0'\n"
+        "with ExperienceBuffer.open(sys.argv[1], index={'builder': 'off'}) as buffer:\n"
+        "    assert len(buffer) == 150, len(buffer)\n"
+        "    v = np.ones(8, np.float32)\n"
+        "    print(buffer.add(Experience(v_embed=v, q_embed=v, question='pure')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "b")],
+        env={**os.environ, "EXPBUF_NATIVE": "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    with ExperienceBuffer.open(tmp_path / "b", **CONFIG) as buffer:
+        assert buffer.get(int(done.stdout)).question == "pure"
+        assert len(buffer) == len(given) + 1
