@@ -28,6 +28,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from expbuf_core.native import native
+
 DIM = 384
 TEXT_BYTES = 500
 PAYLOAD_BYTES = 2 * 4 * DIM + TEXT_BYTES  # what a user hands over: two embeddings and some text
@@ -199,6 +201,8 @@ def machine(folder: Path) -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if native is None:
+        versions["expbuf-core"] += " (no native code)"
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": f"{model}, {os.cpu_count()} cores",

@@ -26,11 +26,11 @@ _BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTA
 MARGIN = 1.05
 # Why expbuf loses, by the beginning of the metric; the longest that fits counts.
 WHY = {
-    "add.one": "An add is checked, scored, fused, numbered and written to two logs, in Python; "
-    "a bare store takes the bytes as they are",
+    "add.one": "An add is checked, scored, fused, numbered and written to two logs; a bare store "
+    "takes the bytes as they are",
     "add.batch": "As with single adds; and every vector is written twice, as given and fused",
-    "add.writers": "The processes share one fsync, but each add takes the append lock and the "
-    "interpreter's time",
+    "add.writers": "The processes share one fsync, but each add takes the append lock and "
+    "processor time",
     "search.p50": "A search returns experiences that are pinned, with receipt and success rates, "
     "after looking for news in the log and searching the tail; a bare index returns numbers",
     "search.p99": "As the median",

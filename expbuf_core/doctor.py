@@ -25,6 +25,7 @@ from expbuf_core import shared_libraries
 from expbuf_core.config_schema import BufferConfig, load_config
 from expbuf_core.errors import ConfigError, ExpbufError, PluginError
 from expbuf_core.locks import opener
+from expbuf_core.native import native, why_not
 from expbuf_core.plugins import KINDS, PluginRegistry, default_registry
 from expbuf_core.transfer import NOTE
 
@@ -90,6 +91,11 @@ def _versions() -> Iterator[Finding]:
     if sys.platform != "linux":
         advice = "run it in a Linux container or machine"
         yield Finding("platform", "warning", f"{sys.platform} is not supported", advice)
+    if native is None:
+        advice = "install expbuf-core again where there is a C compiler, and see that it is not off"
+        yield Finding("native code", "note", f"not there, adds take longer: {why_not}", advice)
+    else:
+        yield Finding("native code", "ok", "does the path of plain adds")
 
 
 def _plugins(registry: PluginRegistry) -> Iterator[Finding]:
