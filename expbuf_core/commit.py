@@ -6,7 +6,9 @@
 What need not come before the write comes behind it: the disk is at work by then.
 
 Threads of one process that arrive together are one append and one flush, and what they add is one
-operation; processes share flushes.
+operation; processes share flushes. Adds that nothing stands in the way of go the same way in native
+code (`expbuf_core.native`); what it leaves alone comes here.
+
 Lock order: append before flush. Whoever finds that a flush failed, that its leader died, or that an
 appender died half-way, retires the log before anything else is written.
 """
@@ -50,7 +52,7 @@ _EVERYBODY = 1 << 30
 _RETRY_S = 1.0  # after a failed flush
 _APPEND_PAUSE_S = 1e-3  # a lost wake-up costs so much
 _FLUSH_PAUSE_S = 5e-3
-_PATIENCE_S = 3e-4
+_PATIENCE_S = 3e-4  # of native code, for others to come: about two syncs
 _NONE: NDArray[np.uint32] = np.empty(0, np.uint32)
 
 Result = TypeVar("Result")

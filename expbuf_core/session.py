@@ -701,7 +701,8 @@ class Session:
     def abandon(self) -> None:
         """In a forked child: forget everything without touching the folder."""
         self.closed = self.abandoned = True
-        self.commit_log.abandon()
+        if hasattr(self, "commit_log"):  # readers have none
+            self.commit_log.abandon()
         self.adapter.after_fork()
         if self.choice is not None:
             self.choice.after_fork()

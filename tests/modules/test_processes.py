@@ -472,6 +472,19 @@ def test_a_forked_child_opens_it_again(open_buffer: OpenBuffer) -> None:
     assert len(parents) == 8
 
 
+def test_a_forked_child_of_a_reader(open_buffer: OpenBuffer) -> None:
+    writer = open_buffer()
+    add_all(writer, range(3))
+    reader = open_buffer(mode="r")
+    assert answers(reader) == expected(range(3))
+
+    def child() -> None:
+        assert answers(reader) == expected(range(3))
+
+    assert run_forked(child) == 0
+    assert answers(reader) == expected(range(3))
+
+
 def test_a_forked_child_draws_another_stream(open_buffer: OpenBuffer, tmp_path: Path) -> None:
     buffer = open_buffer(seed=1)
     buffer.add_many(columns(range(100)))
