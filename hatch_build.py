@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,14 @@ def compiled(root: Path, folder: Path) -> Path:
     from setuptools import Distribution, Extension
     from setuptools.command.build_ext import build_ext
 
+    sources = sorted((root / PACKAGE).glob("*.[ch]"))
+    crc = zlib.crc32(b"".join(path.read_bytes() for path in sources))
     extension = Extension(
         "expbuf_core.native._native",
         [str(root / PACKAGE / "module.c")],
+        # What is imported beside other sources is told from what fits; see native/__init__.py.
+        define_macros=[("SOURCES", f"{crc}u")],
+        libraries=["m"],
         # No fused multiply-add: the same vectors on every processor.
         extra_compile_args=["-O2", "-g0", "-ffp-contract=off"],
     )

@@ -92,7 +92,11 @@ def _versions() -> Iterator[Finding]:
         advice = "run it in a Linux container or machine"
         yield Finding("platform", "warning", f"{sys.platform} is not supported", advice)
     if native is None:
-        advice = "install expbuf-core again where there is a C compiler, and see that it is not off"
+        advice = (
+            "unset EXPBUF_NATIVE"
+            if why_not == "EXPBUF_NATIVE=0"
+            else "install expbuf-core again where there is a C compiler; pip -v says what it meets"
+        )
         yield Finding("native code", "note", f"not there, adds take longer: {why_not}", advice)
     else:
         yield Finding("native code", "ok", "does the path of plain adds")

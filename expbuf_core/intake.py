@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from expbuf_core.native._native import Encoder
 
 _LARGEST = float(np.finfo(np.float32).max)
+# That native code takes for numbers.
+_SCALARS = tuple({np.dtype(code).type for code in ("e", "f", "d", *"bBhHiIlLqQ")})
 
 COLUMNS = (
     "v_embed",
@@ -376,15 +378,17 @@ class Intake:
             or type(fusion) not in (WeightedSum, WeightedConcat)
         ):
             return None
-        scores, uncertainty, reward = False, 0.0, 0.0
+        scores, uncertainty, reward, age, half_life = False, 0.0, 0.0, 0.0, 1.0
         if isinstance(scorer, WeightedSumScorer) and type(scorer) is WeightedSumScorer:
             s = scorer.settings
             scores = True
             uncertainty, reward = s.uncertainty_weight, s.reward_weight * s.reward_scale
+            age, half_life = s.age_weight, s.age_half_life_s
         encoder: Encoder = native.Encoder(
             experience=Experience,
             accepted=Accepted,
             array=np.ndarray,
+            scalars=_SCALARS,
             fsum=math.fsum,
             v_dim=self.v_dim,
             q_dim=self.q_dim,
@@ -398,6 +402,8 @@ class Intake:
             scores=scores,
             uncertainty=uncertainty,
             reward=reward,
+            age=age,
+            half_life=half_life,
         )
         return encoder
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 import zlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from expbuf_core.contracts import Operation, Stamped, one_by_one
 from expbuf_core.crc import crc32
 from expbuf_core.errors import ExpbufError, StorageError
 from expbuf_core.intake import Accepted, Intake
-from expbuf_core.native import native, why_not
+from expbuf_core.native import FITS, misfit, native, why_not
 from expbuf_core.testing.faults import FaultyFileSystem
 from expbuf_file import layout
 from expbuf_file.logfile import BadFrame, LogFile
@@ -118,18 +120,53 @@ def assert_same(found: Accepted | str, wanted: Accepted | str) -> None:
 
 texts = st.text(st.characters(), max_size=20)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts
-odd = st.tuples(st.integers()) | st.binary(max_size=5) | st.just(np.float32(2)) | st.just(1 << 80)
+numpys = st.sampled_from(
+    [
+        np.float16(0.1),
+        np.float32(0.1),
+        np.float64(0.1),
+        np.float32(np.nan),
+        np.float64(-np.inf),
+        np.longdouble(0.1),
+        np.int8(-1),
+        np.uint64(2**64 - 1),
+        np.int64(1),
+        np.bool_(True),
+        np.complex64(1j),
+        np.str_("a"),
+        np.datetime64("2020-01-01"),
+        np.arange(6, dtype=np.int32).reshape(2, 3).T,
+        np.arange(4, dtype=">f4")[::2],
+        np.zeros((0, 2), np.uint8),
+        np.array(1.5),
+        np.array([True]),
+        np.array(["a"]),
+        np.array([None]),
+        np.array(["2020-01-01"], "M8[D]"),
+        np.array([(1, 2)], "i4,f4"),
+        np.ma.MaskedArray([1, 2], [False, True]),
+    ]
+)
+odd = st.tuples(st.integers(), texts) | st.binary(max_size=5) | st.just(1 << 80) | numpys
 trees = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
+    scalars | odd,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | st.dictionaries(texts, inner, max_size=4)
+    ),
     max_leaves=10,
 )
-numbers = st.floats(0, 1) | st.integers(0, 1) | st.floats() | st.booleans() | st.just("x")
+numbers = st.floats(0, 1) | st.integers(0, 1) | st.floats() | st.booleans() | st.just("x") | numpys
 parts = st.sampled_from(
     [
         np.linspace(-1, 1, V_DIM, dtype=np.float32),
         np.linspace(2, 3, V_DIM, dtype=np.float32),
         np.linspace(2, 3, V_DIM),
+        np.full(V_DIM, 1e39),
+        np.full(V_DIM, 1e-42),
+        np.linspace(2, 3, 2 * V_DIM)[::2],
+        np.linspace(2, 3, V_DIM, dtype=np.float16),
         np.linspace(2, 3, 3, dtype=np.float32),
         np.linspace(2, 3, 2 * V_DIM, dtype=np.float32)[::2],
         np.zeros(V_DIM, np.float32),
@@ -162,7 +199,7 @@ def experiences(draw: st.DrawFn) -> Experience:
         "confidence": numbers,
         "probabilities": st.just(np.array([0.25, 0.75], np.float32)),
         "tags": st.lists(texts, max_size=3).map(tuple) | st.lists(texts, max_size=3) | odd,
-        "image": texts | st.binary(max_size=4),
+        "image": texts | st.binary(max_size=4) | numpys,
         "key": texts | odd,
         "timestamp": st.floats(0, 4e9) | st.integers(0, 1 << 40) | numbers,
         "id": st.integers(0, 3),
@@ -193,28 +230,96 @@ PLAIN: list[dict[str, Any]] = [
     {"metadata": {"source": "web", "nested": {"": []}}, "tags": ("a", "b"), "key": "k"},
     {"image": "a.png", "answer": "", "rewards": {}, "metadata": {}},
     {"answer": 2**63 - 1, "confidence": 0.1},
+    {"confidence": np.float32(0.3), "rewards": {"a": np.float64(0.1), "b": np.float32(0.1)}},
+    {"confidence": np.float64(1), "rewards": np.int64(-3), "answer": np.float16(0.1)},
+    {"answer": ("a", (1, [])), "trajectory": [("s", 0, 0.5), ("t", 1, -0.5)]},
+    {"image": b"\x89PNG\0", "metadata": {"thumbnail": np.zeros((4, 4, 3), np.uint8), "b": b""}},
+    {"trajectory": [{"state": np.arange(4.0), "at": np.array(1)}, np.arange(6).reshape(2, 3).T]},
+    {"metadata": {"loss": np.float32(0.1), "n": np.uint64(2**63 - 1), "x": np.ones(2, ">i2")}},
+    {"v_embed": np.linspace(-1, 1, V_DIM), "q_embed": np.linspace(1, 1e-40, V_DIM)},
+    {"question": 'é"\\\n\x01' * 300, "answer": "a" * 5000 + '"\n', "image": bytes(5000)},
 ]
 
 
 @pytest.mark.parametrize("fields", PLAIN)
 def test_what_is_plain_is_done_natively(fields: dict[str, Any]) -> None:
-    made, v = intake(), np.linspace(-1, 1, V_DIM, dtype=np.float32)
-    experience = Experience(v_embed=v, q_embed=v + 2, timestamp=NOW + 1e9, **fields)
+    roomy: dict[str, Any] = {"max_experience_bytes": 1 << 20}
+    made, v = intake(**roomy), np.linspace(-1, 1, V_DIM, dtype=np.float32)
+    experience = Experience(**{"v_embed": v, "q_embed": v + 2, "timestamp": NOW + 1e9, **fields})
     assert made._encoder is not None
     accepted = made._encoder.accept(experience, None)
     assert accepted is not None
-    assert_same(accepted, pure().accept(experience, None))
-    assert_same(made._encoder.accept(experience, 0.5), pure().accept(experience, 0.5))
+    assert_same(accepted, pure(**roomy).accept(experience, None))
+    assert_same(made._encoder.accept(experience, 0.5), pure(**roomy).accept(experience, 0.5))
+    size = len(accepted.row)
+    assert intake(max_experience_bytes=size)._encoder.accept(experience, None) is not None
+    assert intake(max_experience_bytes=size - 1)._encoder.accept(experience, None) is None
+
+
+@pytest.mark.parametrize("ago", [1e-3, 1.0, 86_400.0, 1e9, 1e300])
+@pytest.mark.parametrize("weight", [0.0, 0.2, 3.0])
+def test_its_age_counts(ago: float, weight: float) -> None:
+    scorer = WeightedSumScorer(WeightedSumSettings(age_weight=weight, age_half_life_s=3600.0))
+    v = np.ones(V_DIM, np.float32)
+    stamp = time.time() - ago
+    experience = Experience(v_embed=v, q_embed=v, confidence=0.3, rewards=-2.0, timestamp=stamp)
+    made = intake(scorer=scorer)
+    assert made._encoder is not None
+    before = pure(scorer=scorer).accept(experience, None)
+    found = made._encoder.accept(experience, None)
+    after = pure(scorer=scorer).accept(experience, None)
+    assert found is not None
+    assert found.timestamp == stamp
+    slack = 1e-9
+    assert before.priority - slack <= found.priority <= after.priority + slack
+    if not weight:
+        assert found.priority == before.priority == after.priority
+
+
+def test_who_changes_what_is_being_added() -> None:
+    """By what runs in the middle: a garbage collection, say."""
+    made, v = intake(max_experience_bytes=1 << 20), np.ones(V_DIM, np.float32)
+    assert made._encoder is not None
+    tree: dict[str, Any] = {str(i): np.ones(2) for i in range(50)}
+    stop = threading.Event()
+
+    def meddle() -> None:
+        while not stop.is_set():
+            for i in range(50):
+                tree[str(i)] = np.ones(3)
+                tree.pop(f"x{i}", None)
+                tree[f"x{i}"] = [bytes(i)]
+
+    thread = threading.Thread(target=meddle)
+    thread.start()
+    try:
+        for _ in range(2000):
+            accepted = made._encoder.accept(Experience(v_embed=v, q_embed=v, answer=tree), None)
+            if accepted is not None:
+                answer = codec.decode_row(accepted.row).fields["answer"]
+                assert {type(each) for each in answer.values()} <= {np.ndarray, list}
+    finally:
+        stop.set()
+        thread.join()
 
 
 ODD: list[dict[str, Any]] = [
     {"question": "\ud800"},
-    {"answer": (1, 2)},
+    {"answer": np.array([None])},
+    {"answer": np.array(["a"])},
+    {"answer": np.str_("a")},
+    {"answer": np.bool_(True)},
+    {"answer": np.longdouble(1)},
+    {"answer": np.float32(np.nan)},
+    {"answer": bytearray(b"a")},
+    {"answer": np.ma.MaskedArray([1])},
     {"answer": {"$nd": 0}},
     {"answer": 2**63},
     {"answer": float("nan")},
     {"answer": {1: 2}},
-    {"answer": [[]] * 1 + [np.float64(1)]},
+    {"answer": [[]] * 1 + [np.uint64(2**63)]},
+    {"rewards": np.bool_(True)},
+    {"confidence": np.float32(1.5)},
     {"rewards": float("nan")},
     {"rewards": {"a": True}},
     {"rewards": {"a": 1.7e308, "b": 1.7e308}},
@@ -223,11 +328,12 @@ ODD: list[dict[str, Any]] = [
     {"metadata": [1]},
     {"tags": {"a"}},
     {"key": 3},
-    {"image": b"png"},
+    {"image": np.zeros((2, 2), np.uint8)},
+    {"image": bytes(4000)},
+    {"v_embed": np.full(V_DIM, 1e39)},
     {"id": 0},
     {"probabilities": np.array([0.5, 0.5], np.float32)},
     {"question": "q" * 4000},
-    {"timestamp": NOW - 1e9},  # its age counts
 ]
 
 
@@ -591,6 +697,70 @@ def test_mutex_excludes_and_knows_its_owner() -> None:
 
 
 # ---------------------------------------------------------------- without it
+
+
+def test_what_was_built_for_another_version_is_not_used(tmp_path: Path) -> None:
+    found = ModuleType("found")
+    found.__file__ = "/there/_native.so"
+    assert "its number is none" in misfit(found, tmp_path)  # before there was one
+    found.FITS = FITS + 1  # type: ignore[attr-defined]
+    assert misfit(found, tmp_path).endswith(f"its number is {FITS + 1}, expected {FITS}")
+    found.FITS, source = FITS, tmp_path / "a.c"  # type: ignore[attr-defined]
+    found.SOURCES = zlib.crc32(b"int a; int b;")  # type: ignore[attr-defined]
+    assert not misfit(found, tmp_path)  # a wheel: no sources there
+    source.write_bytes(b"int a; ")
+    (tmp_path / "b.h").write_bytes(b"int b;")
+    assert not misfit(found, tmp_path)
+    source.write_bytes(b"int c; ")
+    assert "other sources" in misfit(found, tmp_path)
+    found.SOURCES = 0  # type: ignore[attr-defined]
+    assert not misfit(found, tmp_path)  # compiled by hand: nobody knows
+
+
+@pytest.mark.parametrize("what", ["as it is", "gone", "cut", "of another version"])
+def test_works_with_whatever_lies_there(what: str, tmp_path: Path) -> None:
+    import expbuf_core
+
+    assert native is not None
+    compiled = Path(native.__file__ or "")
+    package = tmp_path / "expbuf_core"
+    shutil.copytree(Path(expbuf_core.__file__).parent, package)
+    there = package / "native" / compiled.name
+    expected = ""
+    if what == "gone":
+        there.unlink()
+        expected = "it was not compiled when"
+    elif what == "cut":
+        there.write_bytes(compiled.read_bytes()[:100])
+        expected = compiled.name  # and what the system says
+    elif what == "of another version":
+        init = package / "native" / "__init__.py"
+        text = init.read_text()
+        assert f"\nFITS = {FITS}\n" in text
+        init.write_text(text.replace(f"\nFITS = {FITS}\n", f"\nFITS = {FITS + 1}\n"))
+        expected = f"its number is {FITS}, expected {FITS + 1}"
+    code = (
+        "import sys, numpy as np, expbuf_core\n"
+        "assert expbuf_core.__file__.startswith(sys.argv[1]), expbuf_core.__file__\n"
+        "from expbuf_core import Experience, ExperienceBuffer\n"
+        "from expbuf_core.native import native, why_not\n"
+        "v = np.ones(8, np.float32)\n"
+        "with ExperienceBuffer.open(sys.argv[1] + '/b', index={'builder': 'off'}) as buffer:\n"
+        "    buffer.add(Experience(v_embed=v, q_embed=v))\n"
+        "print(native is None, why_not)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{what != 'as it is'} ")
+    assert expected in done.stdout
 
 
 def test_without_native_code(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -18,15 +18,24 @@ Python stays the definition: tests hold both against each other byte by byte (fu
 rounding), and run what is tested of crashes, faults and processes with both.
 
 Built with the package where there is a C compiler (`hatch_build.py`). `EXPBUF_NATIVE=0` in the
-environment leaves it out.
+environment leaves it out. What was built from other sources, or for other ones beside it, is left
+out as well: it would write what Python does not expect.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import zlib
+from pathlib import Path
 from types import ModuleType
 
 __all__ = ["native", "why_not"]
+
+# What native code and Python rely on of each other has this number, in module.c, too. Whoever
+# changes some of it raises both.
+FITS = 1
+_NAME = "expbuf_core.native._native"
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -34,10 +43,37 @@ def _load() -> tuple[ModuleType | None, str]:
     if os.environ.get("EXPBUF_NATIVE", "1") == "0":
         return None, "EXPBUF_NATIVE=0"
     try:
-        from expbuf_core.native import _native
+        found = importlib.import_module(_NAME)
+    except ModuleNotFoundError as exc:
+        if exc.name != _NAME:
+            raise
+        return None, f"it was not compiled when {Path(__file__).parents[1]} was installed"
     except ImportError as exc:
         return None, str(exc)
-    return _native, ""
+    fault = misfit(found, Path(__file__).parent)
+    return (None, fault) if fault else (found, "")
+
+
+def misfit(found: ModuleType, folder: Path) -> str:
+    """Why this extension module does not go with the Python code here; "" if it does.
+
+    Args:
+        found: As it was imported.
+        folder: Where its sources are, if they are there: an editable installation that has gone on
+            to other sources is as common as it is hard to see.
+    """
+    number = getattr(found, "FITS", "none")
+    if number != FITS:
+        return (
+            f"{found.__file__} is of another version of expbuf-core: its number is {number}, "
+            f"expected {FITS}"
+        )
+    sources = sorted(folder.glob("*.[ch]"))
+    if found.SOURCES and sources:  # 0: compiled by hand
+        crc = zlib.crc32(b"".join(path.read_bytes() for path in sources))
+        if crc != found.SOURCES:
+            return f"{found.__file__} was compiled from other sources than those in {folder}"
+    return ""
 
 
 native, why_not = _load()

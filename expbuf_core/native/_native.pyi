@@ -1,6 +1,9 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
+FITS: int
+SOURCES: int
+
 def crc32(data: bytes | bytearray | memoryview, start: int = 0, /) -> int: ...
 def run(
     window: memoryview,
@@ -25,6 +28,7 @@ class Encoder:
         experience: type,
         accepted: type[tuple[Any, ...]],
         array: type,
+        scalars: tuple[type, ...],
         fsum: Callable[[Iterable[float]], float],
         v_dim: int,
         q_dim: int,
@@ -38,6 +42,8 @@ class Encoder:
         scores: bool,
         uncertainty: float,
         reward: float,
+        age: float,
+        half_life: float,
     ) -> None: ...
     def accept(self, experience: object, priority: object, /) -> Any | None: ...
 

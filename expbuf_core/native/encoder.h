@@ -21,18 +21,21 @@ enum {
 
 enum { ROW_HEADER = 16, CONTENT_HEADER = 20, ROW_VERSION = 1 };
 
+#define OLDEST 1e30 /* seconds, as in expbuf_core.values */
+
 /* Squared lengths in between have lost nothing to the range of float32. */
 #define SAFE_LOW 1e-24
 #define SAFE_HIGH 1e30
 
 typedef struct {
     PyObject_HEAD
-    PyTypeObject *experience, *accepted, *array;
+    PyTypeObject *experience, *accepted;
+    Numpy numpy;
     PyObject *fsum;
     Py_ssize_t v_dim, q_dim, dim, max_row;
     int concat, normalize, cosine, scores;
     double v_factor, q_factor;
-    double uncertainty, reward;
+    double uncertainty, reward, age, half_life;
 } Encoder;
 
 static PyObject *name_v_embed, *name_q_embed, *name_question, *name_answer, *name_confidence,
@@ -65,33 +68,58 @@ sum_of_squares(const float *x, Py_ssize_t n)
     return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
 
-/* One embedding: a float32 array of this dimension; or None where it is 0. */
+/* One embedding: a float32 or float64 array of this dimension; or None where it is 0. */
 typedef struct {
     Py_buffer view;
     const float *numbers;
+    float *own; /* where they had to be made float32 */
     Py_ssize_t dim;
     double square;
 } Part;
 
 static int
+part_narrow(Part *part)
+{
+    const double *from = part->view.buf;
+    if ((part->own = PyMem_Malloc(sizeof(float) * (size_t)part->dim)) == NULL) {
+        PyErr_NoMemory();
+        return FAILED;
+    }
+    for (Py_ssize_t i = 0; i < part->dim; i++)
+        part->own[i] = (float)from[i];
+    part->numbers = part->own;
+    return DONE;
+}
+
+static void
+part_drop(Part *part)
+{
+    PyMem_Free(part->own);
+    if (part->view.obj)
+        PyBuffer_Release(&part->view);
+}
+
+static int
 part_get(Encoder *self, Part *part, PyObject *value, Py_ssize_t dim)
 {
-    part->view.obj = NULL;
-    part->numbers = NULL;
     part->dim = dim;
     if (dim == 0)
         return value == Py_None ? DONE : NOT_PLAIN;
-    if (Py_TYPE(value) != self->array)
+    if (Py_TYPE(value) != self->numpy.array)
         return NOT_PLAIN;
     if (PyObject_GetBuffer(value, &part->view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT) < 0) {
         PyErr_Clear();
         part->view.obj = NULL;
         return NOT_PLAIN;
     }
-    if (part->view.ndim != 1 || part->view.shape[0] != dim || part->view.format == NULL ||
-        strcmp(part->view.format, "f") != 0)
+    if (part->view.ndim != 1 || part->view.shape[0] != dim || part->view.format == NULL)
         return NOT_PLAIN;
-    part->numbers = part->view.buf;
+    if (strcmp(part->view.format, "f") == 0)
+        part->numbers = part->view.buf;
+    else if (strcmp(part->view.format, "d") != 0)
+        return NOT_PLAIN;
+    else if (part_narrow(part))
+        return FAILED;
     part->square = sum_of_squares(part->numbers, dim);
     return isfinite(part->square) ? DONE : NOT_PLAIN;
 }
@@ -143,9 +171,9 @@ encoder_fuse(Encoder *self, Part *v, Part *q, float *to)
     return DONE;
 }
 
-/* A finite float, of what is exactly a float or an int. */
+/* A finite float, of what is exactly a float, an int or a scalar of numpy. */
 static int
-number_of(PyObject *value, double *number)
+number_of(const Numpy *numpy, PyObject *value, double *number)
 {
     if (PyFloat_CheckExact(value))
         *number = PyFloat_AS_DOUBLE(value);
@@ -155,6 +183,10 @@ number_of(PyObject *value, double *number)
         if (overflow)
             return NOT_PLAIN;
         *number = (double)whole;
+    } else if (is_scalar(numpy, value)) {
+        *number = PyFloat_AsDouble(value);
+        if (*number == -1.0 && PyErr_Occurred())
+            return FAILED;
     } else
         return NOT_PLAIN;
     return isfinite(*number) ? DONE : NOT_PLAIN;
@@ -170,7 +202,7 @@ encoder_rewards(Encoder *self, PyObject *rewards, Text *text, double *total)
     if (text_name(text, "rewards"))
         return FAILED;
     if (!PyDict_CheckExact(rewards)) {
-        if ((result = number_of(rewards, total)) || (result = text_add(text, "{\"reward\":", 10)) ||
+        if ((result = number_of(&self->numpy, rewards, total)) || (result = text_add(text, "{\"reward\":", 10)) ||
             (result = text_float(text, *total)))
             return result;
         return text_add(text, "}", 1);
@@ -187,7 +219,7 @@ encoder_rewards(Encoder *self, PyObject *rewards, Text *text, double *total)
             result = NOT_PLAIN;
             break;
         }
-        if ((result = number_of(value, &number)) ||
+        if ((result = number_of(&self->numpy, value, &number)) ||
             (!first && (result = text_add(text, ",", 1))) ||
             (result = text_string(text, name)) || (result = text_add(text, ":", 1)) ||
             (result = text_float(text, number)))
@@ -200,7 +232,7 @@ encoder_rewards(Encoder *self, PyObject *rewards, Text *text, double *total)
     if (!result && !(result = text_add(text, "}", 1))) {
         PyObject *sum = PyObject_CallOneArg(self->fsum, numbers);
         if (sum != NULL)
-            result = number_of(sum, total);
+            result = number_of(&self->numpy, sum, total);
         else if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
             PyErr_Clear();
             result = NOT_PLAIN;
@@ -268,7 +300,8 @@ fields_text(Encoder *self, Fields *fields, Text *text, double *reward)
     if (fields->id != Py_None || fields->probabilities != Py_None ||
         !PyUnicode_CheckExact(fields->question) ||
         (fields->metadata != Py_None && !PyDict_CheckExact(fields->metadata)) ||
-        (fields->image != Py_None && !PyUnicode_CheckExact(fields->image)) ||
+        (fields->image != Py_None && !PyUnicode_CheckExact(fields->image) &&
+         !PyBytes_CheckExact(fields->image)) ||
         (fields->key != Py_None && !PyUnicode_CheckExact(fields->key)))
         return NOT_PLAIN;
     if ((result = text_add(text, "{", 1)))
@@ -298,12 +331,12 @@ encoder_priority(Encoder *self, PyObject *given, double confidence, double rewar
                  double *priority)
 {
     if (given != Py_None) {
-        int result = number_of(given, priority);
+        int result = number_of(&self->numpy, given, priority);
         if (result)
             return result;
         *priority = narrow(*priority);
     } else {
-        if (!self->scores || age > 0)
+        if (!self->scores)
             return NOT_PLAIN;
         *priority = self->uncertainty * (1.0 - narrow(confidence));
         if (!isnan(reward)) {
@@ -311,22 +344,39 @@ encoder_priority(Encoder *self, PyObject *given, double confidence, double rewar
                 return NOT_PLAIN;
             *priority += self->reward * fabs(narrow(reward));
         }
+        if (self->age != 0 && age > 0)
+            *priority += self->age * -expm1(narrow(fmin(age, OLDEST)) * (-M_LN2 / self->half_life));
     }
     return *priority >= 0.0 && *priority <= FLT_MAX ? DONE : NOT_PLAIN;
+}
+
+static Py_ssize_t
+attached_count(Text *text)
+{
+    return text->attached == NULL ? 0 : PyList_GET_SIZE(text->attached);
+}
+
+static Py_ssize_t
+row_size(Part *v, Part *q, Text *text)
+{
+    Py_ssize_t size = ROW_HEADER + CONTENT_HEADER + 4 * (v->dim + q->dim) + (Py_ssize_t)text->size;
+    for (Py_ssize_t i = 0; i < attached_count(text); i++)
+        size += 8 + PyBytes_GET_SIZE(PyList_GET_ITEM(text->attached, i));
+    return size;
 }
 
 static PyObject *
 encoder_row(Part *v, Part *q, Text *text, uint32_t *crc)
 {
-    Py_ssize_t embeddings = 4 * (v->dim + q->dim);
-    Py_ssize_t size = ROW_HEADER + CONTENT_HEADER + embeddings + (Py_ssize_t)text->size;
+    Py_ssize_t size = row_size(v, q, text), count = attached_count(text);
     PyObject *row = PyBytes_FromStringAndSize(NULL, size);
     if (row == NULL)
         return NULL;
     uint8_t *to = (uint8_t *)PyBytes_AS_STRING(row);
     memset(to, 0, ROW_HEADER); /* stamped once the id is known */
     uint16_t version[2] = {ROW_VERSION, 0};
-    uint32_t sizes[4] = {(uint32_t)v->dim, (uint32_t)q->dim, (uint32_t)text->size, 0};
+    uint32_t sizes[4] = {(uint32_t)v->dim, (uint32_t)q->dim, (uint32_t)text->size,
+                         (uint32_t)count};
     memcpy(to + ROW_HEADER, version, 4);
     memcpy(to + ROW_HEADER + 4, sizes, 16);
     uint8_t *at = to + ROW_HEADER + CONTENT_HEADER;
@@ -334,7 +384,18 @@ encoder_row(Part *v, Part *q, Text *text, uint32_t *crc)
         memcpy(at, v->numbers, 4 * (size_t)v->dim);
     if (q->dim)
         memcpy(at + 4 * v->dim, q->numbers, 4 * (size_t)q->dim);
-    memcpy(at + embeddings, text->bytes, text->size);
+    at += 4 * (v->dim + q->dim);
+    for (Py_ssize_t i = 0; i < count; i++, at += 8) {
+        uint64_t bytes = (uint64_t)PyBytes_GET_SIZE(PyList_GET_ITEM(text->attached, i));
+        memcpy(at, &bytes, 8);
+    }
+    memcpy(at, text->bytes, text->size);
+    at += text->size;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *bytes = PyList_GET_ITEM(text->attached, i);
+        memcpy(at, PyBytes_AS_STRING(bytes), (size_t)PyBytes_GET_SIZE(bytes));
+        at += PyBytes_GET_SIZE(bytes);
+    }
     *crc = crc32_of(0, to + ROW_HEADER, (size_t)(size - ROW_HEADER));
     return row;
 }
@@ -385,12 +446,13 @@ encoder_try(Encoder *self, PyObject *experience, PyObject *given, PyObject **acc
     double confidence, reward = Py_NAN, priority, now = time_now(), timestamp = now;
     uint32_t crc;
     int result;
-    text_begin(&text);
+    text_begin(&text, &self->numpy);
     if ((result = fields_get(&fields, experience)) ||
         (result = part_get(self, &v, fields.v, self->v_dim)) ||
         (result = part_get(self, &q, fields.q, self->q_dim)) ||
-        (result = number_of(fields.confidence, &confidence)) ||
-        (fields.timestamp != Py_None && (result = number_of(fields.timestamp, &timestamp))) ||
+        (result = number_of(&self->numpy, fields.confidence, &confidence)) ||
+        (fields.timestamp != Py_None &&
+         (result = number_of(&self->numpy, fields.timestamp, &timestamp))) ||
         (result = fields_text(self, &fields, &text, &reward)))
         goto end;
     if (!(0.0 <= confidence && confidence <= 1.0)) {
@@ -399,8 +461,7 @@ encoder_try(Encoder *self, PyObject *experience, PyObject *given, PyObject **acc
     }
     if ((result = encoder_priority(self, given, confidence, reward, now - timestamp, &priority)))
         goto end;
-    if (ROW_HEADER + CONTENT_HEADER + 4 * (self->v_dim + self->q_dim) + (Py_ssize_t)text.size >
-        self->max_row) {
+    if (row_size(&v, &q, &text) > self->max_row) {
         result = NOT_PLAIN;
         goto end;
     }
@@ -417,10 +478,8 @@ encoder_try(Encoder *self, PyObject *experience, PyObject *given, PyObject **acc
         result = DONE;
 end:
     text_end(&text);
-    if (v.view.obj)
-        PyBuffer_Release(&v.view);
-    if (q.view.obj)
-        PyBuffer_Release(&q.view);
+    part_drop(&v);
+    part_drop(&q);
     Py_XDECREF(row);
     Py_XDECREF(vector);
     fields_drop(&fields);
@@ -448,15 +507,17 @@ encoder_accept(Encoder *self, PyObject *const *args, Py_ssize_t n)
 static int
 encoder_init(Encoder *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"experience", "accepted", "array", "fsum", "v_dim", "q_dim", "dim",
-                            "max_row", "concat", "normalize", "cosine", "v_factor", "q_factor",
-                            "scores", "uncertainty", "reward", NULL};
-    PyObject *experience, *accepted, *array, *fsum;
+    static char *names[] = {"experience", "accepted", "array", "scalars", "fsum", "v_dim", "q_dim",
+                            "dim", "max_row", "concat", "normalize", "cosine", "v_factor",
+                            "q_factor", "scores", "uncertainty", "reward", "age", "half_life",
+                            NULL};
+    PyObject *experience, *accepted, *array, *scalars, *fsum;
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "O!O!O!Onnnnpppddpdd", names, &PyType_Type, &experience, &PyType_Type,
-            &accepted, &PyType_Type, &array, &fsum, &self->v_dim, &self->q_dim, &self->dim,
-            &self->max_row, &self->concat, &self->normalize, &self->cosine, &self->v_factor,
-            &self->q_factor, &self->scores, &self->uncertainty, &self->reward))
+            args, kwargs, "O!O!O!O!Onnnnpppddpdddd", names, &PyType_Type, &experience,
+            &PyType_Type, &accepted, &PyType_Type, &array, &PyTuple_Type, &scalars, &fsum,
+            &self->v_dim, &self->q_dim, &self->dim, &self->max_row, &self->concat,
+            &self->normalize, &self->cosine, &self->v_factor, &self->q_factor, &self->scores,
+            &self->uncertainty, &self->reward, &self->age, &self->half_life))
         return -1;
     Py_ssize_t one = self->v_dim ? self->v_dim : self->q_dim;
     Py_ssize_t both = self->concat ? self->v_dim + self->q_dim : one;
@@ -469,7 +530,8 @@ encoder_init(Encoder *self, PyObject *args, PyObject *kwargs)
     }
     Py_XSETREF(self->experience, (PyTypeObject *)Py_NewRef(experience));
     Py_XSETREF(self->accepted, (PyTypeObject *)Py_NewRef(accepted));
-    Py_XSETREF(self->array, (PyTypeObject *)Py_NewRef(array));
+    Py_XSETREF(self->numpy.array, (PyTypeObject *)Py_NewRef(array));
+    Py_XSETREF(self->numpy.scalars, Py_NewRef(scalars));
     Py_XSETREF(self->fsum, Py_NewRef(fsum));
     return 0;
 }
@@ -479,7 +541,8 @@ encoder_dealloc(Encoder *self)
 {
     Py_XDECREF(self->experience);
     Py_XDECREF(self->accepted);
-    Py_XDECREF(self->array);
+    Py_XDECREF(self->numpy.array);
+    Py_XDECREF(self->numpy.scalars);
     Py_XDECREF(self->fsum);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }

@@ -12,6 +12,15 @@
 #error "Python 3.10 or newer"
 #endif
 
+/* What Python and this rely on of each other has this number, in expbuf_core/native/__init__.py,
+ * too. Whoever changes some of it raises both: what was built before is not used any more. */
+#define FITS 1
+
+/* CRC-32 of the sources, where hatch_build.py compiles them. */
+#ifndef SOURCES
+#define SOURCES 0
+#endif
+
 #include "crc.h"
 #include "encoder.h"
 #include "log.h"
@@ -53,6 +62,7 @@ add_constants(PyObject *module)
 #define CONSTANT(x)                                                                                \
     if (PyModule_AddIntConstant(module, #x, x) < 0)                                                \
         return -1;
+    CONSTANT(FITS)
     CONSTANT(W_GENERATION) CONSTANT(W_APPENDED) CONSTANT(W_NEXT_ID) CONSTANT(W_PUBLISHED)
     CONSTANT(W_DURABLE) CONSTANT(W_APPENDING) CONSTANT(W_FLUSHING) CONSTANT(W_FLUSH_FAILED)
     CONSTANT(W_RETIREMENTS) CONSTANT(W_RESERVED_ID) CONSTANT(W_RESERVED_LSN)
@@ -63,15 +73,33 @@ add_constants(PyObject *module)
     CONSTANT(FRAME_HEADER) CONSTANT(END_BYTES) CONSTANT(LARGE) CONSTANT(ROW_HEADER)
     CONSTANT(ROW_VERSION) CONSTANT(LOG_BEGIN) CONSTANT(A_FIELDS)
 #undef CONSTANT
+    PyObject *sources = PyLong_FromUnsignedLong(SOURCES);
+    int result = sources == NULL ? -1 : PyModule_AddObjectRef(module, "SOURCES", sources);
+    Py_XDECREF(sources);
+    return result;
+}
+
+/* An extension module is found by its name, which anybody may have changed. */
+static int
+is_right_python(void)
+{
+    char wanted[16];
+    snprintf(wanted, sizeof wanted, "%d.%d.", PY_MAJOR_VERSION, PY_MINOR_VERSION);
+    if (strncmp(Py_GetVersion(), wanted, strlen(wanted)) == 0)
+        return 1;
+    PyErr_Format(PyExc_ImportError, "_native was compiled for Python %d.%d, this is %.16s",
+                 PY_MAJOR_VERSION, PY_MINOR_VERSION, Py_GetVersion());
     return 0;
 }
 
 PyMODINIT_FUNC
 PyInit__native(void)
 {
+    if (!is_right_python())
+        return NULL;
     crc_prepare();
     crc_is_folded = crc_folds();
-    if (encoder_names() < 0 || PyType_Ready(&EncoderType) < 0 ||
+    if (text_names() < 0 || encoder_names() < 0 || PyType_Ready(&EncoderType) < 0 ||
         PyType_Ready(&LogType) < 0 || PyType_Ready(&MutexType) < 0)
         return NULL;
     PyObject *module = PyModule_Create(&definition);
