@@ -409,11 +409,11 @@ class Intake:
 
     def accept(self, experience: Experience, priority: float | None) -> Accepted:
         """Check one experience, score, encode and fuse it: all that may run code of the user's."""
+        now = time.time()
         if self._encoder is not None:
-            accepted: Accepted | None = self._encoder.accept(experience, priority)
+            accepted: Accepted | None = self._encoder.accept(experience, priority, now)
             if accepted is not None:
                 return accepted
-        now = time.time()
         v = self._part(experience.v_embed, "v_embed", self.v_dim, rank=1)
         q = self._part(experience.q_embed, "q_embed", self.q_dim, rank=1)
         item = self._checked(experience, now)

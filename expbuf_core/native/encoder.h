@@ -8,7 +8,6 @@
 #include <math.h>
 #include <stdint.h>
 #include <structmember.h>
-#include <time.h>
 
 #include "crc.h"
 #include "text.h"
@@ -428,22 +427,14 @@ encoder_accepted(Encoder *self, PyObject *row, uint32_t crc, PyObject *vector, d
     return made;
 }
 
-static double
-time_now(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
 static int
-encoder_try(Encoder *self, PyObject *experience, PyObject *given, PyObject **accepted)
+encoder_try(Encoder *self, PyObject *experience, PyObject *given, double now, PyObject **accepted)
 {
     Fields fields = {0};
     Part v = {0}, q = {0};
     Text text;
     PyObject *row = NULL, *vector = NULL;
-    double confidence, reward = Py_NAN, priority, now = time_now(), timestamp = now;
+    double confidence, reward = Py_NAN, priority, timestamp = now;
     uint32_t crc;
     int result;
     text_begin(&text, &self->numpy);
@@ -489,14 +480,15 @@ end:
 static PyObject *
 encoder_accept(Encoder *self, PyObject *const *args, Py_ssize_t n)
 {
-    if (n != 2) {
-        PyErr_SetString(PyExc_TypeError, "accept takes an experience and a priority or None");
+    if (n != 3 || !PyFloat_CheckExact(args[2])) {
+        PyErr_SetString(PyExc_TypeError,
+                        "accept takes an experience, a priority or None, and the time, a float");
         return NULL;
     }
     PyObject *accepted = NULL;
     int result = NOT_PLAIN;
     if (Py_TYPE(args[0]) == self->experience)
-        result = encoder_try(self, args[0], args[1], &accepted);
+        result = encoder_try(self, args[0], args[1], PyFloat_AS_DOUBLE(args[2]), &accepted);
     if (result == FAILED)
         return NULL;
     if (result == NOT_PLAIN)
@@ -549,7 +541,7 @@ encoder_dealloc(Encoder *self)
 
 static PyMethodDef encoder_methods[] = {
     {"accept", (PyCFunction)(void (*)(void))encoder_accept, METH_FASTCALL,
-     "accept(experience, priority)\n--\n\nIt, checked and encoded; None if it is not plain."},
+     "accept(experience, priority, now)\n--\n\nIt, checked and encoded; None if it is not plain."},
     {NULL, NULL, 0, NULL},
 };
 
