@@ -30,12 +30,12 @@ class NativeCode(BuildHookInterface):
         self._folder = tempfile.mkdtemp(prefix="expbuf-native-")
         try:
             built = compiled(Path(self.root), Path(self._folder))
+            if version == "editable":
+                install(built, Path(self.root, PACKAGE, built.name))
         except (Exception, SystemExit) as exc:  # no compiler, no headers, another platform
             self.app.display_warning(f"expbuf-core goes without native code: {exc}")
             return
-        if version == "editable":
-            shutil.copy2(built, Path(self.root, PACKAGE, built.name))
-        else:
+        if version != "editable":
             build_data["force_include"][str(built)] = f"{PACKAGE}/{built.name}"
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
@@ -43,6 +43,16 @@ class NativeCode(BuildHookInterface):
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Called by hatchling when the wheel is there."""
         shutil.rmtree(getattr(self, "_folder", ""), ignore_errors=True)
+
+
+def install(built: Path, place: Path) -> None:
+    """Put it there as a new file: processes that run have the old one mapped into their memory."""
+    new = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        shutil.copy2(built, new)
+        os.replace(new, place)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def compiled(root: Path, folder: Path) -> Path:

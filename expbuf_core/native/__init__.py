@@ -2,9 +2,10 @@
 
 Between two syncs the processor's caches forget Python: a durable add costs several times what it
 costs in a loop. So what every add does (check, score, fuse, encode, number, append, sync) is here a
-second time, in C, for the plain case alone: numpy arrays of float32 or float64, JSON-like trees with
-numpy's numbers and arrays, bytes and tuples, no probabilities, built-in scorer and fusion, storage in files, a lock that is free, a log with room. In every other case, and
-wherever something is wrong, this says so before it has changed anything, and Python does the whole.
+second time, in C, for the plain case alone: numpy arrays of float32 or float64, JSON-like trees
+with bytes, tuples and what numpy has of numbers, no probabilities, built-in scorer and fusion, storage
+in files, a lock that is free, a log with room. In every other case, and wherever something is wrong,
+this says so before it has changed anything, and Python does the whole.
 
     module.c    the extension module
     encoder.h   `Encoder`: an experience -> `Accepted`      as intake, codec, builtin.fusions
@@ -18,8 +19,8 @@ Python stays the definition: tests hold both against each other byte by byte (fu
 rounding), and run what is tested of crashes, faults and processes with both.
 
 Built with the package where there is a C compiler (`hatch_build.py`). `EXPBUF_NATIVE=0` in the
-environment leaves it out. What was built from other sources, or for other ones beside it, is left
-out as well: it would write what Python does not expect.
+environment leaves it out. What was built from other sources than those
+beside it, or for another version of the Python code, is left out as well.
 """
 
 from __future__ import annotations
