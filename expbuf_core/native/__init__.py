@@ -3,9 +3,9 @@
 Between two syncs the processor's caches forget Python: a durable add costs several times what it
 costs in a loop. So what every add does (check, score, fuse, encode, number, append, sync) is here a
 second time, in C, for the plain case alone: numpy arrays of float32 or float64, JSON-like trees
-with bytes, tuples and what numpy has of numbers, no probabilities, built-in scorer and fusion, storage
-in files, a lock that is free, a log with room. In every other case, and wherever something is wrong,
-this says so before it has changed anything, and Python does the whole.
+with bytes, tuples and what numpy has of numbers, no probabilities, built-in scorer and fusion,
+storage in files, a lock that is free, a log with room. In every other case, and wherever something
+is wrong, this says so before it has changed anything, and Python does the whole.
 
     module.c    the extension module
     encoder.h   `Encoder`: an experience -> `Accepted`      as intake, codec, builtin.fusions
