@@ -17,6 +17,11 @@ from typing import Generic, TypeVar
 
 from expbuf_core.errors import ReentrantCall, StorageError
 
+INTERRUPTED = (
+    "the thread that wrote for this one, too, was interrupted; what was to be written may or may "
+    "not be in the log"
+)
+
 Item = TypeVar("Item")
 
 _RELEASE = type(threading.Lock()).release
@@ -140,7 +145,4 @@ def _told(outcome: _Outcome | None) -> bool:
         return outcome is not None
     if isinstance(outcome.error, Exception):
         raise outcome.error
-    raise StorageError(
-        "the thread that wrote for this one, too, was interrupted; what was to be written may or "
-        "may not be in the log"
-    ) from outcome.error
+    raise StorageError(INTERRUPTED) from outcome.error

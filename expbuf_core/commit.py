@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from expbuf_core import codec, frames
 from expbuf_core import control as c
-from expbuf_core.combining import Combiner
+from expbuf_core.combining import INTERRUPTED, Combiner
 from expbuf_core.contracts import (
     Appended,
     LoggedOperation,
@@ -364,6 +364,8 @@ class CommitLog:
 
     def _fail(self, what: str, exc: BaseException) -> NoReturn:
         """Raise what native code has met at a write or a sync."""
+        if isinstance(exc, InterruptedError):  # of the thread that wrote for this one
+            raise StorageError(INTERRUPTED)
         try:
             with storage_errors(what, self._native_path):
                 raise exc

@@ -360,6 +360,45 @@ def test_too_deep_is_left_alone() -> None:
     assert made._encoder.accept(experience, None, NOW) is None
 
 
+@pytest.mark.parametrize("nth", range(1, 9))
+@pytest.mark.parametrize("number", [2.0, np.nan])
+def test_what_changes_while_it_is_encoded(nth: int, number: float) -> None:
+    """The collector may run anything in between: what is accepted fits together all the same."""
+    fusion = WeightedSum(FusionSettings())
+    made = intake(metric="inner_product", fusion=fusion, v_dim=3, q_dim=3)
+    assert made._encoder is not None
+    v, q, tags = np.ones(3, np.float32), np.ones(3, np.float32), ["a"]
+    experience = Experience(v_embed=v, q_embed=q, rewards={"a": 1.0}, tags=tags)  # type: ignore[arg-type]
+    runs = 0
+    kept: list[list[int]] = [[] for _ in range(1000)]  # none can be had for free any more
+
+    def change(phase: str, info: dict[str, int]) -> None:
+        nonlocal runs
+        runs += phase == "start"
+        if runs == nth:
+            v[:] = number
+            tags.append("b")
+        kept.extend([] for _ in range(10))  # it comes again at once
+
+    usual = gc.get_threshold()
+    gc.callbacks.append(change)
+    try:
+        gc.set_threshold(1)
+        accepted = made._encoder.accept(experience, None)
+    finally:
+        gc.set_threshold(*usual)
+        gc.callbacks.remove(change)
+    if accepted is None:  # Python says what is wrong
+        assert np.isnan(number)
+        return
+    row = codec.decode_row(accepted.row)
+    assert list(row.fields["tags"]) == accepted.tags
+    parts = codec.decode_embeddings([accepted.row], "v_embed", "q_embed")
+    assert np.isfinite(parts).all()
+    wanted = fusion(*parts)[0]
+    np.testing.assert_allclose(np.frombuffer(accepted.vector, np.float32), wanted, rtol=1e-6)
+
+
 def test_subclasses_are_left_alone() -> None:
     """They may do anything: of experiences, arrays, fusions, scorers."""
 
@@ -561,7 +600,7 @@ class Crowd:
         self.disk = Disk()
         self.buffer = ExperienceBuffer.open(folder, **CONFIG, filesystem=self.disk, **settings)
         self.buffer.add(plain(0))
-        self.results: dict[int, int | Exception] = {}
+        self.results: dict[int, int | BaseException] = {}
         self.threads: list[threading.Thread] = []
 
     def add(self, experience: Experience) -> None:
@@ -569,7 +608,7 @@ class Crowd:
             serial: Any = experience.answer
             try:
                 self.results[serial] = self.buffer.add(experience)
-            except Exception as exc:
+            except BaseException as exc:
                 self.results[serial] = exc
 
         self.threads.append(threading.Thread(target=run))
@@ -648,6 +687,33 @@ def test_a_sync_that_fails_fails_for_all(tmp_path: Path) -> None:
         assert buffer.get(later).answer == 200
     with ExperienceBuffer.open(tmp_path / "b") as again:
         assert {e.answer for e in again} == stored
+
+
+class Interrupt(BaseException):
+    """As KeyboardInterrupt is: no Exception."""
+
+
+def test_an_interrupt_is_for_the_thread_that_it_came_to(tmp_path: Path) -> None:
+    crowd = Crowd(tmp_path / "b")
+    crowd.gather([plain(i) for i in range(1, 1 + THREADS)])
+    sync, wanted = crowd.disk.fdatasync, crowd.disk.syncs + 1
+
+    def fdatasync(fd: int) -> None:
+        if crowd.disk.syncs == wanted - 1:  # of all that came meanwhile
+            crowd.disk.syncs += 1
+            raise Interrupt
+        sync(fd)
+
+    crowd.disk.fdatasync = fdatasync  # type: ignore[method-assign]
+    crowd.disperse()
+    with crowd.buffer as buffer:
+        raised = [x for x in crowd.results.values() if isinstance(x, BaseException)]
+        assert sum(isinstance(x, Interrupt) for x in raised) == 1
+        assert len(raised) > 1
+        for other in raised:
+            assert isinstance(other, Interrupt | StorageError)
+            assert isinstance(other, Interrupt) or "was interrupted" in str(other)
+        buffer.add(plain(200))
 
 
 def test_what_does_not_fit_the_disk_takes_no_others_along(tmp_path: Path) -> None:

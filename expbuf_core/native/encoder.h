@@ -71,29 +71,14 @@ sum_of_squares(const float *x, Py_ssize_t n)
 typedef struct {
     Py_buffer view;
     const float *numbers;
-    float *own; /* where they had to be made float32 */
+    int wide; /* float64 */
     Py_ssize_t dim;
     double square;
 } Part;
 
-static int
-part_narrow(Part *part)
-{
-    const double *from = part->view.buf;
-    if ((part->own = PyMem_Malloc(sizeof(float) * (size_t)part->dim)) == NULL) {
-        PyErr_NoMemory();
-        return FAILED;
-    }
-    for (Py_ssize_t i = 0; i < part->dim; i++)
-        part->own[i] = (float)from[i];
-    part->numbers = part->own;
-    return DONE;
-}
-
 static void
 part_drop(Part *part)
 {
-    PyMem_Free(part->own);
     if (part->view.obj)
         PyBuffer_Release(&part->view);
 }
@@ -113,14 +98,23 @@ part_get(Encoder *self, Part *part, PyObject *value, Py_ssize_t dim)
     }
     if (part->view.ndim != 1 || part->view.shape[0] != dim || part->view.format == NULL)
         return NOT_PLAIN;
-    if (strcmp(part->view.format, "f") == 0)
-        part->numbers = part->view.buf;
-    else if (strcmp(part->view.format, "d") != 0)
-        return NOT_PLAIN;
-    else if (part_narrow(part))
-        return FAILED;
-    part->square = sum_of_squares(part->numbers, dim);
-    return isfinite(part->square) ? DONE : NOT_PLAIN;
+    part->wide = strcmp(part->view.format, "d") == 0;
+    return part->wide || strcmp(part->view.format, "f") == 0 ? DONE : NOT_PLAIN;
+}
+
+/* Into the row; what is computed is computed from there, as others may write to the array. */
+static uint8_t *
+part_put(Part *part, uint8_t *to)
+{
+    float *numbers = (float *)to;
+    if (part->wide)
+        for (Py_ssize_t i = 0; i < part->dim; i++)
+            numbers[i] = (float)((const double *)part->view.buf)[i];
+    else if (part->dim)
+        memcpy(to, part->view.buf, 4 * (size_t)part->dim);
+    part->numbers = numbers;
+    part->square = sum_of_squares(numbers, part->dim);
+    return to + 4 * part->dim;
 }
 
 /* numbers · factor, scaled to length 1 first if that is wanted; added to what stands there, or not. */
@@ -254,7 +248,7 @@ text_member(Text *text, const char *name, PyObject *tree)
 static int
 text_tags(Text *text, PyObject *tags)
 {
-    if (!PyTuple_CheckExact(tags) && !PyList_CheckExact(tags))
+    if (!PyTuple_CheckExact(tags))
         return NOT_PLAIN;
     Py_ssize_t n = PySequence_Fast_GET_SIZE(tags);
     for (Py_ssize_t i = 0; i < n; i++)
@@ -281,6 +275,19 @@ fields_get(Fields *fields, PyObject *experience)
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if ((values[i] = PyObject_GetAttr(experience, names[i])) == NULL)
             return FAILED;
+    return DONE;
+}
+
+/* They are looked at more than once, and what the collector runs in between may change a list. */
+static int
+fields_own_tags(Fields *fields)
+{
+    if (PyList_CheckExact(fields->tags)) {
+        PyObject *own = PyList_AsTuple(fields->tags);
+        if (own == NULL)
+            return FAILED;
+        Py_SETREF(fields->tags, own);
+    }
     return DONE;
 }
 
@@ -365,7 +372,7 @@ row_size(Part *v, Part *q, Text *text)
 }
 
 static PyObject *
-encoder_row(Part *v, Part *q, Text *text, uint32_t *crc)
+encoder_row(Part *v, Part *q, Text *text)
 {
     Py_ssize_t size = row_size(v, q, text), count = attached_count(text);
     PyObject *row = PyBytes_FromStringAndSize(NULL, size);
@@ -378,12 +385,7 @@ encoder_row(Part *v, Part *q, Text *text, uint32_t *crc)
                          (uint32_t)count};
     memcpy(to + ROW_HEADER, version, 4);
     memcpy(to + ROW_HEADER + 4, sizes, 16);
-    uint8_t *at = to + ROW_HEADER + CONTENT_HEADER;
-    if (v->dim)
-        memcpy(at, v->numbers, 4 * (size_t)v->dim);
-    if (q->dim)
-        memcpy(at + 4 * v->dim, q->numbers, 4 * (size_t)q->dim);
-    at += 4 * (v->dim + q->dim);
+    uint8_t *at = part_put(q, part_put(v, to + ROW_HEADER + CONTENT_HEADER));
     for (Py_ssize_t i = 0; i < count; i++, at += 8) {
         uint64_t bytes = (uint64_t)PyBytes_GET_SIZE(PyList_GET_ITEM(text->attached, i));
         memcpy(at, &bytes, 8);
@@ -395,14 +397,15 @@ encoder_row(Part *v, Part *q, Text *text, uint32_t *crc)
         memcpy(at, PyBytes_AS_STRING(bytes), (size_t)PyBytes_GET_SIZE(bytes));
         at += PyBytes_GET_SIZE(bytes);
     }
-    *crc = crc32_of(0, to + ROW_HEADER, (size_t)(size - ROW_HEADER));
     return row;
 }
 
 static PyObject *
-encoder_accepted(Encoder *self, PyObject *row, uint32_t crc, PyObject *vector, double timestamp,
-                 double reward, double confidence, double priority, Fields *fields)
+encoder_accepted(Encoder *self, PyObject *row, PyObject *vector, double timestamp, double reward,
+                 double confidence, double priority, Fields *fields)
 {
+    const uint8_t *content = (const uint8_t *)PyBytes_AS_STRING(row) + ROW_HEADER;
+    uint32_t crc = crc32_of(0, content, (size_t)PyBytes_GET_SIZE(row) - ROW_HEADER);
     PyObject *made = self->accepted->tp_alloc(self->accepted, A_FIELDS);
     if (made == NULL)
         return NULL;
@@ -435,10 +438,9 @@ encoder_try(Encoder *self, PyObject *experience, PyObject *given, double now, Py
     Text text;
     PyObject *row = NULL, *vector = NULL;
     double confidence, reward = Py_NAN, priority, timestamp = now;
-    uint32_t crc;
     int result;
     text_begin(&text, &self->numpy);
-    if ((result = fields_get(&fields, experience)) ||
+    if ((result = fields_get(&fields, experience)) || (result = fields_own_tags(&fields)) ||
         (result = part_get(self, &v, fields.v, self->v_dim)) ||
         (result = part_get(self, &q, fields.q, self->q_dim)) ||
         (result = number_of(&self->numpy, fields.confidence, &confidence)) ||
@@ -457,15 +459,17 @@ encoder_try(Encoder *self, PyObject *experience, PyObject *given, double now, Py
         goto end;
     }
     result = FAILED;
+    row = encoder_row(&v, &q, &text);
     vector = PyBytes_FromStringAndSize(NULL, 4 * self->dim);
-    if (vector == NULL)
+    if (row == NULL || vector == NULL)
         goto end;
-    if ((result = encoder_fuse(self, &v, &q, (float *)PyBytes_AS_STRING(vector))))
+    result = NOT_PLAIN;
+    if (!isfinite(v.square) || !isfinite(q.square) ||
+        (result = encoder_fuse(self, &v, &q, (float *)PyBytes_AS_STRING(vector))))
         goto end;
     result = FAILED;
-    if ((row = encoder_row(&v, &q, &text, &crc)) != NULL &&
-        (*accepted = encoder_accepted(self, row, crc, vector, timestamp, reward, confidence,
-                                      priority, &fields)) != NULL)
+    if ((*accepted = encoder_accepted(self, row, vector, timestamp, reward, confidence, priority,
+                                      &fields)) != NULL)
         result = DONE;
 end:
     text_end(&text);

@@ -606,16 +606,20 @@ list_remove(List *list, Add *add)
     list->n--;
 }
 
-/* What the caller has met, in each of these adds. */
+/* What the caller has met, in each of these adds. Where somebody wanted the interpreter to stop, that
+ * is for the caller's own: to the others it is that the call was interrupted. */
 static void
-tell(Caller *caller, Add *adds, int outcome)
+tell(Caller *caller, Add *adds, Add *own, int outcome)
 {
     if (caller->exception != NULL) {
         PyEval_RestoreThread(caller->state);
+        int for_all = PyErr_GivenExceptionMatches(caller->exception, PyExc_Exception);
         for (Add *add = adds; add != NULL; add = add->next)
-            add->exception = Py_NewRef(caller->exception);
+            if (for_all || add == own)
+                add->exception = Py_NewRef(caller->exception);
         Py_CLEAR(caller->exception);
         caller->state = PyEval_SaveThread();
+        caller->error = EINTR;
     }
     for (Add *add = adds; add != NULL; add = add->next) {
         add->error = caller->error;
@@ -687,11 +691,11 @@ lead_append(Log *self, Caller *caller, Add *own)
     pthread_mutex_unlock(&self->mutex);
     int result = append(self, caller, batch.first), home = 1;
     if (result == NOT_PLAIN || (result == FAILED && batch.n > 1 && !caller->stop))
-        tell(caller, batch.first, NOTHING); /* what is too large must not take others along */
+        tell(caller, batch.first, own, NOTHING); /* what is too large must not take others along */
     else if (result == FAILED)
-        tell(caller, batch.first, WRITE_FAILED);
+        tell(caller, batch.first, own, WRITE_FAILED);
     else {
-        tell(caller, batch.first, WRITTEN);
+        tell(caller, batch.first, own, WRITTEN);
         home = !self->syncs;
     }
     pthread_mutex_lock(&self->mutex);
@@ -724,7 +728,7 @@ lead_flush(Log *self, Caller *caller, Add *own)
     pthread_mutex_unlock(&self->mutex);
     uint64_t retirements = batch.last->retirements;
     int result = flush(self, caller, batch.last->lsn, retirements);
-    tell(caller, batch.first,
+    tell(caller, batch.first, own,
          result == DONE ? ACKNOWLEDGED : result == FAILED ? SYNC_FAILED : WRITTEN);
     if (result == DONE)
         for (Add *add = batch.first; add != NULL; add = add->next)
