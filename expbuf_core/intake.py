@@ -526,6 +526,8 @@ class Intake:
     ) -> Draft:
         """Several experiences as one operation."""
         now = time.time()
+        if priorities is None and (plain := self._all_plain(experiences, now)):
+            return self.draft(plain)
         for item in experiences:
             if not isinstance(item, Experience):
                 raise InvalidExperience(
@@ -535,6 +537,18 @@ class Intake:
         v = self._stack([item.v_embed for item in experiences], "v_embed", self.v_dim)
         q = self._stack([item.q_embed for item in experiences], "q_embed", self.q_dim)
         return self._together(v, q, _in_columns(experiences, now), priorities, now)
+
+    def _all_plain(self, experiences: Sequence[Experience], now: float) -> list[Accepted]:
+        """All of them, accepted by native code; none, if one is not for that."""
+        accepted: list[Accepted] = []
+        if self._encoder is not None:
+            accept = self._encoder.accept
+            for experience in experiences:
+                found: Accepted | None = accept(experience, None, now)
+                if found is None:
+                    return []
+                accepted.append(found)
+        return accepted
 
     def _together(
         self, v: Vectors, q: Vectors, columns: _Columns, priorities: Any, now: float

@@ -350,6 +350,31 @@ def test_what_is_not_plain_is_left_alone(fields: dict[str, Any]) -> None:
     assert made._encoder.accept(experience, None, NOW) is None
 
 
+@pytest.mark.parametrize("odd", [None, {"answer": 2**63}])
+def test_several_at_once(odd: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    v = np.linspace(-1, 1, V_DIM, dtype=np.float32)
+    fields = [*PLAIN, *([] if odd is None else [odd])]
+    given = [
+        Experience(**{"v_embed": v + i, "q_embed": v - i, "timestamp": NOW + 1e9, **each})
+        for i, each in enumerate(fields)
+    ]
+    monkeypatch.setattr(time, "time", lambda: NOW)
+    found, wanted = (
+        make(max_experience_bytes=1 << 20).many(given, None) for make in (intake, pure)
+    )
+    assert found.rows == wanted.rows
+    assert found.content_crcs == wanted.content_crcs
+    assert found.weight == wanted.weight == len(given)
+    bodies = [codec.decode_add(each.operation.body) for each in (found, wanted)]
+    assert bodies[0].labels == bodies[1].labels
+    for name in ("timestamp", "reward", "confidence", "priority", "vectors"):
+        columns = [getattr(body, name) for body in bodies]
+        np.testing.assert_allclose(*columns, rtol=2e-6, atol=1e-7)
+    without_time = [Experience(v_embed=v, q_embed=v + 1)] * 3
+    now = codec.decode_add(intake().many(without_time, None).operation.body).timestamp
+    assert now.tolist() == [NOW] * 3
+
+
 def test_too_deep_is_left_alone() -> None:
     tree: Any = []
     for _ in range(200):
@@ -384,7 +409,7 @@ def test_what_changes_while_it_is_encoded(nth: int, number: float) -> None:
     gc.callbacks.append(change)
     try:
         gc.set_threshold(1)
-        accepted = made._encoder.accept(experience, None)
+        accepted = made._encoder.accept(experience, None, NOW)
     finally:
         gc.set_threshold(*usual)
         gc.callbacks.remove(change)
