@@ -6,9 +6,13 @@ import ast
 import functools
 import importlib.metadata
 import io
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from collections.abc import Callable
 from email.message import Message
@@ -90,6 +94,16 @@ def test_wheel_holds_the_package_and_nothing_else(folder: Path, build: Build) ->
     assert {top for top in tops if not top.endswith(".dist-info")} == {name}
     on_disk = {path.relative_to(folder).as_posix() for path in sources(folder)}
     assert on_disk <= names
+
+
+def test_native_code_is_there_where_it_can_be() -> None:
+    """Else its tests are skipped, and nobody notices."""
+    from expbuf_core.native import native, why_not
+
+    compiler = shlex.split(sysconfig.get_config_var("CC") or "cc")[0]
+    if os.environ.get("EXPBUF_NATIVE") == "0" or shutil.which(compiler) is None:
+        pytest.skip("switched off, or no C compiler")
+    assert native is not None, why_not
 
 
 @every_distribution

@@ -19,8 +19,8 @@ Python stays the definition: tests hold both against each other byte by byte (fu
 rounding), and run what is tested of crashes, faults and processes with both.
 
 Built with the package where there is a C compiler (`hatch_build.py`). `EXPBUF_NATIVE=0` in the
-environment leaves it out. What was built from other sources than those
-beside it, or for another version of the Python code, is left out as well.
+environment leaves it out. What was built from other sources than those beside it, or for another
+version of the Python code, is left out as well.
 """
 
 from __future__ import annotations
