@@ -28,7 +28,7 @@ def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf
         InvalidExperience: It is not.
     """
     if type(value) is not float:
-        if isinstance(value, str | bytes | bool | np.bool_) or value is None:
+        if isinstance(value, str | bytes | bool | np.bool_ | np.complexfloating) or value is None:
             raise InvalidExperience(f"{name}: expected a number, found {shown(value)}")
         try:
             value = float(value)

@@ -340,3 +340,13 @@ def test_parts_that_are_too_large_are_told(metric: str) -> None:
     large = np.full(8, 1e30, np.float32)
     with pytest.raises(InvalidExperience, match="its parts are too large"):
         made.one(Experience(v_embed=large, q_embed=large), 1.0)
+
+
+@pytest.mark.parametrize("value", [1j, np.complex64(1j), np.complex128(0.5)])
+def test_complex_numbers_are_none(value: Any) -> None:
+    """Of numpy's, `float` keeps the real part, and only warns."""
+    for given in ({"confidence": value}, {"rewards": value}, {"timestamp": value}):
+        with pytest.raises(InvalidExperience, match="expected a number"):
+            intake().accept(Experience(v_embed=V, q_embed=Q, **given), None)
+    with pytest.raises(InvalidExperience, match="priority: expected a number"):
+        intake().accept(Experience(v_embed=V, q_embed=Q), value)

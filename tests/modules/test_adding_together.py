@@ -1,6 +1,6 @@
 """What threads add while one of them waits for the disk becomes one operation.
 
-By Python, that is; what native code makes of it is in tests/test_native.py.
+By Python, that is; what native code makes of it is in tests/test_native_log.py.
 """
 
 from __future__ import annotations
