@@ -59,7 +59,7 @@ def little_memory() -> Iterator[None]:
 @pytest.fixture
 def without_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers that are opened in this test do with Python alone."""
-    for module in ("commit", "frames", "intake"):
+    for module in ("alike", "commit", "intake", "plain_adds"):
         monkeypatch.setattr(f"expbuf_core.{module}.native", None)
 
 

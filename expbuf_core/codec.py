@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core.contracts import Buffer, Operation
+from expbuf_core.contracts import Buffer, LoggedOperation, LoggedRun, Operation
 from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError, FormatVersionError, InvalidExperience
 from expbuf_core.frames import ROW_HEADER_BYTES
@@ -596,9 +597,11 @@ def decode_add(*bodies: Buffer) -> AddBody:
 
 def decode_adds(bodies: NDArray[np.uint8]) -> AddBody | None:
     """The same of (m, size) bodies; None where that must be done one by one."""
-    n, dim, _, sections = _ADD.unpack_from(bodies.data)
+    n, dim, representation, sections = _ADD.unpack_from(bodies.data)
     if sections or _ADD.size + n * (24 + 4 * dim) != bodies.shape[1]:
         return None
+    if len(bodies) == 1:
+        return _one_added(bodies[0], n, dim, representation)
     table = bodies.reshape(-1).view(_add_type(n, dim))
     if (table["head"] != table["head"][0]).any():
         return None
@@ -616,6 +619,79 @@ def _added(table: NDArray[np.void], labels: dict[str, list[Any]] | None) -> AddB
         labels,
         int(table["head"][0, 2]),
     )
+
+
+def _one_added(body: Buffer, n: int, dim: int, representation: int) -> AddBody:
+    """A body without sections."""
+    at = _ADD.size
+    return AddBody(
+        np.frombuffer(body, np.float64, n, at),
+        np.frombuffer(body, np.float64, n, at + 8 * n),
+        np.frombuffer(body, np.float32, n, at + 16 * n),
+        np.frombuffer(body, np.float32, n, at + 20 * n),
+        np.frombuffer(body, np.float32, n * dim, at + 24 * n).reshape(n, dim),
+        None,
+        representation,
+    )
+
+
+@dataclass(frozen=True)
+class LoggedAdds(LoggedRun):
+    """Successive adds without labels, as the one that adds what they all add.
+
+    `bodies` is its body, (1, size) uint8; `first_ids`, `locations` and `lengths` are those of its
+    rows, (n,) each.
+
+    Attributes:
+        counts: (m,) uint32, how many rows each of the adds has.
+    """
+
+    counts: NDArray[np.uint32]
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def behind(self, lsn: int) -> LoggedRun:
+        cut = max(0, lsn + 1 - self.first_lsn)
+        if not cut:
+            return self
+        rows = slice(int(self.counts[:cut].sum(dtype=np.int64)), None)
+        assert self.lengths is not None
+        return LoggedAdds(
+            self.first_lsn + cut,
+            self.kind,
+            np.frombuffer(self._body_of(rows), np.uint8)[np.newaxis],
+            self.first_ids[rows],
+            self.locations[rows],
+            self.lengths[rows],
+            self.counts[cut:],
+        )
+
+    def operations(self) -> Iterator[LoggedOperation]:
+        assert self.lengths is not None
+        start = 0
+        for lsn, n in enumerate(self.counts.tolist(), self.first_lsn):
+            rows = slice(start, start + n)
+            first_id, location = int(self.first_ids[start]), int(self.locations[start])
+            body = self._body_of(rows)
+            yield LoggedOperation(lsn, self.kind, first_id, body, location, self.lengths[rows])
+            start += n
+
+    def _body_of(self, rows: slice) -> bytes:
+        """The body of the add that adds these."""
+        added = decode_adds(self.bodies)
+        assert added is not None
+        return encode_add(
+            AddBody(
+                added.timestamp[rows],
+                added.reward[rows],
+                added.confidence[rows],
+                added.priority[rows],
+                added.vectors[rows],
+                None,
+                added.representation,
+            )
+        )
 
 
 def add_representation(body: Buffer) -> int:

@@ -339,6 +339,9 @@ class LoggedOperation(NamedTuple):
 class LoggedRun:
     """Successive operations of one kind that are alike, read from the log together.
 
+    The columns are those of operations here, and of rows in `codec.LoggedAdds`, which is one, too;
+    the methods mean the same.
+
     Attributes:
         first_lsn: Of the first; those of the others follow it without gaps.
         kind: See `expbuf_core.codec`.

@@ -158,7 +158,10 @@ def _rows(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]]:
     """Ids, locations and lengths of all payloads."""
     lengths = [operation.lengths for operation in run]
-    if set(map(len, lengths)) == {1}:
+    sizes = set(map(len, lengths))
+    if 0 in sizes and len(run) > 1:
+        raise ValueError("an add without payloads among others")
+    if sizes == {1}:
         ids = np.array([operation.first_id for operation in run], np.int64)
         locations = np.array([operation.location for operation in run], np.int64)
         return ids, locations, np.concatenate(lengths)

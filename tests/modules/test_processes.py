@@ -50,6 +50,7 @@ from expbuf_core.builder import IndexBuilder
 from expbuf_core.locks import ProcessLock
 from expbuf_core.state import State
 from expbuf_core.testing.processes import Child
+from expbuf_file import layout
 
 # ---------------------------------------------------------------- two buffers, one process
 
@@ -372,6 +373,52 @@ def test_several_writers_share_one_order(
     with open_buffer() as again:
         assert len(again) == 110
         assert again.recovery.clean
+
+
+def replica(buffer: ExperienceBuffer) -> tuple[Any, ...]:
+    """All that a replica holds, and what it finds."""
+    assert len(buffer)  # applies what there is
+    tree, columns = buffer._session.replica.state.dump()
+    found = [find(buffer, serial, k=5) for serial in range(0, 400, 37)]
+    hits = [(hits.ids.tolist(), np.round(hits.similarities, 4).tolist()) for hits in found]
+    return tree, {name: column.tobytes() for name, column in columns.items()}, hits
+
+
+def test_what_readers_followed_is_what_a_fresh_opening_finds(
+    open_buffer: OpenBuffer, folder: Path
+) -> None:
+    """Adds of all sizes among updates, over many logs and recoveries, from before and within."""
+    open_buffer().close()
+    readers = [open_buffer(mode="r")]
+    mixed = (
+        "[buffer.add(experience(i)) if i % 5 else "
+        "buffer.add_many(columns(range(1000 + i, 1001 + i + i % 40))).tolist() "
+        "and buffer.update_priorities(buffer.ids()[-1:], [i]) for i in range({0}, {0} + 60)]"
+    )
+    started = 0
+    for round_ in range(2):
+        workers = [Worker(folder, {"durability": "os"}) for _ in range(2)]
+        readers.append(open_buffer(mode="r"))
+        for worker in workers:
+            started += 100
+            worker.start(mixed.format(started))
+        for reader in readers[: round_ + 1]:  # the last one reads it all at once
+            for _ in range(10):
+                find(reader, started)
+        for worker in workers:
+            worker.result()
+        latest = replica(readers[-1])
+        for reader in readers[:-1]:
+            assert replica(reader) == latest
+        for worker in workers:  # nobody else writes: the next one recovers
+            worker.kill()
+        with open_buffer() as fresh:
+            assert not fresh.recovery.clean
+            assert len(fresh) > 100
+            wanted = replica(fresh)
+            for reader in [*readers, open_buffer(mode="r")]:
+                assert replica(reader) == wanted
+    assert max(layout.numbers(folder, layout.INDEX)) > 6
 
 
 def test_a_writer_killed_and_others_go_on(open_buffer: OpenBuffer, folder: Path) -> None:

@@ -549,7 +549,12 @@ class FilePersistenceAdapter(PersistenceAdapter):
     def follow(self, after_lsn: int) -> LogFollower:
         files = self._start_of(after_lsn)
         moved = self._logs.let_go_of_deleted
-        return FileFollower(self._folder, self._uuid, after_lsn, files, moved)
+        return FileFollower(self._folder, self._uuid, after_lsn, files, moved, self._index_end)
+
+    def _index_end(self, number: int) -> int:
+        """Where the index log of that number ends; 0 unless it is the current one."""
+        end = self._words[_INDEX_END]
+        return end if self._words[_FILE] == number else 0
 
     def _start_of(self, after_lsn: int) -> list[Part]:
         """Files to follow from `after_lsn` on."""

@@ -59,6 +59,7 @@ class FileFollower(LogFollower):
         after_lsn: Operations up to here are known.
         files: Files to read, oldest first.
         moved: Called when it goes on to another file.
+        end_of: Where the index log of that number ends by now; 0 where that is not known.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class FileFollower(LogFollower):
         after_lsn: int,
         files: list[Part],
         moved: Callable[[], None],
+        end_of: Callable[[int], int],
     ) -> None:
         self._folder = folder
         self._uuid = uuid
         self._lsn = after_lsn
         self._files = files
         self._moved = moved
+        self._end_of = end_of
         self._file: LogFile | None = None
         self._offset = layout.HEADER_BYTES
 
@@ -82,7 +85,7 @@ class FileFollower(LogFollower):
 
     def read_alike(self, until_lsn: int) -> Iterator[LoggedOperation | LoggedRun]:
         if self._file is not None:
-            self._file.forget((until_lsn - self._lsn) * _TYPICAL_BYTES)
+            self._file.forget(self._wanted(until_lsn))
         while self._lsn < until_lsn:
             file = self._file or self._open()
             moved = yield from self._read_file(file, until_lsn)
@@ -98,6 +101,11 @@ class FileFollower(LogFollower):
                     offset=self._offset,
                     lsn=self._lsn + 1,
                 )
+
+    def _wanted(self, until_lsn: int) -> int:
+        """Bytes that stand up to there; what was never written would come from the disk."""
+        end = self._end_of(self._files[0].number)
+        return max(end - self._offset, 0) or max(until_lsn - self._lsn, 8) * _TYPICAL_BYTES
 
     def _read_file(
         self, file: LogFile, until_lsn: int

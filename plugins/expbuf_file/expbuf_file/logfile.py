@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core import frames
+from expbuf_core import alike, frames
 from expbuf_core.contracts import LoggedOperation, LoggedRun
 from expbuf_core.crc import crc32
 from expbuf_core.errors import CorruptionError
@@ -20,6 +20,7 @@ from expbuf_core.native import native
 from expbuf_file import layout
 
 _FIRST_WINDOW = 1 << 14
+_LAST_ID = (1 << 62) - 1  # that is taken together with others: it fits into a column
 _LAST_WINDOW = 1 << 22
 _NO_LENGTHS: NDArray[np.uint32] = np.empty(0, np.uint32)
 NO_BOUND = 1 << 64  # above every LSN
@@ -139,14 +140,14 @@ class LogFile:
         n = self._read_into(memoryview(raw), offset)
         return raw if n == length else raw[:n]
 
-    def forget(self, wanted: int = 0) -> None:
+    def forget(self, wanted: int = _FIRST_WINDOW) -> None:
         """Drop what was read ahead: the file grows.
 
         Args:
-            wanted: Bytes that will be read, if that is known.
+            wanted: Bytes that will be read.
         """
         self._filled = 0
-        self._ahead = min(max(_FIRST_WINDOW, wanted), _LAST_WINDOW)
+        self._ahead = min(wanted, _LAST_WINDOW)
 
     def begin(self) -> Begin | None:
         """The link to the log before, or None while the file is unused (or its link damaged)."""
@@ -256,7 +257,7 @@ class LogFile:
         window, window_at = self._window, self._window_at
         end = min(self._filled, limit - window_at)
         epoch, salt_crc, data_log = self.number, self.salt_crc, self.header.log == 0
-        run = frames.run_of(
+        run = alike.run_of(
             window,
             at,
             end,
@@ -275,7 +276,7 @@ class LogFile:
         # Spelled out, not called: a call takes longer than what it does.
         decode, decode_row = frames.HEADER.unpack_from, frames.SINGLE_ROW.unpack_from
         pack_id, row_header = frames.ID.pack, frames.ROW_HEADER_BYTES
-        found = frames.Alike(epoch << layout.OFFSET_BITS)
+        found = alike.Alike(epoch << layout.OFFSET_BITS)
         shape: tuple[int, int, int] | None = None
         stretch = 0
         bodies, ids, places, sizes = found.bodies, found.ids, found.places, found.sizes
@@ -304,6 +305,8 @@ class LogFile:
                 or number > until_lsn
                 or of != epoch
                 or kind >= frames.LOG_BEGIN
+                or place >= layout.MAX_FILE_BYTES
+                or first_id > _LAST_ID
                 or crc32(window[at + 8 : body_at], salt_crc) != header_crc
             ):
                 break
@@ -356,7 +359,7 @@ class LogFile:
             lsn += 1
             at = following
             stretch += 1
-            if stretch == frames.LEAST_RUN and native is not None and n <= 1:
+            if stretch == alike.LEAST_RUN and native is not None and n <= 1:
                 break  # it looks like many: native code goes on
         return found.taken_together((lsn or 0) - len(places)), window_at + at
 

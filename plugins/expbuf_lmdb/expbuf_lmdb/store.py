@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from expbuf_core import frames
+from expbuf_core import alike, frames
 from expbuf_core.contracts import Buffer, LoggedOperation, LoggedRun
 from expbuf_core.crc import crc32
 from expbuf_lmdb import layout
@@ -174,7 +174,7 @@ class Store:
         what is wrong with it: they take several times as long.
         """
         items: list[LoggedOperation | LoggedRun] = []
-        found, first, previous = frames.Alike(), after_lsn + 1, after_lsn
+        found, first, previous = alike.Alike(), after_lsn + 1, after_lsn
         shape: tuple[int, int, int] | None = None
         with txn.cursor(db=tables.operations) as cursor, txn.cursor(db=tables.rows) as rows:
             at = cursor.set_range(key(after_lsn + 1))
@@ -190,7 +190,7 @@ class Store:
                 header = self._plain(rows, lsn, value)
                 if lsn != previous + 1 or header is None:
                     items += found.taken_together(first)
-                    found, first, shape = frames.Alike(), lsn, None
+                    found, first, shape = alike.Alike(), lsn, None
                 if header is None:
                     checked = self.checked(lsn, value)
                     self.check_rows(txn, tables, checked)
