@@ -49,6 +49,7 @@ from expbuf_core.filesystem import FileSystem, storage_errors
 from expbuf_core.intake import Accepted, Intake
 from expbuf_core.locks import holder
 from expbuf_core.opening import keeps_nothing
+from expbuf_core.plain_adds import PlainAdds
 from expbuf_core.plugins import PluginRegistry, default_registry
 from expbuf_core.recovery import RecoveryReport
 from expbuf_core.reindexing import Embed, Progress, ReindexReport, reembed
@@ -436,7 +437,6 @@ class ExperienceBuffer:
 
     # ------------------------------------------------------------ writing
 
-    @_call
     def add(self, experience: Experience, *, priority: float | None = None) -> int:
         """Store one experience; it is found by the very next search, in every process.
 
@@ -451,13 +451,39 @@ class ExperienceBuffer:
             InvalidExperience: Something in it cannot be stored; nothing was written.
             StorageError: It was not stored (StorageFull: there is no room).
         """
+        plain = self._session.plain_adds
+        if plain is not None and self._forks == _fork_count:
+            try:
+                found = plain.add(experience, priority)
+            except (OSError, ValueError, AttributeError, LookupError) as exc:
+                self._explain(exc)
+                raise
+            if isinstance(found, int):
+                return found
+            if found is not None and (id_ := self._finish_plainly(plain, found)) is not None:
+                return id_
+        return self._add_in_python(experience, priority)
+
+    @_call
+    def _finish_plainly(self, plain: PlainAdds, found: tuple[int, int, int | None]) -> int | None:
+        """Do what is due behind an add; None: it must be made again."""
+        try:
+            return plain.finish(found)
+        except Outdated:
+            return None
+
+    @_call
+    def _add_in_python(self, experience: Experience, priority: float | None) -> int:
         session = self._writer()
         while True:
             intake, accepted = _accepted(session, experience, priority)
             try:
-                return session.add(intake, accepted)
+                id_ = session.add(intake, accepted)
             except Outdated:
                 continue
+            if session.asks_for_plain_adds:
+                session.begin_plain_adds(self._inside)
+            return id_
 
     @_call
     def add_many(

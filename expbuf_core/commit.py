@@ -354,13 +354,26 @@ class CommitLog:
         if found is None:
             return None
         lsn, first_id, retirements = found
+        self.finish_native(lsn, retirements)
+        return lsn, first_id
+
+    def finish_native(self, lsn: int, retirements: int | None) -> None:
+        """Do what is left to do behind what native code has appended.
+
+        Args:
+            lsn: Of the operation.
+            retirements: Of logs, when it was written, if it is not durable as configured.
+        """
         self._appended()
         if retirements is not None:
             if self._syncs:
                 self.flush(lsn, retirements)
             elif self._durability == "group":
                 self._flush_later()
-        return lsn, first_id
+
+    def native_log(self) -> NativeLog | None:
+        """What writes plain adds; None where they must be given to `commit`."""
+        return self._native if self._outer is None else None
 
     def _fail(self, what: str, exc: BaseException) -> NoReturn:
         """Raise what native code has met at a write or a sync."""

@@ -268,7 +268,7 @@ class Intake:
         self._max_experience = max_experience_bytes
         self._max_commit = max_commit_bytes
         self.representation = representation
-        self._encoder = self._make_encoder()
+        self.encoder = self._make_encoder()
 
     # ------------------------------------------------------------ parts
 
@@ -410,8 +410,8 @@ class Intake:
     def accept(self, experience: Experience, priority: float | None) -> Accepted:
         """Check one experience, score, encode and fuse it: all that may run code of the user's."""
         now = time.time()
-        if self._encoder is not None:
-            accepted: Accepted | None = self._encoder.accept(experience, priority, now)
+        if self.encoder is not None:
+            accepted: Accepted | None = self.encoder.accept(experience, priority, now)
             if accepted is not None:
                 return accepted
         v = self._part(experience.v_embed, "v_embed", self.v_dim, rank=1)
@@ -541,8 +541,8 @@ class Intake:
     def _all_plain(self, experiences: Sequence[Experience], now: float) -> list[Accepted]:
         """All of them, accepted by native code; none, if one is not for that."""
         accepted: list[Accepted] = []
-        if self._encoder is not None:
-            accept = self._encoder.accept
+        if self.encoder is not None:
+            accept = self.encoder.accept
             for experience in experiences:
                 found: Accepted | None = accept(experience, None, now)
                 if found is None:

@@ -169,6 +169,10 @@ class Events:
                 return True
         return False
 
+    def observers(self, event: str) -> tuple[Any, ...]:
+        """The plugins that may listen to it."""
+        return tuple(observer.plugin for observer in self._observers[event])
+
     def fire(self, event: str, **facts: Any) -> None:
         """Call the observers of an event that listen; one that raises is logged, no more.
 

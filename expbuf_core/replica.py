@@ -30,8 +30,8 @@ from expbuf_core.tiers import IndexTiers, Tail
 
 _log = logging.getLogger("expbuf")
 _REFUSE_CHUNK = 1024
-_LAG = 128  # operations that a writer may leave to be applied
-_LAG_ROWS = 256  # and experiences in them
+_LAG = 512  # operations that a writer may leave to be applied
+_LAG_ROWS = 1024  # and experiences in them: one may hold many
 
 Refuse = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
 
@@ -155,10 +155,12 @@ class Replica:
 
     def may_lag(self) -> bool:
         """Whether the next read may as well apply what there is, many at once, as a write now."""
-        words, state = self.control.words, self.state
-        if words[APPENDED] - state.lsn >= _LAG:
-            return False
-        return words[NEXT_ID] - state.next_id < _LAG_ROWS  # one operation may hold many
+        words, (lsn, next_id) = self.control.words, self.may_lag_until()
+        return words[APPENDED] < lsn and words[NEXT_ID] < next_id
+
+    def may_lag_until(self) -> tuple[int, int]:
+        """Before APPENDED and NEXT_ID come to these, it may."""
+        return self.state.lsn + _LAG, self.state.next_id + _LAG_ROWS
 
     def refresh(self) -> None:
         """Apply what has been published since; one comparison where that is nothing.

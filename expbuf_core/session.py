@@ -45,6 +45,7 @@ from expbuf_core.filesystem import FileSystem
 from expbuf_core.intake import Accepted, Intake
 from expbuf_core.locks import OpenLock, ProcessLock, ThreadLock, registry_is_mine
 from expbuf_core.opening import open_session
+from expbuf_core.plain_adds import PlainAdds
 from expbuf_core.plugins import PluginRegistry
 from expbuf_core.recovery import RecoveryReport
 from expbuf_core.replica import Replica
@@ -118,6 +119,8 @@ class Session:
         self.watched: Control | None = None
         self.adapter_words: memoryview | None = None  # a part of the control page's words
         self._intake: Intake | None = None
+        self.plain_adds: PlainAdds | None = None
+        self.asks_for_plain_adds = False
         # In memory only threads can meet, and they have to meet at one lock.
         in_memory, timeout = path is None, config.lock_timeout_s
         self._representation_lock: Lock | None = ThreadLock(timeout) if in_memory else None
@@ -371,12 +374,10 @@ class Session:
         if representation is not None and self.control.words[c.REPRESENTATION] != representation:
             self._check_representation(representation)
         lsn, first_id = self.commit_log.commit(work)
-        # Asked again: a change may have begun in between, and its operation come first.
-        if representation is not None and self.control.words[c.REPRESENTATION] != representation:
-            self._check_overtaken(lsn, first_id, count)
-        if kind != codec.ADD or count > 1 or not self.replica.may_lag():
+        if representation is not None:
+            self.finish_add(lsn, first_id, count, representation)
+        else:
             self.refresh()
-        if kind != codec.ADD:
             count = self.replica.counts.pop(lsn, 0)
         if listening:
             self.registry.fire(
@@ -388,6 +389,18 @@ class Session:
                 seconds=time.monotonic() - started,
             )
         return lsn, first_id, count
+
+    def finish_add(self, lsn: int, first_id: int, count: int, representation: int) -> None:
+        """See that an add that is written counts, and apply it if the next read should not.
+
+        Raises:
+            Outdated: It does not: a change of the representation has come first.
+        """
+        # Asked again: a change may have begun in between, and its operation come first.
+        if self.control.words[c.REPRESENTATION] != representation:
+            self._check_overtaken(lsn, first_id, count)
+        if count > 1 or not self.replica.may_lag():
+            self.refresh()
 
     # ------------------------------------------------------------ representation
 
@@ -505,7 +518,19 @@ class Session:
             max_commit_bytes=self.config.max_commit_bytes,
             representation=representation,
         )
+        self.plain_adds, self.asks_for_plain_adds = None, True
         return self._intake
+
+    def begin_plain_adds(self, inside: set[int]) -> None:
+        """Have native code do the adds that follow, where it can.
+
+        Args:
+            inside: Threads that are in the middle of a call of the buffer.
+        """
+        with self.replica.lock:
+            if self.asks_for_plain_adds and self._intake is not None:
+                self.plain_adds = PlainAdds.begin(self, self._intake, inside)
+                self.asks_for_plain_adds = False
 
     def index_choice(self, dim: int, metric: str, representation: int) -> indexing.IndexChoice:
         """The configured index backends, for vectors of a representation."""

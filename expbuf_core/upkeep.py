@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,21 @@ _RELOG_ROWS, _RELOG_BYTES = 2048, 1 << 20
 # many bytes as live are always kept, so that to drop costs no more than to add.
 _MEMORY_OPERATIONS, _MEMORY_BYTES = 10_000, 8 << 20
 _ROW_BYTES = 200  # that an object in memory takes besides what is in it
+_FILE, _DATA_END = c.ADAPTER, c.ADAPTER + 1  # native code appends to: see `contracts.OpenLog`
+_ASK_AGAIN_BYTES = 1 << 18
+_NEVER = (1 << 64) - 1
+
+
+class Due(NamedTuple):
+    """Values of control words from which on something may be due."""
+
+    appended: int
+    rows_added: int
+    damaged_index: int
+    file: int
+    data_end: int
+
+
 CLOSING_OPERATIONS = 10_000  # a log so long makes a snapshot worth while at closing
 
 
@@ -193,6 +208,26 @@ class Upkeep:
             or self.snapshot_is_due()
             or session.adapter.needs_preparation()
         )
+
+    def due_from(self, log_bytes: int) -> Due:
+        """How far things may go before `after_commit` has anything to do.
+
+        Args:
+            log_bytes: Size of the log file.
+        """
+        words, session = self._session.control.words, self._session
+        # Read first: what changes while it is asked whether anything is due is due from now on.
+        damaged, file, end = words[c.DAMAGED_INDEX], words[_FILE], words[_DATA_END]
+        if session.path is None or self._busy or self._is_due():
+            return Due(0, 0, 0, 0, 0)
+        lsn = self._snapshot_lsn + self._snapshot_every
+        rows = self._snapshot_rows + self._snapshot_every
+        if self._builds:
+            rows = min(rows, words[c.BUILT_ROWS] + self._rebuild_every)
+        # Whether the adapter needs preparation it is asked now and then.
+        end += min(_ASK_AGAIN_BYTES, log_bytes >> 3)
+        damaged = damaged + 1 if self._builds else _NEVER
+        return Due(min(lsn, _NEVER), min(rows, _NEVER), damaged, file + 1, end)
 
     def _do(self) -> None:
         session = self._session

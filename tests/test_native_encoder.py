@@ -49,7 +49,7 @@ def intake(**changed: Any) -> Intake:
 
 def pure(**changed: Any) -> Intake:
     made = intake(**changed)
-    made._encoder = None
+    made.encoder = None
     return made
 
 
@@ -198,18 +198,18 @@ def test_what_is_plain_is_done_natively(fields: dict[str, Any]) -> None:
     roomy: dict[str, Any] = {"max_experience_bytes": 1 << 20}
     made, v = intake(**roomy), np.linspace(-1, 1, V_DIM, dtype=np.float32)
     experience = Experience(**{"v_embed": v, "q_embed": v + 2, "timestamp": NOW + 1e9, **fields})
-    assert made._encoder is not None
-    accepted = made._encoder.accept(experience, None, NOW)
+    assert made.encoder is not None
+    accepted = made.encoder.accept(experience, None, NOW)
     assert accepted is not None
     assert_same(accepted, pure(**roomy).accept(experience, None))
-    given = made._encoder.accept(experience, 0.5, NOW)
+    given = made.encoder.accept(experience, 0.5, NOW)
     assert given is not None
     assert_same(given, pure(**roomy).accept(experience, 0.5))
     size = len(accepted.row)
     for most, fits in ((size, True), (size - 1, False)):
         made = intake(max_experience_bytes=most)
-        assert made._encoder is not None
-        assert (made._encoder.accept(experience, None, NOW) is not None) == fits
+        assert made.encoder is not None
+        assert (made.encoder.accept(experience, None, NOW) is not None) == fits
 
 
 @pytest.mark.parametrize("ago", [-5.0, 1e-3, 1.0, 86_400.0, 1e9, 1e300])
@@ -221,8 +221,8 @@ def test_its_age_counts(ago: float, weight: float, monkeypatch: pytest.MonkeyPat
     given: dict[str, Any] = {"confidence": 0.3, "rewards": -2.0, "timestamp": NOW - ago}
     experience = Experience(v_embed=v, q_embed=v, **given)
     made = intake(scorer=scorer)
-    assert made._encoder is not None
-    found = made._encoder.accept(experience, None, NOW)
+    assert made.encoder is not None
+    found = made.encoder.accept(experience, None, NOW)
     wanted = pure(scorer=scorer).accept(experience, None)
     assert found is not None
     assert found.timestamp == wanted.timestamp
@@ -232,7 +232,7 @@ def test_its_age_counts(ago: float, weight: float, monkeypatch: pytest.MonkeyPat
 def test_who_changes_what_is_being_added() -> None:
     """In the middle of it, as a finalizer may that the garbage collector runs (3.11 and older)."""
     made, v = intake(max_experience_bytes=1 << 20), np.ones(V_DIM, np.float32)
-    assert made._encoder is not None
+    assert made.encoder is not None
     tree: dict[str, Any] = {str(i): [np.ones(2), [np.ones(2)]] for i in range(9)}
     changes = iter(range(1 << 30))
 
@@ -251,7 +251,7 @@ def test_who_changes_what_is_being_added() -> None:
     gc.set_threshold(1)
     try:
         for _ in range(20):
-            accepted = made._encoder.accept(experience, None, NOW)
+            accepted = made.encoder.accept(experience, None, NOW)
             assert accepted is None or codec.decode_row(accepted.row).fields["answer"]
     finally:
         gc.set_threshold(*threshold)
@@ -297,8 +297,8 @@ ODD: list[dict[str, Any]] = [
 def test_what_is_not_plain_is_left_alone(fields: dict[str, Any]) -> None:
     made, v = intake(), np.linspace(-1, 1, V_DIM, dtype=np.float32)
     experience = Experience(**{"v_embed": v, "q_embed": v + 2, "timestamp": NOW + 1e9, **fields})
-    assert made._encoder is not None
-    assert made._encoder.accept(experience, None, NOW) is None
+    assert made.encoder is not None
+    assert made.encoder.accept(experience, None, NOW) is None
 
 
 @pytest.mark.parametrize("odd", [None, {"answer": 2**63}])
@@ -331,9 +331,9 @@ def test_too_deep_is_left_alone() -> None:
     for _ in range(200):
         tree = [tree]
     made, v = intake(), np.ones(V_DIM, np.float32)
-    assert made._encoder is not None
+    assert made.encoder is not None
     experience = Experience(v_embed=v, q_embed=v, answer=tree)
-    assert made._encoder.accept(experience, None, NOW) is None
+    assert made.encoder.accept(experience, None, NOW) is None
 
 
 @pytest.mark.parametrize("nth", range(1, 9))
@@ -342,7 +342,7 @@ def test_what_changes_while_it_is_encoded(nth: int, number: float) -> None:
     """The collector may run anything in between: what is accepted fits together all the same."""
     fusion = WeightedSum(FusionSettings())
     made = intake(metric="inner_product", fusion=fusion, v_dim=3, q_dim=3)
-    assert made._encoder is not None
+    assert made.encoder is not None
     v, q, tags = np.ones(3, np.float32), np.ones(3, np.float32), ["a"]
     experience = Experience(v_embed=v, q_embed=q, rewards={"a": 1.0}, tags=tags)  # type: ignore[arg-type]
     runs = 0
@@ -360,7 +360,7 @@ def test_what_changes_while_it_is_encoded(nth: int, number: float) -> None:
     gc.callbacks.append(change)
     try:
         gc.set_threshold(1)
-        accepted = made._encoder.accept(experience, None, NOW)
+        accepted = made.encoder.accept(experience, None, NOW)
     finally:
         gc.set_threshold(*usual)
         gc.callbacks.remove(change)
@@ -392,11 +392,11 @@ def test_subclasses_are_left_alone() -> None:
 
     v = np.ones(V_DIM, np.float32)
     made = intake()
-    assert made._encoder is not None
-    assert made._encoder.accept(Mine(v_embed=v, q_embed=v), None, NOW) is None
-    assert made._encoder.accept(Experience(v_embed=v.view(Array), q_embed=v), None, NOW) is None
-    assert intake(fusion=Sum(FusionSettings()))._encoder is None
+    assert made.encoder is not None
+    assert made.encoder.accept(Mine(v_embed=v, q_embed=v), None, NOW) is None
+    assert made.encoder.accept(Experience(v_embed=v.view(Array), q_embed=v), None, NOW) is None
+    assert intake(fusion=Sum(FusionSettings())).encoder is None
     scored = intake(scorer=Scorer(WeightedSumSettings()))
-    assert scored._encoder is not None
-    assert scored._encoder.accept(Experience(v_embed=v, q_embed=v), None, NOW) is None
-    assert scored._encoder.accept(Experience(v_embed=v, q_embed=v), 1.0, NOW) is not None
+    assert scored.encoder is not None
+    assert scored.encoder.accept(Experience(v_embed=v, q_embed=v), None, NOW) is None
+    assert scored.encoder.accept(Experience(v_embed=v, q_embed=v), 1.0, NOW) is not None

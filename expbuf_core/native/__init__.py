@@ -2,16 +2,18 @@
 
 Between two syncs the processor's caches forget Python: a durable add costs several times what it
 costs in a loop. So what every add does (check, score, fuse, encode, number, append, sync) is here a
-second time, in C, for the plain case alone: numpy arrays of float32 or float64, JSON-like trees
-with bytes, tuples and what numpy has of numbers, no probabilities, built-in scorer and fusion,
-storage in files, a lock that is free, a log with room. In every other case, and wherever something
-is wrong, this says so before it has changed anything, and Python does the whole.
+second time, from the experience to the acknowledgement, in C, for the plain case alone: numpy
+arrays of float32 or float64, JSON-like trees with bytes, tuples and what numpy has of numbers, no
+probabilities, built-in scorer and fusion, storage in files, a lock that is free, a log with room.
+In every other case, and wherever something is wrong, this says so before it has changed anything,
+and Python does the whole.
 
     module.c    the extension module
+    adder.h     `Adder`: an experience -> its id            as buffer.add, session
     encoder.h   `Encoder`: an experience -> `Accepted`      as intake, codec, builtin.fusions
     text.h      trees -> JSON                               as codec
     log.h       `Log`: `Accepted` -> the log, group commit  as commit, frames, expbuf_file.adapter
-    scan.h      `run`: frames that are alike -> arrays      as expbuf_file.logfile
+    scan.h      `run`: frames that are alike -> arrays      as alike, expbuf_file.logfile
     sleep.h     futexes; `Mutex`, held without the GIL      as locks, waiting
     crc.h       CRC-32                                      as crc
 
@@ -35,7 +37,7 @@ __all__ = ["native", "why_not"]
 
 # What native code and Python rely on of each other has this number, in module.c, too. Whoever
 # changes some of it raises both.
-FITS = 1
+FITS = 2
 _NAME = "expbuf_core.native._native"
 
 

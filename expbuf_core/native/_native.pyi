@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any, NoReturn
 
 FITS: int
@@ -19,7 +20,7 @@ def run(
     until_lsn: int,
     least: int,
     /,
-) -> tuple[int, int, int, bytearray, bytearray, int, int] | None: ...
+) -> tuple[int, int, int, bytearray, bytearray, int, int, bytearray | None] | None: ...
 
 class Encoder:
     def __init__(
@@ -47,6 +48,33 @@ class Encoder:
     ) -> None: ...
     def accept(self, experience: object, priority: object, now: float, /) -> Any | None: ...
 
+class Adder:
+    def __init__(
+        self,
+        *,
+        encoder: Encoder,
+        log: Log,
+        labels_of: Callable[[Any], bytes | None],
+        clock: ModuleType,
+        inside: set[int],
+        observers: tuple[Any, ...],
+        representation: int,
+        tells: bool,
+    ) -> None: ...
+    def add(
+        self, experience: object, priority: object, /
+    ) -> int | tuple[int, int, int | None] | None: ...
+    def until(
+        self,
+        appended: int,
+        next_id: int,
+        rows_added: int,
+        damaged_index: int,
+        file: int,
+        data_end: int,
+        /,
+    ) -> None: ...
+
 class Mutex:
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
     def release(self) -> None: ...
@@ -57,6 +85,8 @@ class Mutex:
 class Log:
     @property
     def inside(self) -> int: ...
+    @property
+    def data_size(self) -> int: ...
     def __init__(
         self,
         *,

@@ -484,15 +484,18 @@ end:
 static PyObject *
 encoder_accept(Encoder *self, PyObject *const *args, Py_ssize_t n)
 {
-    if (n != 3 || !PyFloat_CheckExact(args[2])) {
+    if (n != 3) {
         PyErr_SetString(PyExc_TypeError,
-                        "accept takes an experience, a priority or None, and the time, a float");
+                        "accept takes an experience, a priority or None, and the time");
         return NULL;
     }
+    double now = PyFloat_AsDouble(args[2]); /* a clock of a test may give whole numbers */
+    if (now == -1.0 && PyErr_Occurred())
+        return NULL;
     PyObject *accepted = NULL;
     int result = NOT_PLAIN;
     if (Py_TYPE(args[0]) == self->experience)
-        result = encoder_try(self, args[0], args[1], PyFloat_AS_DOUBLE(args[2]), &accepted);
+        result = encoder_try(self, args[0], args[1], now, &accepted);
     if (result == FAILED)
         return NULL;
     if (result == NOT_PLAIN)

@@ -29,7 +29,8 @@ enum {
     W_GENERATION = 1, W_APPENDED = 8, W_NEXT_ID = 9, W_PUBLISHED = 10, W_DURABLE = 11,
     W_APPENDING = 12, W_FLUSHING = 13, W_FLUSH_FAILED = 14, W_RETIREMENTS = 15,
     W_RESERVED_ID = 17, W_RESERVED_LSN = 18, W_ROWS_ADDED = 21, W_WAITING_TO_APPEND = 26,
-    W_WAITING_FOR_FLUSH = 27, W_NEXT_LSN = 31, W_ADAPTER = 32,
+    W_WAITING_FOR_FLUSH = 27, W_REPRESENTATION = 24, W_DAMAGED_INDEX = 28, W_NEXT_LSN = 31,
+    W_ADAPTER = 32,
     W_FILE = W_ADAPTER, W_DATA_END, W_INDEX_END, W_SYNCED, W_WRITTEN, W_COUNT = 64
 };
 
@@ -894,11 +895,64 @@ add_result(Log *self, Add *add)
     }
 }
 
+/* What its owner need not look after before one of these words comes to its value. */
+enum { WATCHED = 6 };
+static const int watched[WATCHED] = {W_APPENDED, W_NEXT_ID, W_ROWS_ADDED, W_DAMAGED_INDEX,
+                                     W_FILE, W_DATA_END};
+
+typedef struct {
+    uint64_t representation, until[WATCHED];
+} Watch;
+
+static int
+is_due(Log *self, const Watch *watch)
+{
+    for (int i = 0; i < WATCHED; i++)
+        if (word(self, watched[i]) >= __atomic_load_n(watch->until + i, __ATOMIC_RELAXED))
+            return 1;
+    return word(self, W_REPRESENTATION) != watch->representation;
+}
+
+/* A signal handler that interrupted one of the two in this thread: Python says so. */
+static int
+log_is_free(Log *self)
+{
+    return !is_closed(self) && self->words != NULL && self->data_fd >= 0 && !handlers &&
+           !mutex_is_mine(self->append_mutex) && !mutex_is_mine(self->flush_mutex);
+}
+
+/* Write what was accepted. DONE: see `outcome`; `due`: and there is more to do, if one watches. */
+static int
+log_write_add(Log *self, PyObject *accepted, PyObject *labels_of, const Watch *watch, Add *add,
+              int *due)
+{
+    PyObject *labels = NULL, *interrupt = NULL;
+    int result = add_of(self, accepted, labels_of, add, &labels);
+    if (result == DONE) {
+        __atomic_add_fetch(&self->inside, 1, __ATOMIC_ACQ_REL);
+        Caller caller = {.state = PyEval_SaveThread()};
+        take_part(self, &caller, add, &interrupt);
+        /* The words may be gone behind this. They are gone by now where somebody closed the log
+         * while labels were asked for: then nothing came of the add. */
+        *due = watch != NULL && add->outcome != NOTHING && is_due(self, watch);
+        if (__atomic_sub_fetch(&self->inside, 1, __ATOMIC_ACQ_REL) == 0 && is_closed(self))
+            futex_wake(&self->inside, EVERYBODY, 0);
+        PyEval_RestoreThread(caller.state);
+        if (interrupt != NULL) {
+            PyErr_SetObject((PyObject *)Py_TYPE(interrupt), interrupt);
+            Py_DECREF(interrupt);
+            result = FAILED;
+        }
+    }
+    Py_XDECREF(labels);
+    return result;
+}
+
 static PyObject *
 log_add(Log *self, PyObject *const *args, Py_ssize_t n)
 {
     Add add = {0};
-    PyObject *labels = NULL, *interrupt = NULL, *found = NULL;
+    int due;
     if (n != 3) {
         PyErr_SetString(PyExc_TypeError, "add takes what was accepted, representation, labels_of");
         return NULL;
@@ -906,26 +960,11 @@ log_add(Log *self, PyObject *const *args, Py_ssize_t n)
     add.representation = (uint32_t)PyLong_AsUnsignedLongMask(args[1]);
     if (PyErr_Occurred())
         return NULL;
-    /* A signal handler that interrupted one of the two in this thread: Python says so. */
-    if (is_closed(self) || self->words == NULL || self->data_fd < 0 || handlers ||
-        mutex_is_mine(self->append_mutex) || mutex_is_mine(self->flush_mutex))
+    if (!log_is_free(self))
         Py_RETURN_NONE;
-    int result = add_of(self, args[0], args[2], &add, &labels);
-    if (result == DONE) {
-        __atomic_add_fetch(&self->inside, 1, __ATOMIC_ACQ_REL);
-        Caller caller = {.state = PyEval_SaveThread()};
-        take_part(self, &caller, &add, &interrupt);
-        if (__atomic_sub_fetch(&self->inside, 1, __ATOMIC_ACQ_REL) == 0 && is_closed(self))
-            futex_wake(&self->inside, EVERYBODY, 0);
-        PyEval_RestoreThread(caller.state);
-        if (interrupt != NULL)
-            PyErr_SetObject((PyObject *)Py_TYPE(interrupt), interrupt);
-        else
-            found = add_result(self, &add);
-    } else if (result == NOT_PLAIN)
-        found = Py_NewRef(Py_None);
-    Py_XDECREF(interrupt);
-    Py_XDECREF(labels);
+    int result = log_write_add(self, args[0], args[2], NULL, &add, &due);
+    PyObject *found = result == DONE ? add_result(self, &add)
+                      : result == NOT_PLAIN ? Py_NewRef(Py_None) : NULL;
     Py_XDECREF(add.exception);
     return found;
 }
@@ -1118,6 +1157,7 @@ static PyMethodDef log_methods[] = {
 
 static PyMemberDef log_members[] = {
     {"inside", T_UINT, offsetof(Log, inside), READONLY, "Threads whose adds are under way."},
+    {"data_size", T_ULONGLONG, offsetof(Log, data_size), READONLY, "Of the file appended to last."},
     {NULL, 0, 0, 0, NULL},
 };
 

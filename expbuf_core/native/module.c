@@ -14,13 +14,14 @@
 
 /* What Python and this rely on of each other has this number, in expbuf_core/native/__init__.py,
  * too. Whoever changes some of it raises both: what was built before is not used any more. */
-#define FITS 1
+#define FITS 2
 
 /* CRC-32 of the sources, where hatch_build.py compiles them. */
 #ifndef SOURCES
 #define SOURCES 0
 #endif
 
+#include "adder.h"
 #include "crc.h"
 #include "encoder.h"
 #include "log.h"
@@ -67,8 +68,9 @@ add_constants(PyObject *module)
     CONSTANT(W_DURABLE) CONSTANT(W_APPENDING) CONSTANT(W_FLUSHING) CONSTANT(W_FLUSH_FAILED)
     CONSTANT(W_RETIREMENTS) CONSTANT(W_RESERVED_ID) CONSTANT(W_RESERVED_LSN)
     CONSTANT(W_ROWS_ADDED) CONSTANT(W_WAITING_TO_APPEND) CONSTANT(W_WAITING_FOR_FLUSH)
-    CONSTANT(W_NEXT_LSN) CONSTANT(W_ADAPTER) CONSTANT(W_FILE) CONSTANT(W_DATA_END)
-    CONSTANT(W_INDEX_END) CONSTANT(W_SYNCED) CONSTANT(W_WRITTEN) CONSTANT(W_COUNT)
+    CONSTANT(W_REPRESENTATION) CONSTANT(W_DAMAGED_INDEX) CONSTANT(W_NEXT_LSN)
+    CONSTANT(W_ADAPTER) CONSTANT(W_FILE) CONSTANT(W_DATA_END) CONSTANT(W_INDEX_END)
+    CONSTANT(W_SYNCED) CONSTANT(W_WRITTEN) CONSTANT(W_COUNT)
     CONSTANT(PAGE_BYTES) CONSTANT(MAGIC) CONSTANT(KIND_ADD)
     CONSTANT(FRAME_HEADER) CONSTANT(END_BYTES) CONSTANT(LARGE) CONSTANT(ROW_HEADER)
     CONSTANT(ROW_VERSION) CONSTANT(LOG_BEGIN) CONSTANT(A_FIELDS)
@@ -100,12 +102,14 @@ PyInit__native(void)
     crc_prepare();
     crc_is_folded = crc_folds();
     if (text_names() < 0 || encoder_names() < 0 || PyType_Ready(&EncoderType) < 0 ||
-        PyType_Ready(&LogType) < 0 || PyType_Ready(&MutexType) < 0)
+        PyType_Ready(&LogType) < 0 || PyType_Ready(&MutexType) < 0 ||
+        PyType_Ready(&AdderType) < 0)
         return NULL;
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL)
         return NULL;
     if (add_constants(module) < 0 ||
+        PyModule_AddObjectRef(module, "Adder", (PyObject *)&AdderType) < 0 ||
         PyModule_AddObjectRef(module, "Encoder", (PyObject *)&EncoderType) < 0 ||
         PyModule_AddObjectRef(module, "Log", (PyObject *)&LogType) < 0 ||
         PyModule_AddObjectRef(module, "Mutex", (PyObject *)&MutexType) < 0) {
