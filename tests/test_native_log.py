@@ -516,6 +516,23 @@ def test_an_add_of_many_rows_and_many_of_one(
     assert len(applied_together([settings, *natively.items]).live_ids()) == 4000
 
 
+def test_adds_behind_another_operation_are_still_joined(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = ByHand(tmp_path)
+    body = bytes(codec.encode_settings({"max_size": 4000}).body)
+    for _ in range(3):
+        log.put(codec.SETTINGS, body, [])
+        log.add(rng, 1)
+        for n in range(2, 12):
+            log.add(rng, n)
+    file = log.file(layout.INDEX)
+    natively = read_by(native, monkeypatch, file, rows=False, lsn=1)
+    joined = [len(item) for item in natively.items if isinstance(item, codec.LoggedAdds)]
+    assert joined == [10] * 3
+    assert natively.operations == read_by(None, monkeypatch, file, rows=False, lsn=1).operations
+
+
 # What the header of a frame may say, and its table; checksums are right.
 LIES: dict[str, list[Any]] = {
     "row_count": [0, 2, 3, frames.MAX_ROWS + 1, 1 << 29, (1 << 32) - 1],

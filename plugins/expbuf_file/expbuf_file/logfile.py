@@ -310,6 +310,8 @@ class LogFile:
                 or crc32(window[at + 8 : body_at], salt_crc) != header_crc
             ):
                 break
+            if n > 1 and native is not None and places:
+                break  # native code may join it with others
             table_at = body_at + body_len
             rows_at = table_at + 8 * n
             behind = rows_at + rows_len if data_log else rows_at
