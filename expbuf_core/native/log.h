@@ -913,7 +913,8 @@ is_due(Log *self, const Watch *watch)
     return word(self, W_REPRESENTATION) != watch->representation;
 }
 
-/* A signal handler that interrupted one of the two in this thread: Python says so. */
+/* Whether native code may add now. Not where a signal handler has interrupted an add of this thread,
+ * or this thread while it held a lock: Python says so. */
 static int
 log_is_free(Log *self)
 {
