@@ -533,6 +533,20 @@ def test_adds_behind_another_operation_are_still_joined(
     assert natively.operations == read_by(None, monkeypatch, file, rows=False, lsn=1).operations
 
 
+def test_adds_of_other_representations_or_dimensions_are_not_joined(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may stand side by side: one that comes too late for a change, behind one that does not."""
+    log = ByHand(tmp_path)
+    for representation in (0, 1, 1, 0):
+        log.add(rng, 3, representation=representation)
+    log.add(rng, 3, dim=5)
+    file = log.file(layout.INDEX)
+    natively = read_by(native, monkeypatch, file, rows=False, lsn=1)
+    assert [len(item) for item in natively.items] == [1, 2, 1, 1]
+    assert natively.operations == read_by(None, monkeypatch, file, rows=False, lsn=1).operations
+
+
 # What the header of a frame may say, and its table; checksums are right.
 LIES: dict[str, list[Any]] = {
     "row_count": [0, 2, 3, frames.MAX_ROWS + 1, 1 << 29, (1 << 32) - 1],
