@@ -536,7 +536,7 @@ def test_adds_behind_another_operation_are_still_joined(
 def test_adds_of_other_representations_or_dimensions_are_not_joined(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They may stand side by side: one that comes too late for a change, behind one that does not."""
+    """They may stand side by side: one may come too late for a change of the representation."""
     log = ByHand(tmp_path)
     for representation in (0, 1, 1, 0):
         log.add(rng, 3, representation=representation)
