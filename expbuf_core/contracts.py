@@ -426,7 +426,9 @@ class OpenLog(NamedTuple):
     same without them into the index log, then the adapter's words. Those are, by number: 0 the
     number of the files, 1 and 2 the ends of data and index log, 3 the number of the newest file
     of which all before it are synced (under the flush lock), 4 up to where the data log was
-    written ahead; nobody but the adapter goes beyond that, or begins another file.
+    written. What goes beyond that and is smaller than 64 KiB overwrites zeros that are written
+    first, 1 MiB from there on or to the end of the file; in either case the word says so. Nobody
+    but the adapter begins another file.
 
     Attributes:
         data_fd: Of the data log; open until the next `append`, `switch`, `retire` or `close`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import subprocess
@@ -810,13 +811,105 @@ def test_an_interrupt_is_for_the_thread_that_it_came_to(tmp_path: Path) -> None:
 def test_what_does_not_fit_the_disk_takes_no_others_along(tmp_path: Path) -> None:
     crowd = Crowd(tmp_path / "b")
     crowd.gather([plain(i) for i in range(1, 4)])
-    crowd.disk.fail("pwritev", times=1)
+    fault = crowd.disk.fail("pwrite")
     crowd.disperse()
+    assert fault.seen
     crowd.disk.clear()
     with crowd.buffer as buffer:
         failed = [v for v in crowd.results.values() if isinstance(v, Exception)]
         assert len(failed) <= 1
         assert len(buffer) == 5 - len(failed)
+
+
+# ---------------------------------------------------------------- room that was only reserved
+
+AHEAD = 1 << 20  # bytes of zeros
+
+
+def of_a_large_log(folder: Path, **settings: Any) -> ExperienceBuffer:
+    """A buffer with one experience, and 8 MiB for its first log."""
+    sizes = {"initial_bytes": 8 * AHEAD, "segment_bytes": 8 * AHEAD}
+    buffer = ExperienceBuffer.open(folder, **CONFIG, persistence={"file": sizes}, **settings)
+    buffer.add(plain(0))
+    return buffer
+
+
+def long(serial: int) -> Experience:
+    return plain(serial, question="?" * 16_000)
+
+
+def ends(buffer: ExperienceBuffer) -> tuple[int, int]:
+    """Of the data log, and of what of it was written ahead."""
+    words = buffer._session.adapter._words  # type: ignore[attr-defined]
+    return words[1], words[4]
+
+
+def test_writes_as_far_ahead_as_python(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    def marks(name: str) -> list[tuple[int, int]]:
+        with of_a_large_log(tmp_path / name) as buffer:
+            return [(buffer.add(long(serial)), *ends(buffer))[1:] for serial in range(1, 200)]
+
+    natively = marks("native")
+    request.getfixturevalue("without_native_code")
+    assert natively == marks("python")
+    assert len({written for _, written in natively}) == 4
+    assert all(end <= written <= end + AHEAD for end, written in natively)
+
+
+def test_nobody_asks_python_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_python: list[object] = []
+    with of_a_large_log(tmp_path / "b") as buffer:
+        monkeypatch.setattr(
+            ExperienceBuffer, "_add_in_python", lambda *args: in_python.append(args)
+        )
+        for serial in range(1, 200):
+            buffer.add(long(serial))
+        assert ends(buffer)[1] > 3 * AHEAD
+    assert not in_python
+    check_frames(tmp_path / "b")
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3], ids=["zeros", "data", "index"])
+def test_a_fault_where_the_log_is_written_ahead(tmp_path: Path, nth: int) -> None:
+    disk = FaultyFileSystem()
+    with of_a_large_log(tmp_path / "b", filesystem=disk) as buffer:
+        end, written = ends(buffer)
+        serial = 0
+        while written - end > 17_000:
+            serial += 1
+            buffer.add(long(serial))
+            end, written = ends(buffer)
+        disk.fail("pwrite", error=errno.ENOSPC, nth=nth, partial=0.5)
+        disk.calls.clear()
+        with pytest.raises(StorageError, match="write"):
+            buffer.add(long(1000))
+        assert disk.calls["pwrite"] >= nth
+        disk.clear()
+        assert ends(buffer)[0] == end
+        later = buffer.add(long(2000))
+        assert buffer.get(later).answer == 2000
+        stored = [e.answer for e in buffer]
+        assert stored == [*range(serial + 1), 2000]
+    with ExperienceBuffer.open(tmp_path / "b") as again:
+        assert [e.answer for e in again] == stored
+
+
+def test_a_large_commit_is_not_written_twice(tmp_path: Path) -> None:
+    """When threads share a commit depends on chance: tried until the log ends with such a one."""
+    crowd = Crowd(tmp_path / "b", persistence={"file": {"initial_bytes": 32 * AHEAD}})
+    round_, (end, written) = 0, ends(crowd.buffer)
+    while end != written and round_ < 40:
+        crowd.gather([plain(i, question="?" * 60_000) for i in range(1, 1 + THREADS)])
+        crowd.disperse()
+        round_ += 1
+        end, written = ends(crowd.buffer)
+        assert end <= written <= end + AHEAD
+    assert end == written
+    with crowd.buffer as buffer:
+        buffer.add(plain(1000))
+        assert ends(buffer)[1] == written + AHEAD
+        assert len(buffer) == 2 + round_ * (THREADS + 1)
+    check_frames(tmp_path / "b")
 
 
 # ---------------------------------------------------------------- without it

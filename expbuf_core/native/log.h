@@ -39,7 +39,9 @@ enum { FRAME_HEADER = 72, ADD_HEADER = 16, COLUMNS = 24, TABLE_ENTRY = 8, SECTIO
 enum { SECTION_LABELS = 1 };
 enum { END_BYTES = 80 };                      /* room for the frame that ends a file */
 enum { TOGETHER = 64, BATCH_BYTES = 1 << 18 }; /* that one leader takes */
+enum { WATCHERS = 8 };                        /* threads that watch for their bells at most */
 enum { LARGE = 1 << 16 };                     /* an experience that Python takes care of */
+enum { AHEAD_BYTES = 1 << 20 };               /* of zeros, where the log was not written before */
 enum { MOMENT_NS = 1000000, LONGEST_NS = 5000000, EVERYBODY = 1 << 30 };
 enum { SLOW_SYNC_NS = 1000000000 }; /* one that lasts longer is waited for by Python */
 
@@ -55,6 +57,7 @@ typedef struct Add {
     double numbers[4]; /* A_TIMESTAMP to A_PRIORITY */
     uint32_t crc, representation;
     Bell bell;
+    int may_watch; /* for the bell, instead of sleeping */
     int role, taken; /* under the queue's mutex; taken: it stands in the queue no longer */
     /* What became of it. */
     enum { NOTHING, ACKNOWLEDGED, WRITTEN, WRITE_FAILED, SYNC_FAILED } outcome;
@@ -111,6 +114,9 @@ typedef struct {
     int appending, flushing; /* somebody leads */
     size_t target;
     Bell *company_bell;
+    int watchers;
+    Watching watching;
+    int64_t sync_ns; /* the last one took */
 } Log;
 
 /* Signal handlers that run in this thread in the middle of an add. That add may be chosen to lead at
@@ -143,11 +149,20 @@ is_closed(Log *self)
     return (int)__atomic_load_n(&self->closed, __ATOMIC_ACQUIRE);
 }
 
+static int
+disk_is_quick(Log *self)
+{
+    return __atomic_load_n(&self->sync_ns, __ATOMIC_RELAXED) < 4 * WATCH_NS;
+}
+
 static void
 await_word(Log *self, int i, int hint, uint64_t seen, int64_t ns)
 {
+    uint32_t *half = (uint32_t *)(self->words + i); /* the lower one: little-endian */
+    if (disk_is_quick(self) && watch(&self->watching, half, (uint32_t)seen))
+        return;
     set_word(self, hint, 1);
-    futex_sleep(self->words + i, (uint32_t)seen, ns, 1); /* the lower half: little-endian */
+    futex_sleep(half, (uint32_t)seen, ns, 1);
 }
 
 static void
@@ -406,6 +421,23 @@ undo(Log *self, Caller *caller, size_t size, uint64_t offset)
     }
 }
 
+/* As `_write_ahead` of expbuf_file: room that was only reserved makes the sync of a small commit
+ * write metadata, too. */
+static int
+write_ahead(Log *self, Caller *caller, uint64_t at, uint64_t end)
+{
+    static uint8_t zeros[AHEAD_BYTES]; /* not const: takes up no room in the file */
+    if (end <= word(self, W_WRITTEN))
+        return DONE;
+    if (end - at < LARGE) {
+        end = at + AHEAD_BYTES < self->data_size ? at + AHEAD_BYTES : self->data_size;
+        if (log_write(self, caller, self->data_fd, zeros, end - at, at))
+            return FAILED;
+    }
+    set_word(self, W_WRITTEN, end);
+    return DONE;
+}
+
 /* Append record lock held. */
 static int
 append_now(Log *self, Caller *caller, Batch *batch, uint64_t *at)
@@ -419,7 +451,6 @@ append_now(Log *self, Caller *caller, Batch *batch, uint64_t *at)
     for (size_t i = 0; i < batch->n; i++)
         n += batch->operations[i].n;
     if (data_end + END_BYTES > self->data_size || index_end + END_BYTES > self->index_size ||
-        data_end > word(self, W_WRITTEN) ||
         (self->reserves && (id + n > word(self, W_RESERVED_ID) ||
                             lsn + batch->n + 1 > word(self, W_RESERVED_LSN))))
         return NOT_PLAIN;
@@ -434,7 +465,8 @@ append_now(Log *self, Caller *caller, Batch *batch, uint64_t *at)
         index += operation->index_bytes;
     }
     set_word(self, W_APPENDING, 1);
-    if (log_write(self, caller, self->data_fd, self->data, batch->data_bytes, data_at) ||
+    if (write_ahead(self, caller, data_at, data_end) ||
+        log_write(self, caller, self->data_fd, self->data, batch->data_bytes, data_at) ||
         log_write(self, caller, self->index_fd, self->index, batch->index_bytes, index_at)) {
         undo(self, caller, batch->data_bytes, data_at);
         return FAILED;
@@ -728,6 +760,7 @@ lead_flush(Log *self, Caller *caller, Add *own)
     self->appended = (List){0};
     pthread_mutex_unlock(&self->mutex);
     uint64_t retirements = batch.last->retirements;
+    int64_t began = now_ns();
     int result = flush(self, caller, batch.last->lsn, retirements);
     tell(caller, batch.first, own,
          result == DONE ? ACKNOWLEDGED : result == FAILED ? SYNC_FAILED : WRITTEN);
@@ -735,6 +768,7 @@ lead_flush(Log *self, Caller *caller, Add *own)
         for (Add *add = batch.first; add != NULL; add = add->next)
             if (add->retirements != retirements)
                 add->outcome = WRITTEN; /* into a log that was given up since */
+    __atomic_store_n(&self->sync_ns, now_ns() - began, __ATOMIC_RELAXED);
     pthread_mutex_lock(&self->mutex);
     self->target = (batch.n + self->appended.n + self->queue.n + 1) / 2;
     Add *heir = self->appended.first;
@@ -788,9 +822,20 @@ sleep_until_rung(Log *self, Caller *caller, Add *add, PyObject **interrupt)
     }
 }
 
+/* Whether it pays to watch for the bell (mutex held): while others come again and again. */
+static int
+watches_for_bell(Log *self, Add *add)
+{
+    int watches = add->role == SLEEP && add->may_watch && self->target > 1 &&
+                  self->watchers < WATCHERS && disk_is_quick(self);
+    self->watchers += watches;
+    return watches;
+}
+
 static void
 take_part(Log *self, Caller *caller, Add *add, PyObject **interrupt)
 {
+    add->may_watch = syscall(SYS_gettid) != getpid(); /* a signal ends the main thread's sleep */
     pthread_mutex_lock(&self->mutex);
     list_push(&self->queue, add);
     Add *heir = next_append(self);
@@ -798,7 +843,7 @@ take_part(Log *self, Caller *caller, Add *add, PyObject **interrupt)
         bell_ring(self->company_bell);
         self->company_bell = NULL;
     }
-    int role = add->role;
+    int role = add->role, watches = watches_for_bell(self, add);
     pthread_mutex_unlock(&self->mutex);
     if (heir != NULL && heir != add)
         bell_ring(&heir->bell);
@@ -807,10 +852,12 @@ take_part(Log *self, Caller *caller, Add *add, PyObject **interrupt)
             lead_append(self, caller, add);
         else if (role == FLUSH)
             lead_flush(self, caller, add);
-        else
+        else if (!watches || !watch(&self->watching, &add->bell.rung, 0))
             sleep_until_rung(self, caller, add, interrupt);
         pthread_mutex_lock(&self->mutex);
+        self->watchers -= watches;
         role = add->role;
+        watches = watches_for_bell(self, add);
         pthread_mutex_unlock(&self->mutex);
     }
 }

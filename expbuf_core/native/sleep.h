@@ -6,6 +6,7 @@
 #include <Python.h>
 #include <errno.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <stdint.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -37,6 +38,56 @@ static long
 futex_wake(void *word, int count, int shared)
 {
     return syscall(SYS_futex, word, shared ? FUTEX_WAKE : FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
+}
+
+/* ---------------------------------------------------------------- watching instead of sleeping */
+
+/* Who is woken needs tens of microseconds where the processor sleeps, too, a virtual one most of
+ * all: as long as a sync of a quick disk. So one looks again and again for a while, lets other
+ * threads have the processor in between, and sleeps where that takes long. Where another program
+ * gets the processor, which keeps it for milliseconds, nobody watches for some time. */
+enum { WATCH_NS = 100000, LONG_YIELD_NS = 10000, LONG_YIELDS = 6, TAKEN_NS = 1000000 };
+enum { SHORTEST_PAUSE_NS = 4000000, LONGEST_PAUSE_NS = 500000000 };
+
+typedef struct {
+    int64_t from, pause; /* nobody watches before that time */
+} Watching;
+
+/* How long it is left depends on how soon the same happened again. */
+static void
+watch_later(Watching *self)
+{
+    int64_t now = now_ns(), from = __atomic_load_n(&self->from, __ATOMIC_RELAXED);
+    int64_t pause = __atomic_load_n(&self->pause, __ATOMIC_RELAXED);
+    if (now < from)
+        return; /* another thread has just found the same */
+    if (now - from > 4 * SHORTEST_PAUSE_NS)
+        pause = SHORTEST_PAUSE_NS;
+    else if (pause < LONGEST_PAUSE_NS)
+        pause *= 2;
+    __atomic_store_n(&self->pause, pause, __ATOMIC_RELAXED);
+    __atomic_store_n(&self->from, now + pause, __ATOMIC_RELAXED);
+}
+
+/* Whether the word has changed before it was time to sleep. */
+static int
+watch(Watching *self, const uint32_t *word, uint32_t seen)
+{
+    int64_t now = now_ns(), end = now + WATCH_NS, longest = 0;
+    if (now < __atomic_load_n(&self->from, __ATOMIC_RELAXED))
+        return 0;
+    for (int longs = 0; longs < LONG_YIELDS && now < end;) {
+        if (__atomic_load_n(word, __ATOMIC_ACQUIRE) != seen)
+            break;
+        int64_t before = now;
+        sched_yield();
+        now = now_ns();
+        longs += now - before > LONG_YIELD_NS;
+        longest = now - before > longest ? now - before : longest;
+    }
+    if (longest > TAKEN_NS)
+        watch_later(self);
+    return __atomic_load_n(word, __ATOMIC_ACQUIRE) != seen;
 }
 
 /* ---------------------------------------------------------------- a bell that rings once */

@@ -275,7 +275,8 @@ class FilePersistenceAdapter(PersistenceAdapter):
         """Let small commits overwrite zeros that were written; a large one takes room as it is.
 
         The first sync of room that was only reserved writes metadata, too, which takes longer than
-        the sync of a small commit itself. For a large commit it is not worth writing twice.
+        the sync of a small commit itself. For a large commit it is not worth writing twice. (Who
+        appends to an `OpenLog` does the same.)
         """
         if data_end - data_at < _LARGE:
             end = min(data_at + len(_ZEROS), current.data_size)
