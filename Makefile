@@ -47,8 +47,9 @@ setup: compiled ;@:
 compiled: .venv/dev.stamp
 	@$(BIN)/python -m compileall -q $(PACKAGES)
 
+# Several at once; ARGS='-n 0' for one behind the other, as in a debugger.
 test: compiled
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses=4 $(ARGS)
 
 test-long: compiled
 	@EXPBUF_LONG=1 $(BIN)/python -m pytest --timeout=3600 -o faulthandler_timeout=1800 $(ARGS)

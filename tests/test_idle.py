@@ -21,7 +21,7 @@ import pytest
 from expbuf_core import ExperienceBuffer, idle
 from expbuf_core.testing.processes import Child, in_child
 
-TIMEOUT_S = 60
+TIMEOUT_S = 240  # at the lowest priority beside others
 EXACT = {"index": {"backend": "exact", "builder": "off"}}
 SETTINGS = '{"index": {"backend": "exact", "rebuild_every": 1}}'
 
@@ -182,19 +182,33 @@ def built(path: Path) -> int:
 
 
 _STARVED = """
-import sys
+import sys, threading
 from expbuf_core import builder, idle
 from expbuf_core.cli import main
+begin, noticed = idle._run, threading.Event()
+def run(work, outcome):
+    assert noticed.wait({timeout})
+    begin(work, outcome)
+def sees_it_starve(watch):
+    if {works}:
+        noticed.set()
+    return True
 idle._LOOK_S = 1e-4
-idle._Watch.sees_it_starve = lambda watch: True
+idle._run = run
+idle._Watch.sees_it_starve = sees_it_starve
 sys.executable = {executable!r}
 sys.argv[1:] = {arguments!r}
 sys.exit(main({given}))
 """
 
 
-def starved(tmp_path: Path, arguments: list[str], executable: str, given: str = "") -> Any:
-    program = _STARVED.format(executable=executable, arguments=arguments, given=given)
+def starved(
+    tmp_path: Path, arguments: list[str], executable: str, given: str = "", works: bool = True
+) -> Any:
+    """Run a builder that starves at once, and then works nonetheless or cannot."""
+    program = _STARVED.format(
+        executable=executable, arguments=arguments, given=given, works=works, timeout=TIMEOUT_S
+    )
     return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT_S
     )
@@ -211,7 +225,7 @@ def test_a_starved_builder_begins_anew_and_hurries(
     monkeypatch.chdir(tmp_path)
     path = str(folder) if shape == "plain" else "buffer"
     arguments += ["--", path] if shape == "double dash" else [path]
-    done = starved(tmp_path, arguments, str(instead))
+    done = starved(tmp_path, arguments, str(instead), works=False)
     assert done.returncode == 0, done.stderr
     command = f"-m expbuf_core builder --hurry --config {SETTINGS} --idle-s 0.1 -- {path}"
     assert done.stdout.splitlines() == [command]

@@ -706,18 +706,23 @@ class Crowd:
         self.threads.append(threading.Thread(target=run))
         self.threads[-1].start()
 
-    def gather(self, experiences: list[Experience]) -> None:
-        """Until all have come: the first is being synced."""
+    def gather(
+        self, experiences: list[Experience], meanwhile: Callable[[], object] | None = None
+    ) -> None:
+        """Until all have come: the first is being synced, and something done before the others."""
         log = self.buffer._session.commit_log._native
         assert log is not None
+        before = len(self.results)
         self.disk.held.clear()
         self.disk.go_on.clear()
         self.add(plain(100 + len(self.threads)))
         assert self.disk.held.wait(TIMEOUT_S)
+        if meanwhile is not None:
+            meanwhile()
         for experience in experiences:
             self.add(experience)
         deadline = time.monotonic() + TIMEOUT_S
-        while log.inside < 1 + len(experiences):
+        while log.inside + len(self.results) - before < 1 + len(experiences):
             assert time.monotonic() < deadline
             time.sleep(1e-3)
 
@@ -810,10 +815,9 @@ def test_an_interrupt_is_for_the_thread_that_it_came_to(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_the_disk_takes_no_others_along(tmp_path: Path) -> None:
     crowd = Crowd(tmp_path / "b")
-    crowd.gather([plain(i) for i in range(1, 4)])
-    fault = crowd.disk.fail("pwrite")
+    crowd.gather([plain(i) for i in range(1, 4)], lambda: crowd.disk.fail("pwrite"))
     crowd.disperse()
-    assert fault.seen
+    assert crowd.disk.faults[0].seen
     crowd.disk.clear()
     with crowd.buffer as buffer:
         failed = [v for v in crowd.results.values() if isinstance(v, Exception)]
