@@ -146,10 +146,11 @@ def sqlite_store(folder: Path, material: Material) -> Iterator[Store]:
 @contextmanager
 def sqlite_vec_store(folder: Path, material: Material) -> Iterator[Store]:
     sqlite_vec: Any = importlib.import_module("sqlite_vec")
+    apsw: Any = importlib.import_module("apsw")  # Python's own may not load extensions
 
-    db = sqlite3.connect(folder / "vec.db", isolation_level=None)
+    db = apsw.Connection(str(folder / "vec.db"))
     db.enable_load_extension(True)
-    sqlite_vec.load(db)
+    db.load_extension(sqlite_vec.loadable_path())
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=FULL")
     db.execute(f"CREATE VIRTUAL TABLE e USING vec0(v float[{DIM}], q float[{DIM}], +text TEXT)")
@@ -194,7 +195,7 @@ def _peers(report: Report, stack: ExitStack, folder: Path, material: Material) -
     for name, make in PEERS.items():
         try:
             found[name] = stack.enter_context(make(folder, material))
-        except (ImportError, AttributeError, sqlite3.Error) as exc:
+        except ImportError as exc:
             report.skip(name, exc)
     return found
 

@@ -93,6 +93,7 @@ def _after_fork_in_child() -> None:
     for buffer in list(_open_buffers):
         buffer._mutex = threading.RLock()
         buffer._inside = set()
+        buffer._session.forked()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

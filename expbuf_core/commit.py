@@ -857,6 +857,11 @@ class CommitLog:
         if self._flusher is not None and self._flusher is not threading.current_thread():
             self._flusher.join(timeout=10)
 
+    def forked(self) -> None:
+        """In a forked child: write natively no more. The lock files' numbers may be others'."""
+        if self._native is not None:
+            self._native.shut()
+
     def abandon(self) -> None:
         """In a forked child: let go of the control page."""
         if self._native is not None:

@@ -723,6 +723,11 @@ class Session:
         finally:
             open_lock.leave()
 
+    def forked(self) -> None:
+        """In a forked child, at once: who is in the middle of an add goes on in Python."""
+        if hasattr(self, "commit_log"):  # readers have none
+            self.commit_log.forked()
+
     def abandon(self) -> None:
         """In a forked child: forget everything without touching the folder."""
         self.closed = self.abandoned = True
