@@ -388,6 +388,7 @@ class Intake:
             experience=Experience,
             accepted=Accepted,
             array=np.ndarray,
+            memmap=np.memmap,
             scalars=_SCALARS,
             fsum=math.fsum,
             v_dim=self.v_dim,

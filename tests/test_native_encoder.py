@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 import time
 from typing import Any
 from unittest import mock
@@ -71,6 +72,13 @@ def assert_same(found: Accepted | str, wanted: Accepted | str) -> None:
     np.testing.assert_allclose(*vectors, rtol=2e-6, atol=1e-7)
 
 
+def memmap(array: np.ndarray[Any, Any]) -> np.memmap[Any, Any]:
+    """The same, in a file that is mapped."""
+    with tempfile.TemporaryFile() as file:
+        array.tofile(file)
+        return np.memmap(file, array.dtype, "r", shape=array.shape)
+
+
 texts = st.text(st.characters(), max_size=20)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts
 numpys = st.sampled_from(
@@ -129,7 +137,25 @@ parts = st.sampled_from(
         np.array([1, 2, -np.inf, 0, 0, 0], np.float32),
         np.ones((1, V_DIM), np.float32),
         np.ones(V_DIM, ">f4"),
+        np.array([-0.0, 1e-7, -6e-8, 65504, -1.5, 1], np.float16),
+        np.array([1, 2, -np.inf, 0, 0, 0], np.float16),
+        np.array([1, 2, np.nan, 0, 0, 0], np.float16),
+        np.ones(V_DIM, ">f2"),
+        memmap(np.linspace(2, 3, V_DIM, dtype=np.float32)),
+        memmap(np.linspace(2, 3, V_DIM)),
+        memmap(np.arange(V_DIM)),
         [1.0] * V_DIM,
+        np.linspace(-1, 1, V_DIM).tolist(),
+        tuple(np.linspace(-1e-3, 1, V_DIM).tolist()),
+        [1.0, 2, 3.0, 4.0, 5.0, 6.0],
+        [1.0, True, 3.0, 4.0, 5.0, 6.0],
+        [1.0, "2", 3.0, 4.0, 5.0, 6.0],
+        [1.0, 1e300, 3.0, 4.0, 5.0, 6.0],
+        [1.0, float("nan"), 3.0, 4.0, 5.0, 6.0],
+        [1.0] * (V_DIM + 1),
+        [[1.0]] * V_DIM,
+        [np.float64(1.5)] * V_DIM,
+        [],
         None,
     ]
 )
@@ -189,6 +215,9 @@ PLAIN: list[dict[str, Any]] = [
     {"trajectory": [{"state": np.arange(4.0), "at": np.array(1)}, np.arange(6).reshape(2, 3).T]},
     {"metadata": {"loss": np.float32(0.1), "n": np.uint64(2**63 - 1), "x": np.ones(2, ">i2")}},
     {"v_embed": np.linspace(-1, 1, V_DIM), "q_embed": np.linspace(1, 1e-40, V_DIM)},
+    {"v_embed": np.linspace(-1, 1, V_DIM, dtype=np.float16), "q_embed": [0.1] * V_DIM},
+    {"v_embed": memmap(np.linspace(-1, 1, V_DIM, dtype=np.float32)), "q_embed": (0.1,) * V_DIM},
+    {"v_embed": memmap(np.ones((2, V_DIM)))[1], "q_embed": np.full(V_DIM, -3e-6, np.float16)},
     {"question": 'é"\\\n\x01' * 300, "answer": "a" * 5000 + '"\n', "image": bytes(5000)},
 ]
 
@@ -210,6 +239,17 @@ def test_what_is_plain_is_done_natively(fields: dict[str, Any]) -> None:
         made = intake(max_experience_bytes=most)
         assert made.encoder is not None
         assert (made.encoder.accept(experience, None, NOW) is not None) == fits
+
+
+def test_every_half() -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = halves[np.isfinite(halves)]
+    made = intake(v_dim=len(finite), q_dim=0, max_experience_bytes=1 << 20)
+    assert made.encoder is not None
+    accepted = made.encoder.accept(Experience(v_embed=finite), None, NOW)
+    assert accepted is not None
+    stored = codec.decode_embeddings([accepted.row], "v_embed")[0][0]
+    assert stored.tobytes() == finite.astype(np.float32).tobytes()
 
 
 @pytest.mark.parametrize("ago", [-5.0, 1e-3, 1.0, 86_400.0, 1e9, 1e300])

@@ -2,8 +2,8 @@
 
 Between two syncs the processor's caches forget Python: a durable add costs several times what it
 costs in a loop. So what every add does (check, score, fuse, encode, number, append, sync) is here a
-second time, from the experience to the acknowledgement, in C, for the plain case alone: numpy
-arrays of float32 or float64, JSON-like trees with bytes, tuples and what numpy has of numbers, no
+second time, from the experience to the acknowledgement, in C, for the plain case alone: arrays of
+floats or lists of them, JSON-like trees with bytes, tuples and what numpy has of numbers, no
 probabilities, built-in scorer and fusion, storage in files, a lock that is free, a log with room.
 In every other case, and wherever something is wrong, this says so before it has changed anything,
 and Python does the whole.
@@ -37,7 +37,7 @@ __all__ = ["native", "why_not"]
 
 # What native code and Python rely on of each other has this number, in module.c, too. Whoever
 # changes some of it raises both.
-FITS = 2
+FITS = 3
 _NAME = "expbuf_core.native._native"
 
 

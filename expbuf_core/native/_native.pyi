@@ -29,6 +29,7 @@ class Encoder:
         experience: type,
         accepted: type[tuple[Any, ...]],
         array: type,
+        memmap: type,
         scalars: tuple[type, ...],
         fsum: Callable[[Iterable[float]], float],
         v_dim: int,

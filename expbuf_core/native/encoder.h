@@ -67,11 +67,25 @@ sum_of_squares(const float *x, Py_ssize_t n)
     return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
 
-/* One embedding: a float32 or float64 array of this dimension; or None where it is 0. */
+/* As numpy does it. */
+static float
+float_of_half(uint16_t half)
+{
+    uint32_t exponent = (half >> 10) & 31, fraction = half & 1023, sign = (half & 0x8000u) << 16;
+    uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
+    float number = (float)fraction / (1 << 24);
+    if (exponent)
+        memcpy(&number, &bits, sizeof number);
+    return !exponent && sign ? -number : number;
+}
+
+/* One embedding of this dimension: an array of float16, float32 or float64, also of a file that is
+ * mapped into memory, or a list or tuple of floats; or None where the dimension is 0. */
 typedef struct {
     Py_buffer view;
+    float *own; /* of a list, which may change before they are in the row */
+    char kind;  /* e, f or d, as numpy has it */
     const float *numbers;
-    int wide; /* float64 */
     Py_ssize_t dim;
     double square;
 } Part;
@@ -81,6 +95,22 @@ part_drop(Part *part)
 {
     if (part->view.obj)
         PyBuffer_Release(&part->view);
+    PyMem_Free(part->own);
+}
+
+static int
+part_of_list(Part *part, PyObject *list, Py_ssize_t dim)
+{
+    if (PySequence_Fast_GET_SIZE(list) != dim ||
+        (part->own = PyMem_New(float, (size_t)dim)) == NULL)
+        return NOT_PLAIN;
+    PyObject **items = PySequence_Fast_ITEMS(list);
+    for (Py_ssize_t i = 0; i < dim; i++) {
+        if (!PyFloat_CheckExact(items[i]))
+            return NOT_PLAIN;
+        part->own[i] = (float)PyFloat_AS_DOUBLE(items[i]);
+    }
+    return DONE;
 }
 
 static int
@@ -89,7 +119,9 @@ part_get(Encoder *self, Part *part, PyObject *value, Py_ssize_t dim)
     part->dim = dim;
     if (dim == 0)
         return value == Py_None ? DONE : NOT_PLAIN;
-    if (Py_TYPE(value) != self->numpy.array)
+    if (PyList_CheckExact(value) || PyTuple_CheckExact(value))
+        return part_of_list(part, value, dim);
+    if (Py_TYPE(value) != self->numpy.array && Py_TYPE(value) != self->numpy.memmap)
         return NOT_PLAIN;
     if (PyObject_GetBuffer(value, &part->view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT) < 0) {
         PyErr_Clear();
@@ -98,8 +130,8 @@ part_get(Encoder *self, Part *part, PyObject *value, Py_ssize_t dim)
     }
     if (part->view.ndim != 1 || part->view.shape[0] != dim || part->view.format == NULL)
         return NOT_PLAIN;
-    part->wide = strcmp(part->view.format, "d") == 0;
-    return part->wide || strcmp(part->view.format, "f") == 0 ? DONE : NOT_PLAIN;
+    part->kind = part->view.format[0];
+    return strchr("efd", part->kind) && part->kind && !part->view.format[1] ? DONE : NOT_PLAIN;
 }
 
 /* Into the row; what is computed is computed from there, as others may write to the array. */
@@ -107,11 +139,14 @@ static uint8_t *
 part_put(Part *part, uint8_t *to)
 {
     float *numbers = (float *)to;
-    if (part->wide)
+    if (part->kind == 'd')
         for (Py_ssize_t i = 0; i < part->dim; i++)
             numbers[i] = (float)((const double *)part->view.buf)[i];
+    else if (part->kind == 'e')
+        for (Py_ssize_t i = 0; i < part->dim; i++)
+            numbers[i] = float_of_half(((const uint16_t *)part->view.buf)[i]);
     else if (part->dim)
-        memcpy(to, part->view.buf, 4 * (size_t)part->dim);
+        memcpy(to, part->own ? part->own : part->view.buf, 4 * (size_t)part->dim);
     part->numbers = numbers;
     part->square = sum_of_squares(numbers, part->dim);
     return to + 4 * part->dim;
@@ -506,15 +541,15 @@ encoder_accept(Encoder *self, PyObject *const *args, Py_ssize_t n)
 static int
 encoder_init(Encoder *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"experience", "accepted", "array", "scalars", "fsum", "v_dim", "q_dim",
-                            "dim", "max_row", "concat", "normalize", "cosine", "v_factor",
+    static char *names[] = {"experience", "accepted", "array", "memmap", "scalars", "fsum", "v_dim",
+                            "q_dim", "dim", "max_row", "concat", "normalize", "cosine", "v_factor",
                             "q_factor", "scores", "uncertainty", "reward", "age", "half_life",
                             NULL};
-    PyObject *experience, *accepted, *array, *scalars, *fsum;
+    PyObject *experience, *accepted, *array, *memmap, *scalars, *fsum;
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "O!O!O!O!Onnnnpppddpdddd", names, &PyType_Type, &experience,
-            &PyType_Type, &accepted, &PyType_Type, &array, &PyTuple_Type, &scalars, &fsum,
-            &self->v_dim, &self->q_dim, &self->dim, &self->max_row, &self->concat,
+            args, kwargs, "O!O!O!O!O!Onnnnpppddpdddd", names, &PyType_Type, &experience,
+            &PyType_Type, &accepted, &PyType_Type, &array, &PyType_Type, &memmap, &PyTuple_Type,
+            &scalars, &fsum, &self->v_dim, &self->q_dim, &self->dim, &self->max_row, &self->concat,
             &self->normalize, &self->cosine, &self->v_factor, &self->q_factor, &self->scores,
             &self->uncertainty, &self->reward, &self->age, &self->half_life))
         return -1;
@@ -530,6 +565,7 @@ encoder_init(Encoder *self, PyObject *args, PyObject *kwargs)
     Py_XSETREF(self->experience, (PyTypeObject *)Py_NewRef(experience));
     Py_XSETREF(self->accepted, (PyTypeObject *)Py_NewRef(accepted));
     Py_XSETREF(self->numpy.array, (PyTypeObject *)Py_NewRef(array));
+    Py_XSETREF(self->numpy.memmap, (PyTypeObject *)Py_NewRef(memmap));
     Py_XSETREF(self->numpy.scalars, Py_NewRef(scalars));
     Py_XSETREF(self->fsum, Py_NewRef(fsum));
     return 0;
@@ -541,6 +577,7 @@ encoder_dealloc(Encoder *self)
     Py_XDECREF(self->experience);
     Py_XDECREF(self->accepted);
     Py_XDECREF(self->numpy.array);
+    Py_XDECREF(self->numpy.memmap);
     Py_XDECREF(self->numpy.scalars);
     Py_XDECREF(self->fsum);
     Py_TYPE(self)->tp_free((PyObject *)self);

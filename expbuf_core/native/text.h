@@ -16,7 +16,7 @@ enum { DEEPEST = 50, SHORT = 4096 };
 
 /* Types of numpy, which this is not linked with. */
 typedef struct {
-    PyTypeObject *array;
+    PyTypeObject *array, *memmap;
     PyObject *scalars; /* a tuple of types: what can be made a float, and has `item` */
 } Numpy;
 
