@@ -28,7 +28,9 @@ def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf
         InvalidExperience: It is not.
     """
     if type(value) is not float:
-        if isinstance(value, str | bytes | bool | np.bool_ | np.complexfloating) or value is None:
+        odd = isinstance(value, str | bytes | bool | np.bool_ | np.complexfloating)
+        # Older versions of numpy take an array of one number for that number.
+        if odd or value is None or (isinstance(value, np.ndarray) and value.ndim):
             raise InvalidExperience(f"{name}: expected a number, found {shown(value)}")
         try:
             value = float(value)

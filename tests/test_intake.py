@@ -350,3 +350,12 @@ def test_complex_numbers_are_none(value: Any) -> None:
             intake().accept(Experience(v_embed=V, q_embed=Q, **given), None)
     with pytest.raises(InvalidExperience, match="priority: expected a number"):
         intake().accept(Experience(v_embed=V, q_embed=Q), value)
+
+
+@pytest.mark.parametrize("value", [np.array([1.0]), np.array([[True]])])
+def test_arrays_of_one_number_are_none(value: Any) -> None:
+    """As numpy has it from 2.4 on; before, it takes them with a mere warning."""
+    with pytest.raises(InvalidExperience, match="confidence: expected a number"):
+        intake().accept(Experience(v_embed=V, q_embed=Q, confidence=value), None)
+    half = Experience(v_embed=V, q_embed=Q, confidence=np.array(0.5))  # type: ignore[arg-type]
+    assert intake().accept(half, None).confidence == 0.5
