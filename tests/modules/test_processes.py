@@ -617,7 +617,7 @@ def test_a_forked_child_of_a_killed_holder_keeps_no_lock(
 
 
 def test_fork_while_other_threads_write(open_buffer: OpenBuffer) -> None:
-    buffer = open_buffer()
+    buffer = open_buffer(max_size=1_000_000)  # the thread evicts nothing
     stop = threading.Event()
 
     def write() -> None:
