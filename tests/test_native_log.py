@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from expbuf_core import Experience, ExperienceBuffer, alike, codec, frames
+from expbuf_core import control as c
 from expbuf_core.contracts import (
     LoggedOperation,
     LoggedRun,
@@ -738,8 +739,12 @@ def test_one_sync_for_all_that_came_meanwhile(tmp_path: Path) -> None:
     before = crowd.disk.syncs
     tagged = [plain(i, tags=("t",), key=f"k{i}") for i in range(1, 3)]
     crowd.gather(tagged + [plain(i) for i in range(3, 1 + THREADS)])
+    words, deadline = crowd.buffer._session.control.words, time.monotonic() + TIMEOUT_S
+    while words[c.NEXT_ID] < THREADS + 2:  # appended, all of them, beside the first one's sync
+        assert time.monotonic() < deadline
+        time.sleep(1e-3)
     crowd.disperse()
-    assert crowd.disk.syncs - before < THREADS  # the first; the others; and who was late, perhaps
+    assert crowd.disk.syncs - before == 2  # of the first, and of the others
     with crowd.buffer as buffer:
         assert sorted(map(str, crowd.results.values())) == sorted(map(str, range(1, THREADS + 2)))
         for serial, id_ in crowd.results.items():

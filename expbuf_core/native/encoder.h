@@ -472,7 +472,7 @@ encoder_try(Encoder *self, PyObject *experience, PyObject *given, double now, Py
     Part v = {0}, q = {0};
     Text text;
     PyObject *row = NULL, *vector = NULL;
-    double confidence, reward = Py_NAN, priority, timestamp = now;
+    double confidence, reward = NAN, priority, timestamp = now;
     int result;
     text_begin(&text, &self->numpy);
     if ((result = fields_get(&fields, experience)) || (result = fields_own_tags(&fields)) ||
