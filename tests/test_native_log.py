@@ -830,6 +830,26 @@ def test_what_does_not_fit_the_disk_takes_no_others_along(tmp_path: Path) -> Non
         assert len(buffer) == 5 - len(failed)
 
 
+def test_nobody_is_left_among_who_watch(tmp_path: Path) -> None:
+    """There may be only so many: in the end all would sleep. On a slow disk nobody watches."""
+    with ExperienceBuffer.open(tmp_path / "b", **CONFIG) as buffer:
+        buffer.add(plain(0))
+        log = buffer._session.commit_log._native
+        assert log is not None
+
+        def run() -> None:
+            for serial in range(300):
+                buffer.add(plain(serial))
+
+        threads = [threading.Thread(target=run) for _ in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(TIMEOUT_S)
+            assert not thread.is_alive()
+        assert log.watchers == 0
+
+
 # ---------------------------------------------------------------- room that was only reserved
 
 AHEAD = 1 << 20  # bytes of zeros

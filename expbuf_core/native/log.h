@@ -1205,6 +1205,7 @@ static PyMethodDef log_methods[] = {
 
 static PyMemberDef log_members[] = {
     {"inside", T_UINT, offsetof(Log, inside), READONLY, "Threads whose adds are under way."},
+    {"watchers", T_INT, offsetof(Log, watchers), READONLY, "Of them, who watch for their bells."},
     {"data_size", T_ULONGLONG, offsetof(Log, data_size), READONLY, "Of the file appended to last."},
     {NULL, 0, 0, 0, NULL},
 };
